@@ -1,0 +1,1324 @@
+"""What every method script takes as given. Four chapters: blocks, data, precision, run.
+
+Nothing here belongs to one paper: masking, targets, losses and training loops are in the scripts. Importing
+this file has no side effects. To take a method elsewhere, copy its script together with this file.
+Shapes: B images, C channels, H x W pixels, patches of p x p pixels on a grid (h, w), L = h * w patches, width D.
+`mask` is 1 where a patch is hidden, everywhere.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import signal
+import struct
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
+
+
+class Refused(Exception):
+    """A mistake the user can mend: shown as one line, exit code `code` (2 = wrong input, 3 = training diverged)."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks: the Vision Transformer, with timm's and MAE's parameter names so that released weights map one to one
+# ----------------------------------------------------------------------------------------------------------------------
+
+VIT_SIZES = {  # embed_dim, depth, num_heads
+    "nano": (128, 4, 4),  # ours, for --demo and tests
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+VitSize = Literal["nano", "tiny", "small", "base", "large", "huge"]
+
+
+def patch_grid(img_size, patch_size):
+    """(h, w) patches of an image of (H, W) pixels; ValueError unless the patches tile it."""
+    height, width = img_size
+    if height % patch_size or width % patch_size or min(img_size) < patch_size:
+        raise ValueError(f"--img_size {height},{width} is not a multiple of --patch_size {patch_size}")
+    return height // patch_size, width // patch_size
+
+
+def patchify(images, p):
+    """(B, C, H, W) -> (B, L, p*p*C): patches row by row, inside a patch ordered (row, column, channel)."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(patches, p, grid):
+    """(B, L, p*p*C) -> (B, C, h*p, w*p): undoes `patchify`."""
+    B, _, values = patches.shape
+    h, w = grid
+    x = patches.reshape(B, h, w, p, p, values // (p * p))
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, values // (p * p), h * p, w * p)
+
+
+def sincos_pos_embed(dim, grid):
+    """Fixed 2-D sine-cosine table (1, 1 + L, dim), row 0 (class token) zero.
+
+    The first half of the channels encodes the column, the second the row (MAE's order; MoCo v3 and BEiT-style code
+    have it transposed, so tables must not be mixed with weights of the other kind). Each half is [sin | cos]
+    with frequencies 10000^(-k / (dim / 4)).
+    """
+    if dim % 4:
+        raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, not {dim}")
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [position.reshape(-1, 1) * omega for position in (columns, rows)]  # each (L, dim / 4)
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros(1, dim), table.float()]).unsqueeze(0)
+
+
+def resize_pos_embed(table, old_grid, new_grid):
+    """(1, 1 + L, D) -> (1, 1 + L', D): bicubic in float32, class-token row kept."""
+    cls_row, patches = table[:, :1], table[:, 1:]
+    patches = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()
+    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls_row, patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) -> (B, L, D): one linear map per patch, written as a convolution."""
+
+    def __init__(self, patch_size, in_chans, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); no mask argument, as a mask rules out the fast kernels."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # Torch's fused kernel for the CPU has a bf16 backward pass two to seven times slower than these two products.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):  # (B, N, D)
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))  # exact GELU
+
+
+def drop_path(x, rate, training):
+    """Stochastic depth: zero a residual branch per sample with probability `rate`, rescale the rest by 1 / (1 - rate)."""
+    if rate == 0.0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
+    return x * keep / (1 - rate)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.drop_path = drop_path
+
+    def forward(self, x):
+        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+
+class ViT(nn.Module):
+    """Vision Transformer trunk: patch embedding, fixed sine-cosine positions, class token, blocks, final LayerNorm; no head.
+
+    `size` is a key of VIT_SIZES. `drop_path` is the rate of the last block; it grows linearly from 0 at the first.
+    """
+
+    def __init__(self, size, img_size, patch_size, in_chans=3, drop_path=0.0):
+        super().__init__()
+        self.embed_dim, self.depth, num_heads = VIT_SIZES[size]
+        self.patch_size, self.grid = patch_size, patch_grid(img_size, patch_size)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, self.embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        # A parameter, as in the released files, but fixed: fine-tuning turns its gradient on.
+        self.pos_embed = nn.Parameter(sincos_pos_embed(self.embed_dim, self.grid), requires_grad=False)
+        rates = torch.linspace(0, drop_path, self.depth).tolist()
+        self.blocks = nn.ModuleList(Block(self.embed_dim, num_heads, drop_path=rate) for rate in rates)
+        self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
+
+    def trunk_state(self):
+        """The trunk's part of the state dict, whatever a subclass adds: what a plain ViT loads."""
+        trunk = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+        return {name: value for name, value in self.state_dict().items() if name.startswith(trunk)}
+
+    def init_weights(self):
+        """MAE's initial values: Xavier-uniform for every linear layer and the patch embedding, N(0, .02) for tokens."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+        for name, parameter in self.named_parameters():
+            if name.endswith(("cls_token", "mask_token")):
+                nn.init.normal_(parameter, std=0.02)
+
+    def embed(self, images):
+        """(B, C, H, W) -> patch tokens with positions (B, L, D), no class token yet."""
+        return self.patch_embed(images) + self.pos_embed[:, 1:]
+
+    def prepend_cls(self, x):
+        """(B, N, D) -> (B, 1 + N, D)"""
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+
+    def forward(self, images):
+        """(B, C, H, W) -> normalised tokens (B, 1 + L, D) of the whole image: no masking, deterministic in eval mode."""
+        x = self.prepend_cls(self.embed(images))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: sources of images, transforms, and a loader whose randomness depends on (seed, epoch, sample) alone
+# ----------------------------------------------------------------------------------------------------------------------
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def stable_seed(*numbers):
+    """A 64-bit seed from integers, the same on every machine and in every process."""
+    packed = struct.pack(f"{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def as_image(array, path):
+    """(H, W) or (H, W, C) numpy array -> tensor (C, H, W): uint8 as it is, 16 bit and float as float32 in [0, 1]."""
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or 0 in array.shape:
+        raise ValueError(f"an image array must be (H, W) or (H, W, C), got {array.shape} in {path}")
+    if array.dtype == np.uint16:
+        array = array.astype(np.float32) / 65535
+    elif array.dtype != np.uint8:
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(f"expected uint8, uint16 or finite float values in [0, 1], got {array.dtype} in {path}")
+        array = array.astype(np.float32)
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+
+
+def to_channels(image, in_chans, path):
+    """Grey to RGB and back; any other mismatch is an error."""
+    if image.shape[0] == in_chans:
+        return image
+    if image.shape[0] == 1 and in_chans == 3:
+        return image.expand(3, -1, -1)
+    if image.shape[0] == 3 and in_chans == 1:
+        return TF.rgb_to_grayscale(image)
+    raise ValueError(f"{image.shape[0]} channels in {path}, but --in_chans is {in_chans}")
+
+
+def read_image(path, in_chans):
+    """Decode one file to (in_chans, H, W), uint8 or, from 16-bit and float files, float32 in [0, 1]; EXIF rotation applied.
+
+    JPEG goes through libjpeg-turbo in torchvision; everything else through Pillow, not for its formats alone:
+    torchvision's PNG decoder can take the whole process down on a damaged file, Pillow raises.
+    """
+    if path.lower().endswith(".npy"):
+        return to_channels(as_image(np.load(path, allow_pickle=False), path), in_chans, path)
+    with Image.open(path) as image:  # reads the header only; refuses decompression bombs
+        if image.format == "JPEG" and in_chans in (1, 3):
+            mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
+            data = torch.from_numpy(np.fromfile(path, np.uint8))
+            return decode_jpeg(data, mode=mode, apply_exif_orientation=True)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+            array = np.asarray(image)
+            if image.mode == "I":  # Pillow's 32-bit mode: what it reads 16-bit files into when it must
+                array = array.clip(0, 65535).astype(np.uint16)
+            return to_channels(as_image(array, path), in_chans, path)
+        if in_chans in (1, 3):
+            image = image.convert("RGB" if in_chans == 3 else "L")
+        return to_channels(as_image(np.array(image), path), in_chans, path)
+
+
+class ImageFiles:
+    """Images in files, with the class index of each, or -1. Paths are kept in one buffer: a list of millions of strings
+    would be copied into every loader worker, page by page, as its reference counts change."""
+
+    def __init__(self, paths, in_chans, labels=None, classes=None):
+        encoded = [os.fsencode(path) for path in paths]
+        self.ends = np.cumsum([len(path) for path in encoded])
+        self.buffer = np.frombuffer(b"".join(encoded), np.uint8)
+        self.labels = np.full(len(encoded), -1) if labels is None else np.asarray(labels)
+        self.classes, self.in_chans = classes, in_chans
+
+    def __len__(self):
+        return len(self.ends)
+
+    def name(self, index):
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.buffer[start : self.ends[index]].tobytes())
+
+    def read(self, index):
+        return read_image(self.name(index), self.in_chans), int(self.labels[index])
+
+
+class ImageArray:
+    """Images in memory: uint8 (N, H, W, C)."""
+
+    def __init__(self, images, in_chans, labels=None, classes=None, name="image"):
+        self.images, self.in_chans, self.title = images, in_chans, name
+        self.labels = np.full(len(images), -1) if labels is None else np.asarray(labels).astype(np.int64)
+        self.classes = classes if classes or labels is None else [str(i) for i in range(int(self.labels.max()) + 1)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def name(self, index):
+        return f"{self.title}[{index}]"
+
+    def read(self, index):
+        image = torch.from_numpy(self.images[index]).permute(2, 0, 1)
+        return to_channels(image, self.in_chans, self.name(index)), int(self.labels[index])
+
+
+def _ring(outer, inner, turns=1.0, points=28):
+    """Polygon between two radii; two full circles joined by a cut make a ring."""
+    angles = np.linspace(0, 2 * np.pi * turns, points)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return np.concatenate([circle * outer, circle[::-1] * inner])
+
+
+def _star(points, inner):
+    angles = np.arange(2 * points) * np.pi / points
+    radius = np.where(np.arange(2 * points) % 2, inner, 1.0)[:, None]
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * radius
+
+
+SHAPE_KINDS = {  # polygons of radius about 1
+    "disc": _ring(0.9, 0.0),
+    "ring": _ring(1.0, 0.55),
+    "half disc": _ring(1.0, 0.0, turns=0.5),
+    "arc": _ring(1.0, 0.6, turns=0.6),
+    "square": np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]),
+    "bar": np.array([(-1, -0.22), (1, -0.22), (1, 0.22), (-1, 0.22)]),
+    "triangle": _star(3, 0.5),
+    "star": _star(5, 0.4),
+    "cross": np.array([(1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3),
+                       (-1, -0.3), (-0.3, -0.3), (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3)]),
+    "corner": np.array([(-0.9, -0.9), (0.9, -0.9), (0.9, -0.35), (-0.35, -0.35), (-0.35, 0.9), (-0.9, 0.9)]),
+}
+
+
+class Shapes:
+    """Drawn images, so that everything runs with no download: 1 to 4 of the ten SHAPE_KINDS on a textured background.
+
+    Image `i` is a function of (seed, split, i). Its class is the kind with the largest visible area. Kept in memory once
+    drawn (shared between the loader's workers).
+    """
+
+    def __init__(self, size, in_chans, split="train", seed=0, n=None):
+        self.n = n or {"train": 20000, "val": 2000}[split]
+        self.size, self.in_chans, self.classes = size, in_chans, list(SHAPE_KINDS)
+        self.key = (seed, 0 if split == "train" else 1)
+        self.polygons = [np.asarray(polygon, np.float32) for polygon in SHAPE_KINDS.values()]
+        rng = np.random.default_rng(0)  # the textures are the same in every run
+        self.textures = [self._texture(2 * max(size), rng) for _ in range(16)]
+        self.cache = torch.zeros(self.n, *size, in_chans, dtype=torch.uint8).share_memory_()
+        self.labels = torch.full((self.n,), -1).share_memory_()
+
+    @staticmethod
+    def _texture(side, rng):
+        """Sum of five octaves of smooth noise, equalised to 0 ... 254: uint8 (side, side)."""
+        total = np.zeros((side, side), np.float32)
+        for cells in (2, 4, 8, 16, 32):
+            noise = Image.fromarray(rng.random((cells, cells), dtype=np.float32) / math.sqrt(cells))
+            total += np.asarray(noise.resize((side, side), Image.BICUBIC))
+        return np.digitize(total, np.quantile(total, np.linspace(0, 1, 256)[1:-1])).astype(np.uint8)
+
+    def __len__(self):
+        return self.n
+
+    def name(self, index):
+        return f"shapes[{index}]"
+
+    def draw(self, index):
+        """Returns image uint8 (H, W, C), instance map uint8 (H, W) (0 = background, i + 1 = shape i), kinds (n,)."""
+        height, width = self.size
+        rng = np.random.Generator(np.random.Philox(key=stable_seed(*self.key, index)))
+        texture = self.textures[rng.integers(len(self.textures))]
+        top, left = rng.integers(0, texture.shape[0] - np.array(self.size) + 1)
+        behind, before = (0, 128) if rng.random() < 0.5 else (128, 0)  # light shapes on dark ground or the reverse
+        first, second = rng.integers(behind, behind + 128, (2, self.in_chans))
+        ramp = np.linspace(0.25, 0.75, 256)[:, None]  # colour by texture value: (256, C)
+        image = ((1 - ramp) * first + ramp * second).astype(np.uint8)[texture[top : top + height, left : left + width]]
+        instances = Image.new("L", (width, height))
+        pen = ImageDraw.Draw(instances)
+        n = rng.integers(1, 5)  # one large shape and up to three small ones, partly in front of it
+        kinds, angles = rng.integers(len(self.polygons), size=n), rng.uniform(-0.35, 0.35, n)
+        radii = np.append(0.26 + 0.14 * rng.random(), 0.08 + 0.1 * rng.random(n - 1)) * min(self.size)
+        centres = np.append(0.3 + 0.4 * rng.random((1, 2)), 0.1 + 0.8 * rng.random((n - 1, 2)), axis=0) * (width, height)
+        colours = np.append(np.zeros((1, self.in_chans)), rng.integers(before, before + 128, (n, self.in_chans)), axis=0).astype(np.uint8)
+        for i in range(n):
+            c, s = math.cos(angles[i]) * radii[i], math.sin(angles[i]) * radii[i]
+            points = self.polygons[kinds[i]] @ np.array([[c, s], [-s, c]], np.float32) + centres[i]
+            pen.polygon(points.ravel().tolist(), fill=i + 1)
+        instances = np.asarray(instances)
+        image = np.where(instances[..., None] > 0, colours[instances], image)
+        return image, instances, kinds
+
+    @staticmethod
+    def visible_areas(instances, n):
+        return np.bincount(instances.ravel(), minlength=n + 1)[1 : n + 1]
+
+    def read(self, index):
+        if self.labels[index] < 0:
+            image, instances, kinds = self.draw(index)
+            self.cache[index] = torch.from_numpy(image)
+            self.labels[index] = int(kinds[self.visible_areas(instances, len(kinds)).argmax()])
+        return self.cache[index].permute(2, 0, 1), int(self.labels[index])
+
+    def annotations(self, index):
+        """Same drawing: label map (H, W) int64 with 0 = background and kind + 1, instance boxes (n, 4) float x1 y1 x2 y2,
+        masks (n, H, W) bool, kinds (n,) int64; shapes hidden entirely are left out."""
+        _, instances, kinds = self.draw(index)
+        seen = np.flatnonzero(self.visible_areas(instances, len(kinds)))
+        masks = torch.from_numpy(instances[None] == (seen + 1)[:, None, None])
+        boxes = torch.stack([self._box(mask) for mask in masks])
+        label_map = torch.from_numpy(np.concatenate([[0], kinds + 1])[instances])
+        return label_map, boxes, masks, torch.from_numpy(kinds[seen])
+
+    @staticmethod
+    def _box(mask):
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        return torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).flatten().float()
+
+
+def list_images(root):
+    """Sorted paths of the images below `root` (nested or flat; links followed, hidden names skipped)."""
+    found, others, stack, visited = [], [], [str(root)], set()
+    while stack:
+        folder = stack.pop()
+        identity = os.stat(folder)
+        if (identity.st_dev, identity.st_ino) in visited:  # a link that leads back up
+            continue
+        visited.add((identity.st_dev, identity.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.lower().endswith(EXTENSIONS):
+                    found.append(entry.path)
+                elif entry.is_dir():
+                    stack.append(entry.path)
+                else:
+                    others.append(entry.path)
+    if not found:
+        first = f"the first is {min(others)}" if others else "none at all"
+        raise Refused(f"no image under {root}: it holds {len(others)} other files, {first}; "
+                      f"read are {' '.join(EXTENSIONS)}")
+    return sorted(found)
+
+
+def open_folder(root, in_chans, classes=None):
+    """ImageFiles below `root`; its classes are the given ones, or its first-level folders if every image lies in one."""
+    paths = list_images(root)
+    first = [os.path.relpath(path, root).split(os.sep) for path in paths]
+    if any(len(parts) == 1 for parts in first):
+        return ImageFiles(paths, in_chans)
+    names = sorted({parts[0] for parts in first})
+    classes = classes or names
+    index = {name: i for i, name in enumerate(classes)}
+    if unknown := [name for name in names if name not in index]:
+        raise Refused(f"{root}/{unknown[0]} is no class of the training images")
+    return ImageFiles(paths, in_chans, [index[parts[0]] for parts in first], classes)
+
+
+def open_npz(path, in_chans, split):
+    """One .npz: `images` uint8 (N, H, W, C) or (N, H, W), optional `labels` (N,), `split` (N,): train/val/test or 0/1."""
+    with np.load(path, allow_pickle=False) as file:
+        if "images" not in file:
+            raise Refused(f"{path} holds {sorted(file)}, expected an array `images` (N, H, W, C) uint8")
+        images = file["images"]
+        labels = file["labels"] if "labels" in file else None
+        parts = file["split"] if "split" in file else np.zeros(len(images), np.int64)
+    images = images[..., None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise Refused(f"`images` in {path} is {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")
+    is_train = parts == ("train" if parts.dtype.kind in "US" else 0)
+    chosen = is_train if split == "train" else ~is_train
+    if not chosen.any():
+        raise Refused(f"{path} has no image for {split}: give it an array `split` (N,) with 0 = train, 1 = val")
+    classes = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
+    return ImageArray(images[chosen], in_chans, None if labels is None else labels[chosen], classes, Path(path).name)
+
+
+def open_torchvision(name, in_chans, split, download):
+    """cifar10, cifar100, stl10, cars under data/; fetched only with --download."""
+    from torchvision import datasets
+
+    train = split == "train"
+    try:
+        if name.startswith("cifar"):
+            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+            data = kind("data", train=train, download=download)
+            return ImageArray(data.data, in_chans, data.targets, data.classes, name)
+        if name == "stl10":  # train: the 5,000 labelled images; pre-training on all 105,000 is "stl10" with no labels
+            data = datasets.STL10("data", split="train+unlabeled" if train else "test", download=download)
+            return ImageArray(data.data.transpose(0, 2, 3, 1), in_chans, data.labels, list(data.classes), name)
+        data = datasets.StanfordCars("data", split="train" if train else "test", download=download, loader=str)
+        return ImageFiles([data[i][0] for i in range(len(data))], in_chans,
+                          [data[i][1] for i in range(len(data))], data.classes)
+    except (RuntimeError, ValueError) as error:
+        hint = "see torchvision's page on StanfordCars for its layout" if name == "cars" else "add --download to fetch it"
+        raise Refused(f"--data {name}: {str(error).splitlines()[0]} Looked in data/; {hint}") from None
+
+
+def open_data(cfg, split="train", classes=None):
+    """The images of `--data`: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i), classes or None.
+
+    split "train" of a folder is its `train/` if there is one, else the whole folder; "val" is its `val/`, numbered by the
+    training `classes`.
+    """
+    if cfg.data == "shapes":
+        return Shapes(cfg.img_size, cfg.in_chans, split)
+    if cfg.data in ("cifar10", "cifar100", "stl10", "cars"):
+        return open_torchvision(cfg.data, cfg.in_chans, split, cfg.download)
+    root = Path(cfg.data)
+    if not root.exists() and not root.is_absolute() and (Path(__file__).parent / root).exists():
+        root = Path(__file__).parent / root
+    if not root.exists():
+        hint = ("link ImageNet there, give --data PATH (any folder of images), or try --demo"
+                if cfg.data == "data/imagenet" else "give a folder, a .txt list, an .npz, or shapes|cifar10|cifar100|stl10|cars")
+        raise Refused(f"--data {cfg.data} does not exist: {hint}")
+    if root.suffix == ".npz":
+        return open_npz(root, cfg.in_chans, split)
+    if root.is_file():
+        lines = [line.strip() for line in root.read_text().splitlines()]
+        paths = [os.path.join(root.parent, line) for line in lines if line]
+        if split != "train" or not paths:
+            raise Refused(f"--data {root}: a list of paths {'has no labels' if paths else 'that is empty'}")
+        return ImageFiles(paths, cfg.in_chans)
+    if split == "train":
+        return open_folder(root / "train" if (root / "train").is_dir() else root, cfg.in_chans)
+    if not (root / "val").is_dir():
+        raise Refused(f"--data {root} has no val/: expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg")
+    return open_folder(root / "val", cfg.in_chans, classes)
+
+
+def normalisation(cfg):
+    """(mean, std), a value per channel in [0, 1] units: --mean/--std, else the data set's, else ImageNet's."""
+    mean, std = (CIFAR_MEAN, CIFAR_STD) if cfg.data.startswith("cifar1") else (IMAGENET_MEAN, IMAGENET_STD)
+    if cfg.in_chans != 3:  # not in any paper: ImageNet's grey level for every channel
+        mean, std = (sum(mean) / 3,) * cfg.in_chans, (sum(std) / 3,) * cfg.in_chans
+    mean, std = cfg.mean or mean, cfg.std or std
+    if len(mean) != cfg.in_chans or len(std) != cfg.in_chans:
+        raise Refused(f"--mean has {len(mean)} and --std {len(std)} values, --in_chans is {cfg.in_chans}")
+    return tuple(mean), tuple(std)
+
+
+def cover(image, size, interpolation):
+    """Resize (C, H, W), keeping the aspect ratio, until it just covers `size`."""
+    scale = max(size[0] / image.shape[1], size[1] / image.shape[2])
+    new = [max(side, round(scale * old)) for side, old in zip(size, image.shape[1:], strict=True)]
+    return TF.resize(image, new, interpolation, antialias=True)
+
+
+def random_resized_crop(size, scale=(0.2, 1.0)):
+    """MAE's pre-training crop; fine-tuning uses scale (.08, 1)."""
+    return v2.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+class EvalCrop:
+    """Whole image to `size`: short side to 256/224 of it and the centre cut out, as is usual at 128 to 224 px; at other
+    sizes without the margin (above: usual; below: our choice, small images have none to spare)."""
+
+    def __init__(self, size):
+        self.size = size
+        self.margin = 256 / 224 if 128 <= min(size) <= 224 else 1.0
+
+    def __call__(self, image):
+        image = cover(image, [round(side * self.margin) for side in self.size], InterpolationMode.BICUBIC)
+        return TF.center_crop(image, self.size)
+
+
+class Views(torch.utils.data.Dataset):
+    """Turns a key (epoch, index) into a sample. All its randomness is drawn from (seed, epoch, index), never from the worker
+    or the process. `draw()` gives what the method draws per sample (masking noise, ...), as a tensor or None.
+
+    A file that cannot be read is replaced by the next one that can; `bad` lists (path, reason).
+    """
+
+    def __init__(self, source, transform, seed, tries, draw=None, flip=True):
+        self.source, self.transform, self.seed, self.tries = source, transform, seed, tries
+        self.draw, self.flip = draw, flip
+
+    def read(self, index):
+        bad = []
+        for i in range(min(self.tries, len(self.source))):
+            here = (index + i) % len(self.source)
+            try:
+                return *self.source.read(here), bad
+            except Exception as error:  # decoders raise nearly anything
+                bad.append((self.source.name(here), (str(error) or repr(error)).splitlines()[0][:200]))
+        return None, -1, bad  # more bad files than --max_bad allows: the run stops before it uses this sample
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, label, bad = self.read(index)
+        torch.default_generator.manual_seed(stable_seed(self.seed, epoch, index))
+        sample = {"index": index, "label": label, "bad": bad, "flip": bool(torch.rand(()) < 0.5) and self.flip}
+        if self.draw is not None:
+            sample["draw"] = self.draw()
+        sample["image"] = None if image is None else self.transform(image)
+        return sample
+
+
+def collate(samples):
+    """List of samples -> batch of tensors; 8-bit images become float only where a 16-bit one sits in the same batch."""
+    images = [sample.pop("image") for sample in samples]
+    shown = next((image for image in images if image is not None), None)
+    images = [torch.zeros(1, 1, 1, dtype=torch.uint8) if shown is None else torch.zeros_like(shown) if image is None
+              else image for image in images]
+    if len({image.dtype for image in images}) > 1:
+        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
+    bad = [entry for sample in samples for entry in sample.pop("bad")]
+    return {"image": torch.stack(images), "bad": bad, **torch.utils.data.default_collate(samples)}
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    """permutation(seed, epoch) of range(n): the order of one pass, whatever the number of processes."""
+    return np.random.Generator(np.random.Philox(key=stable_seed(seed, epoch))).permutation(n)
+
+
+class KeyedBatches:
+    """Yields this process's micro-batches, lists of (epoch, index), from update `start` on. An update takes the next
+    `batch_size` samples of the endless sequence of passes; windows cross epoch ends, nothing is dropped or padded."""
+
+    def __init__(self, plan, seed, run, start):
+        self.plan, self.seed, self.rank, self.world_size, self.start = plan, seed, run.rank, run.world_size, start
+
+    def __len__(self):
+        return (self.plan.steps - self.start) * self.plan.accum_steps
+
+    def __iter__(self):
+        plan = self.plan
+        for micro_step in range(self.start * plan.accum_steps, plan.steps * plan.accum_steps):
+            first = (micro_step * self.world_size + self.rank) * plan.micro_batch
+            keys = [divmod(position, plan.n) for position in range(first, first + plan.micro_batch)]
+            yield [(epoch, int(epoch_order(plan.n, self.seed, epoch)[i])) for epoch, i in keys]
+
+
+def _loader_worker(_):
+    # Ctrl-C and a cluster's SIGTERM reach the workers too; the main process decides when to stop, they only serve it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def make_loader(views, batches, run):
+    """DataLoader over batches of keys; one iterator serves the whole run, so its workers live as long as the run."""
+    return torch.utils.data.DataLoader(
+        views, batch_sampler=batches, num_workers=run.workers, collate_fn=collate, pin_memory=run.device.type == "cuda",
+        worker_init_fn=_loader_worker, prefetch_factor=4 if run.workers else None)
+
+
+class Normalise:
+    """Batch from the loader -> images (B, C, H, W) float32 on the device: scaled to [0, 1], flipped, normalised."""
+
+    def __init__(self, mean, std, device):
+        self.device = device
+        self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+
+    def __call__(self, batch):
+        images, flip = (batch[name].to(self.device, non_blocking=True) for name in ("image", "flip"))
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+        return (images - self.mean) / self.std
+
+    def undo(self, images):
+        """Back to [0, 1]"""
+        return (images * self.std + self.mean).clamp(0, 1)
+
+
+class _Check(torch.utils.data.Dataset):
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        name = self.source.name(index)
+        suffix = os.path.splitext(name)[1].lower() or "in memory"
+        try:
+            image, _ = self.source.read(index)
+            mode = str(image.dtype).removeprefix("torch.") if suffix in ("in memory", ".npy") else None
+            if mode is None:
+                with Image.open(name) as file:
+                    mode = file.mode
+            return suffix, f"{image.shape[2]}x{image.shape[1]}", mode, None
+        except Exception as error:
+            return suffix, None, None, f"{name}: {(str(error) or repr(error)).splitlines()[0][:200]}"
+
+
+def check_data(source, workers):
+    """Read every image as training would; print counts by extension, size and mode, three paths and what cannot be read."""
+    loader = torch.utils.data.DataLoader(_Check(source), batch_size=None, num_workers=workers)
+    extensions, sizes, modes, bad = {}, {}, {}, []
+    for suffix, size, mode, error in loader:
+        for counts, key in ((extensions, suffix), (sizes, size), (modes, mode)):
+            counts[key] = counts.get(key, 0) + (key is not None)
+        bad += [error] if error else []
+    print(f"{len(source)} images, {len(source.classes) if source.classes else 'no'} classes")
+    for title, counts in (("extension", extensions), ("width x height", sizes), ("mode", modes)):
+        most = sorted(((n, key) for key, n in counts.items() if n), reverse=True)
+        rest = f", {len(most) - 8} more kinds" if len(most) > 8 else ""
+        print(f"{title}: " + ", ".join(f"{key} {n}" for n, key in most[:8]) + rest)
+    print("for example: " + ", ".join(source.name(i) for i in sorted({0, len(source) // 2, len(source) - 1})))
+    print(f"unreadable: {len(bad)}" + "".join(f"\n  {line}" for line in bad))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision: autocast, parameter groups, the learning rate, and the end of an update
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def amp_dtype(amp, device):
+    """torch.bfloat16, torch.float16 or None (float32) for --amp; auto: bf16 where the hardware multiplies in it, else fp16 on
+    CUDA, else float32."""
+    if amp != "auto":
+        if amp == "fp16" and device.type != "cuda":
+            raise Refused("--amp fp16 needs CUDA; use --amp bf16 or --amp off")
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else None
+
+
+def autocast(device, dtype):
+    """The one mixed-precision context; does nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+
+
+def parameter_groups(model, weight_decay, no_decay=(), layer_id=None, layer_decay=1.0):
+    """AdamW groups: no weight decay for tensors of fewer than two dimensions or with a name in `no_decay`; with `layer_id`
+    (name -> 0 ... last), `lr_scale` = layer_decay ** (last - id)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ids = [layer_id(name) if layer_id else 0 for name, _ in named]
+    groups = {}
+    for (name, parameter), layer in zip(named, ids, strict=True):
+        decay = 0.0 if parameter.ndim < 2 or name in no_decay else weight_decay
+        scale = layer_decay ** (max(ids) - layer)
+        group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def adamw(groups, betas):
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def gradient_sync(model, now):
+    """Context for a micro-step: DDP averages gradients over the processes only in an update's last one."""
+    return nullcontext() if now or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def warmup_cosine(epoch, lr, min_lr, warmup_epochs, epochs):
+    """Learning rate at a fractional epoch: linear from 0 during the warm-up, then half a cosine down to min_lr."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def finish_update(run, optimizer, scaler, terms, clip_grad=0.0):
+    """Unscale, measure and clip the gradients, let all processes agree, then step, or skip the update on every one of them.
+
+    terms: {name: detached scalar}, `loss` among them, this process's means over the update. Returns floats averaged over the
+    processes, with `grad_norm` and `skipped` ("", "nonfinite" or "overflow", the fp16 scaler's own affair). This is the
+    update's one host synchronisation: one all-reduce of a few numbers carries the flags and the values for the log.
+    """
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    if any(gradient is None for gradient in gradients):
+        raise RuntimeError("a parameter received no gradient: DDP would hang on it")
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    values = {**terms, "grad_norm": grad_norm}
+    bad_loss, bad_gradient = ((~torch.isfinite(x)).float() for x in (terms["loss"], grad_norm))
+    flags = torch.tensor([float(run.stop_requested), float(len(run.new_bad_files))], device=grad_norm.device)
+    packed = torch.cat([torch.stack([bad_loss, bad_gradient, *(v.float() for v in values.values())]), flags])
+    if run.world_size > 1:
+        dist.all_reduce(packed)
+    bad_loss, bad_gradient, *numbers, stop, bad_files = packed.tolist()
+    run.stopping = stop > 0
+    if bad_files:
+        run.share_bad_files()
+    result = {name: number / run.world_size for name, number in zip(values, numbers, strict=True)}
+    if bad_loss or bad_gradient:
+        overflow = scaler.is_enabled() and not bad_loss
+        scaler.update()
+        return {**result, "skipped": "overflow" if overflow else "nonfinite"}
+    if clip_grad:
+        torch.nn.utils.clip_grads_with_norm_([p for g in optimizer.param_groups for p in g["params"]], clip_grad, grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return {**result, "skipped": ""}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run: command line, process group, checkpoint, log, pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def opt(default, text):
+    """A Config field with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """What every script's command line has beside its method's fields."""
+
+    data: str = opt("data/imagenet", "folder of images (any, or with train/ and val/), .txt list of paths, .npz, or "
+                                     "shapes|cifar10|cifar100|stl10|cars")
+    download: bool = opt(False, "let torchvision fetch cifar10, cifar100 or stl10")
+    img_size: tuple[int, int] = opt((224, 224), "pixels, H or H,W")
+    in_chans: int = opt(3, "channels of the images")
+    mean: tuple[float, ...] | None = opt(None, "per channel, of values in [0, 1]; default: the data set's or ImageNet's")
+    std: tuple[float, ...] | None = opt(None, "likewise")
+    workers: int | None = opt(None, "loader processes per training process; default: the cores there are for it, at most 8")
+    max_bad: float = opt(0.001, "share of unreadable files (at least one file) above which the run stops")
+    check_data: bool = opt(False, "read all images, report, and exit")
+    out: str | None = opt(None, "folder to write into; default runs/SCRIPT")
+    resume: bool = opt(False, "continue the run in --out exactly where its checkpoint is; start it if there is none")
+    seed: int = opt(0, "seed of everything random")
+    amp: Literal["auto", "bf16", "fp16", "off"] = opt("auto", "mixed precision")
+    compile: bool = opt(False, "compile the model with torch.compile")
+    save_minutes: float = opt(10.0, "minutes between checkpoints (also written at each epoch's end and on SIGTERM)")
+    log_every: int = opt(20, "updates between two log lines")
+    demo: bool = opt(False, "small values for everything: drawn shapes, a tiny model, under two minutes on two CPU cores")
+
+
+# Fields that may differ when a run is resumed: none of them changes what is computed.
+FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes", "log_every",
+                  "demo", "micro_batch", "init", "weights"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _converter(annotation):
+    """Text -> value for a field's type; returns (function, choices)."""
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(t for t in get_args(annotation) if t is not type(None))
+    if get_origin(annotation) is Literal:
+        return str, get_args(annotation)
+    if get_origin(annotation) is not tuple:
+        return annotation, None
+    element, *rest = get_args(annotation)
+
+    def numbers(text):
+        values = tuple(element(part) for part in text.replace("x", ",").split(","))
+        if rest != [...]:  # fixed length: one number stands for all
+            values = values * (1 + len(rest)) if len(values) == 1 else values
+            if len(values) != 1 + len(rest):
+                raise ValueError
+        return values
+
+    numbers.__name__ = f"list of {element.__name__}s"  # argparse names it in its message
+    return numbers, None
+
+
+def parse_config(config_type, presets=lambda flags: {}, argv=None):
+    """Command line -> config_type(...). Flags are the field names, `_` and `-` alike; `presets(flags)` may turn flags such as
+    --demo into other defaults, which flags given beside them override. Anything wrong: one line, exit code 2."""
+    fields, types = dataclasses.fields(config_type), get_type_hints(config_type)
+    names = [f.name for f in fields]
+    parser = OneLineParser(description=sys.modules[config_type.__module__].__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields:
+        text = f.metadata["help"].replace("%", "%%")
+        text += "" if f.default is None else f" (default {f.default})"
+        if types[f.name] is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            convert, choices = _converter(types[f.name])
+            parser.add_argument(f"--{f.name}", type=convert, choices=choices, default=f.default, help=text, metavar="")
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            flag = flag.replace("-", "_")
+            flag = f"no-{flag[3:]}" if flag.startswith("no_") and flag not in names else flag
+            words.append(f"--{flag}{equals}{value}")
+        elif words and word[:2].strip("-").isdigit() and words[-1][2:] in names:  # a value such as -0.5,-0.5
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    flags, unknown = parser.parse_known_args(words)
+    if unknown:
+        flag = unknown[0].split("=")[0].lstrip("-").removeprefix("no-")
+        hint = difflib.get_close_matches(flag, names, 1)
+        if not unknown[0].startswith("-") and "--resume" in words:
+            parser.error(f"--resume takes no file ({unknown[0]}): it continues the run in --out; to start from weights, --init FILE")
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean --{hint[0]}?" if hint else "; --help lists them"))
+    parser.set_defaults(**presets(flags))
+    try:
+        return config_type(**vars(parser.parse_args(words)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+@dataclasses.dataclass
+class Plan:
+    """One run in numbers: n images, `batch_size` per update over all processes, `steps` updates."""
+
+    n: int
+    batch_size: int
+    micro_batch: int
+    accum_steps: int
+    steps: int
+
+    def epoch(self, step):
+        """Fractional epoch after `step` updates."""
+        return step * self.batch_size / self.n
+
+    def ends_epoch(self, step):
+        """Whether the `step`-th update completes a pass, or the run."""
+        return step == self.steps or step * self.batch_size // self.n > (step - 1) * self.batch_size // self.n
+
+
+def make_plan(n, cfg, world_size):
+    """Split the global batch: batch_size = processes x micro_batch x accum_steps; floor(epochs * n / batch_size) updates."""
+    B, share = cfg.batch_size, cfg.batch_size // world_size
+    micro = cfg.micro_batch or next(m for m in range(min(256, max(share, 1)), 0, -1) if share % m == 0)
+    unit = world_size * micro
+    if B % unit:
+        near = [m for m in (B // unit * unit, B // unit * unit + unit) if m]
+        raise Refused(f"--batch_size {B} is not {world_size} processes x {micro} (--micro_batch) x a whole number: "
+                      f"use {' or '.join(map(str, near))}")
+    if n < B:
+        raise Refused(f"{n} images are fewer than one batch: --batch_size is {B}, use at most {n}")
+    steps = int(cfg.epochs * n // B)
+    if steps < 1:
+        raise Refused(f"--epochs {cfg.epochs} of {n} images is less than one update of --batch_size {B}")
+    return Plan(n, B, micro, B // unit, steps)
+
+
+def write_atomically(path, save):
+    """save(open file) beside `path`, then rename over it: a kill or a full disk leaves the old file as it was."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise Refused(f"cannot write {path} ({error}); what was there before is untouched", code=1) from None
+    os.replace(temporary, path)
+
+
+def read_file(path):
+    """A .pth with weights_only=True (Namespace allowed, as in MAE's files) or a .safetensors; Refused if it is neither."""
+    path = Path(path)
+    if path.is_dir():
+        raise Refused(f"{path} is a folder, not a file of weights; to continue the run in it: --resume --out {path}")
+    if not path.exists():
+        raise Refused(f"{path} does not exist")
+    with open(path, "rb") as file:
+        if file.read(2).startswith((b"--", b"<")):
+            raise Refused(f"{path} is a download log or a web page, not weights: fetch it again (wget -O, not -o)")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # optional: only files from elsewhere need it
+
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise Refused(f"reading {path} needs: pip install safetensors") from None
+    except Exception as error:  # zip, pickle and storage errors, by kind of damage
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line),
+                      (str(error) or repr(error)).splitlines()[0])
+        raise Refused(f"cannot read {path} safely: {reason[:200]}") from None
+
+
+def load_weights(model, path, allow_missing=(), ignore=()):
+    """Copy weights into `model` by name (ours, official MAE, timm); returns the file's `meta` ({} if it has none).
+
+    Names in the file that start with a prefix in `ignore` are left out. Position tables are resized to the model's grid. Refused
+    if anything else has no place in the model, if the model lacks what does not start with a prefix in `allow_missing`, or if
+    shapes differ. Prints what was done.
+    """
+    content = read_file(path)
+    meta = content.get("meta", {})
+    weights = content.get("model", content)
+    weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
+    own = model.state_dict()
+    for name in [name for name in weights if name.endswith("pos_embed") and name in own]:
+        L, patch_size, size = weights[name].shape[1] - 1, meta.get("patch_size"), meta.get("img_size")
+        old = patch_grid(size, patch_size) if size else (math.isqrt(L),) * 2
+        if weights[name].shape[-1] == own[name].shape[-1] and old != model.grid:
+            if math.prod(old) != L:
+                raise Refused(f"{path}: {name} has {L} patches, which is no square, and the file does not say its grid")
+            weights[name] = resize_pos_embed(weights[name], old, model.grid)
+            print(f"{name} {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}, bicubic")
+    ignored = [name for name in weights if name.startswith(tuple(ignore))]
+    weights = {name: value for name, value in weights.items() if name not in ignored}
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    report = {"missing": missing, "unexpected": unexpected, "ignored": ignored}
+    print(f"{path}: {len(own) - len(missing)}/{len(own)} tensors loaded; " + "; ".join(
+        f"{kind}: {', '.join(dict.fromkeys(n.split('.')[0] for n in names)) or 'none'}" for kind, names in report.items()))
+    wrong = unexpected + [name for name in missing if not name.startswith(tuple(allow_missing))]
+    if wrong:
+        raise Refused(f"{path} does not fit this model: {len(unexpected)} unexpected tensors, {len(missing)} missing, e.g. {wrong[0]}")
+    for name in own.keys() & weights.keys():
+        if own[name].shape != weights[name].shape:
+            raise Refused(f"{path}: {name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}: "
+                          "check --model, --patch_size and --in_chans")
+    model.load_state_dict(weights, strict=False)
+    return meta
+
+
+class Run:
+    """One run of one script: its process, its folder, its log. It holds no loop: the scripts do.
+
+    Attributes: rank, local_rank, world_size, is_main, device, out (Path), amp_dtype, stopping (all processes agree to stop).
+    """
+
+    def __init__(self, cfg, method):
+        self.cfg, self.method = cfg, method
+        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        self.world_size, self.is_main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.amp_dtype = amp_dtype(cfg.amp, self.device)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.workers = cfg.workers if cfg.workers is not None else min(8, len(os.sched_getaffinity(0)) // local)
+        self.stop_requested = self.stopping = False
+        self.bad_files, self.new_bad_files = {}, {}
+        self.kept = {"nonfinite": 0, "overflow": 0}
+        self.in_a_row = 0
+        self.live = sys.stdout.isatty()
+        self.out = Path(cfg.out or f"runs/{method}")
+        self.last_save = self.window_start = time.monotonic()
+        self.window, self.waited = [], 0.0
+
+    def start(self, plan, lr_line):
+        """Process group (only under torchrun), signals, the folder. Refused if --out holds another run. plan: None if there is
+        no training to do."""
+        self.plan = plan
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    device_id=self.device if self.device.type == "cuda" else None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        try:
+            occupied = self.out.exists() and any(self.out.iterdir())
+            if occupied and not self.cfg.resume:
+                raise Refused(f"{self.out} is not empty: continue the run in it with --resume, or choose another --out")
+            if dist.is_initialized():
+                dist.barrier()  # all have looked before the first one writes
+            if self.is_main:
+                (self.out / "pictures").mkdir(parents=True, exist_ok=True)
+                config = json.dumps({"script": self.method, **dataclasses.asdict(self.cfg)}, indent=1) + "\n"
+                write_atomically(self.out / "config.json", lambda file: file.write(config.encode()))
+        except OSError as error:
+            raise Refused(f"cannot write into --out {self.out}: {error}") from None
+        self.print(f"torch {torch.__version__}, {self.world_size} x {self._device_name()}, "
+                   f"{self.amp_dtype or torch.float32} compute, {self.workers} loader workers, writing to {self.out}/")
+        if plan:
+            self.print(f"{plan.n} images, {plan.steps} updates; batch {plan.batch_size} = {self.world_size} processes x "
+                       f"{plan.micro_batch} x {plan.accum_steps}; {lr_line}")
+
+    def _device_name(self):
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+    def _on_signal(self, number, _):
+        if self.stop_requested and number == signal.SIGINT:  # Ctrl-C twice: now
+            raise KeyboardInterrupt
+        self.stop_requested = True
+
+    def print(self, text):
+        if self.is_main:
+            print(("\r\033[K" if self.live else "") + text, flush=True)
+
+    def prepare(self, model):
+        """Move to the device, compile in place (names stay clean), wrap in DDP if there are processes to share with."""
+        model.to(self.device)
+        if self.cfg.compile:
+            model.compile()
+        if not dist.is_initialized():
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def seed(self, step, micro_step):
+        """Re-seed the device generator at a micro-step's start, so that a resumed run needs no stored generator state."""
+        torch.manual_seed(stable_seed(self.cfg.seed, step, micro_step, self.rank))
+
+    def timed(self, loader):
+        """Iterate over batches: time spent waiting is counted, bad files are noted."""
+        iterator = iter(loader)
+        while True:
+            begin = time.monotonic()
+            batch = next(iterator, None)
+            self.waited += time.monotonic() - begin
+            if batch is None:
+                return
+            self.new_bad_files.update((path, reason) for path, reason in batch["bad"] if path not in self.bad_files)
+            yield batch
+
+    def share_bad_files(self):
+        """Called on all processes when any met an unreadable file: report each once, stop above --max_bad."""
+        lists = [self.new_bad_files] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(lists, self.new_bad_files)
+        for path, reason in sorted({key: value for part in lists for key, value in part.items()}.items()):
+            self.bad_files[path] = reason
+            self.print(f"unreadable, replaced by the next file: {path}: {reason}")
+        self.new_bad_files = {}
+        if len(self.bad_files) > self.max_bad_files:
+            listing = "".join(f"\n  {path}: {reason}" for path, reason in self.bad_files.items())
+            raise Refused(f"{len(self.bad_files)} unreadable files, more than --max_bad {self.cfg.max_bad} "
+                          f"({self.max_bad_files} files) allows:{listing}", code=1)
+
+    def limit_bad_files(self, n):
+        """How many of n files may be unreadable: --max_bad of them, at least one."""
+        self.max_bad_files = max(1, int(self.cfg.max_bad * n))
+        return self.max_bad_files + 1  # tries until a reader has seen too many
+
+    def end_update(self, step, stats, lr, samples):
+        """Count and report one update (the `step`-th): log line every --log_every updates, skipped updates, exit 3 after ten."""
+        skipped = stats.pop("skipped")
+        if skipped:
+            self.kept[skipped] += 1
+            self._skipped(step, skipped, stats, lr, samples)
+        else:
+            self.window.append(stats)
+        self.in_a_row = self.in_a_row + 1 if skipped == "nonfinite" else 0
+        if self.in_a_row == 10:
+            good = next((str(self.out / name) for name in ("last.pth", "previous.pth") if (self.out / name).exists()), "none yet")
+            raise Refused(f"ten non-finite updates in a row, the last at step {step}, lr {lr:.2g}; last good checkpoint: {good}; "
+                          "see nonfinite_*.json; try --amp off, half the --base_lr, or --clip_grad 1", code=3)
+        if step % self.cfg.log_every == 0 or step == self.plan.steps:
+            self._log_window(step, lr)
+        elif self.live:
+            self._show(step, stats["loss"], len(self.window) * self.plan.batch_size / (time.monotonic() - self.window_start))
+
+    def _log_window(self, step, lr):
+        elapsed, n = time.monotonic() - self.window_start, max(len(self.window), 1)
+        means = {key: sum(stats[key] for stats in self.window) / n for key in (self.window or [{}])[0]}
+        grad_norm = means.pop("grad_norm", None)
+        peak = (torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda"
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        rate = n * self.plan.batch_size / elapsed
+        line = {"step": step, "epoch": round(self.plan.epoch(step), 4), **{f"train/{k}": v for k, v in means.items()},
+                "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 1),
+                "data_wait": round(self.waited / elapsed, 4), "peak_memory": round(peak, 3),
+                "skipped_nonfinite": self.kept["nonfinite"], "skipped_overflow": self.kept["overflow"]}
+        self.log(line)
+        if not self.live:
+            self._show(step, means.get("loss", math.nan), rate, f" lr {lr:.2e} data_wait {self.waited / elapsed:.0%}")
+        self.window, self.waited, self.window_start = [], 0.0, time.monotonic()
+
+    def _show(self, step, loss, rate, more=""):
+        left = (self.plan.steps - step) * self.plan.batch_size / rate
+        if self.is_main:
+            print(("\r\033[K" if self.live else "") + f"epoch {self.plan.epoch(step):.2f} step {step}/{self.plan.steps} loss {loss:.4f}{more} "
+                  f"{rate:,.0f} images/s, {int(left // 3600)}:{int(left // 60) % 60:02}:{int(left) % 60:02} left",
+                  end="" if self.live else "\n", flush=True)
+
+    def log(self, line):
+        """Append one JSON object to log.jsonl."""
+        if self.is_main:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _skipped(self, step, kind, stats, lr, samples):
+        if kind == "overflow":
+            return self.print(f"step {step}: fp16 overflow, update skipped by the loss scaler (it lowers its scale; harmless now and then)")
+        record = {"rank": self.rank, "samples": samples, "terms": {k: str(v) for k, v in stats.items()}}
+        records = [record] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(records, record)
+        dump = json.dumps({"step": step, "lr": lr, "ranks": records}, indent=1)
+        if self.is_main:
+            write_atomically(self.out / f"nonfinite_{step}.json", lambda file: file.write(dump.encode()))
+        self.print(f"step {step}: non-finite loss or gradient, update skipped on all processes; see nonfinite_{step}.json")
+
+    def save_due(self, step):
+        """After the `step`-th update: an epoch has just been completed, --save_minutes are over, or the run ends here."""
+        late = time.monotonic() - self.last_save > 60 * self.cfg.save_minutes
+        return self.plan.ends_epoch(step) or late or self.stopping
+
+    def save(self, step, state):
+        """Write last.pth (the one before becomes previous.pth). state: {name: object with state_dict()}; plain types only."""
+        self.last_save = time.monotonic()
+        if not self.is_main:
+            return
+        content = {name: value.state_dict() for name, value in state.items()}
+        content |= {"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step, "epoch": int(self.plan.epoch(step)),
+                    "n": self.plan.n, "bad_files": self.bad_files, "kept": self.kept}
+        new, last = self.out / "new.pth", self.out / "last.pth"
+        write_atomically(new, lambda file: torch.save(content, file))
+        if last.exists():
+            os.replace(last, self.out / "previous.pth")
+        os.replace(new, last)  # killed between the two: resume finds previous.pth
+
+    def load(self, plan, state):
+        """--resume: restore `state` from --out and return the step it stands at; 0 if there is nothing to resume."""
+        paths = [path for path in (self.out / "last.pth", self.out / "previous.pth") if path.exists()]
+        if not (self.cfg.resume and paths):
+            if self.cfg.resume:
+                self._cut_log(0)
+                self.print(f"--resume: no checkpoint in {self.out}, starting from the beginning")
+            return 0
+        content = self._read_checkpoint(paths)
+        if content.get("method") != self.method:
+            raise Refused(f"{paths[0]} was written by {content.get('method')}, this is {self.method}: choose another --out")
+        now = dataclasses.asdict(self.cfg)
+        changed = [f"--{key} {content['config'].get(key)} (now {value})" for key, value in now.items()
+                   if key not in FREE_ON_RESUME and content["config"].get(key) != value]
+        if content["n"] != plan.n:
+            changed.append(f"{content['n']} images (now {plan.n})")
+        if changed:
+            raise Refused(f"--resume: the run in {self.out} was started with {', '.join(changed)}; repeat its flags, "
+                          "or start a new run from its weights: --init, another --out")
+        for name, value in state.items():
+            value.load_state_dict(content[name])
+        self.bad_files, self.kept = content["bad_files"], content["kept"]
+        step = content["step"]
+        self._cut_log(step)
+        self.print(f"resumed from {paths[0]}: step {step} of {plan.steps}, epoch {plan.epoch(step):.2f}, "
+                   f"sample {step * plan.batch_size % plan.n} of its pass")
+        return step
+
+    def _read_checkpoint(self, paths):
+        try:
+            return read_file(paths[0])
+        except Refused as error:
+            for other in paths[1:]:
+                try:
+                    read_file(other)
+                except Refused:
+                    continue
+                raise Refused(f"{error}; {other} is good: mv it over {paths[0]} and --resume again") from None
+            raise Refused(f"{error}; there is no other good checkpoint in {self.out}") from None
+
+    def _cut_log(self, step):
+        """Drop log lines that a killed run wrote after its last checkpoint: they will be written again."""
+        path = self.out / "log.jsonl"
+        if self.is_main and path.exists():
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+            write_atomically(path, lambda file: file.write(kept.encode()))
+
+    def export(self, name, model, meta):
+        """Write weights for use elsewhere: {"model": timm's names, "meta": plain values}."""
+        if self.is_main:
+            content = {"model": {key: value.detach().cpu().clone() for key, value in model.items()}, "meta": meta}
+            write_atomically(self.out / name, lambda file: torch.save(content, file))
+
+
+def save_pictures(path, rows, titles, caption):
+    """PNG grid: rows of images (C, H, W) in [0, 1] under column titles, with a caption. Three channels are shown as colour,
+    other counts by their first channel as grey; small images are enlarged by whole factors."""
+    height, width = rows[0][0].shape[1:]
+    factor = max(1, 128 // max(height, width))
+    cell_h, cell_w, gap, head = height * factor, width * factor, 4, 16
+    font_width = 6
+    lines = [caption[i : i + 4 * (cell_w + gap) // font_width] for i in range(0, len(caption), 4 * (cell_w + gap) // font_width)]
+    canvas = Image.new("RGB", (len(titles) * (cell_w + gap) - gap, head + len(rows) * (cell_h + gap) + head * len(lines)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        pen.text((column * (cell_w + gap) + 2, 2), title, fill="black")
+        for row, images in enumerate(rows):
+            image = (images[column].float().cpu().clamp(0, 1) * 255).round().byte()
+            image = image if image.shape[0] == 3 else image[:1].expand(3, -1, -1)
+            picture = TF.to_pil_image(image).resize((cell_w, cell_h), Image.NEAREST)
+            canvas.paste(picture, (column * (cell_w + gap), head + row * (cell_h + gap)))
+    for i, line in enumerate(lines):
+        pen.text((2, canvas.height - head * (len(lines) - i) + 2), line, fill="black")
+    write_atomically(path, lambda file: canvas.save(file, "png"))
+
+
+def launch(config_type, presets, train, method):
+    """A script's main: parse, run train(cfg, run), end the process group; mistakes end in one line and their exit code."""
+    cfg = parse_config(config_type, presets)
+    run = None
+    try:
+        run = Run(cfg, method)
+        train(cfg, run)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except Refused as error:
+        if run is None or run.is_main:
+            print(f"\n{method}: {error}" if run and run.live else f"{method}: {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: interpreter shutdown could wait for a collective that the others will never join.
+        sys.stdout.flush()
+        os._exit(error.code) if dist.is_initialized() else sys.exit(error.code)

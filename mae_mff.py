@@ -1,0 +1,370 @@
+"""MAE and its multi-level feature fusion (MFF), with the PixMIM target.
+
+MAE     He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022, arXiv 2111.06377
+MFF     Liu et al., Improving Pixel-based MIM by Reducing Wasted Modeling Capability, ICCV 2023, arXiv 2308.00261
+PixMIM  Liu et al., Rethinking Pixel Reconstruction in Masked Image Modeling, arXiv 2303.02416
+
+Idea. Hide 75 % of an image's patches, encode the visible ones, let a small decoder fill in the pixels of the hidden ones.
+A pixel target pulls low-level detail into the last block; MFF gives the decoder that detail from shallow blocks instead,
+by fusing their outputs, so that the last block is free for semantics. PixMIM takes the finest detail out of the target.
+
+Data flow (the papers give no numbered equations for it; names on the right are those of the code)
+    x                 visible patches + positions, class token first          latent      (B, 1 + len_keep, D)
+    x_i = block_i(x_{i-1})                    output of block i, unnormalised
+    y_i = W_i x_i + b_i   for each fused i but the last; y_last = x_last      fuse_proj
+    z = sum_i softmax(w)_i y_i                w starts at ones                fuse_weight
+    p = decoder([LN(z), mask tokens, positions])                              pred        (B, L, p*p*C)
+    t = (patch - mean) / sqrt(var + 1e-6)     per patch, unbiased variance    target      (B, L, p*p*C)
+    loss = mean over hidden patches of mean over values of (p - t)^2          masked_mse
+Only pre-training fuses: encoder.pth is a plain ViT, final LayerNorm included.
+
+Which blocks are fused (counted from 0; MFF appendix, table 4, for 12 blocks):
+    --fuse_layers 0,2,4,6,8,11 (default, MFF)   11 (plain MAE)   0,11   0,4,8,11   0,1,2,3,4,5,6,7,8,9,10,11
+    and 10,11 in the pilot experiment (sec. A.5). Other depths: six, evenly spaced from the first to the last.
+--detach_shallow keeps gradients out of these shortcuts (sec. A.8). --target pixmim is MFF_PixMIM.
+
+Not in the papers, our choice: w has no weight decay (a vector); the decoders for the sizes the papers do not train (DECODERS);
+the low-pass radius scaled with the image side. From the released code rather than the text: the loss is averaged over the
+hidden patches of the whole batch, and the low-pass disc is centred between bins, at (n - 1) / 2.
+
+    python mae_mff.py --demo                                              two minutes on a CPU
+    torchrun --nproc_per_node 4 mae_mff.py --epochs 800                   the paper's run, images in data/imagenet
+    torchrun --nproc_per_node 4 mae_mff.py --epochs 800 --resume          carry on after a stop
+    python mae_mff.py --data PHOTOS --init encoder.pth --epochs 100       own images, from pre-trained weights
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torchvision.transforms import InterpolationMode, v2
+
+from common import (
+    VIT_SIZES,
+    Block,
+    EvalCrop,
+    KeyedBatches,
+    Normalise,
+    RunConfig,
+    Views,
+    ViT,
+    VitSize,
+    adamw,
+    autocast,
+    check_data,
+    collate,
+    cover,
+    finish_update,
+    gradient_sync,
+    launch,
+    load_weights,
+    make_loader,
+    make_plan,
+    normalisation,
+    open_data,
+    opt,
+    parameter_groups,
+    patchify,
+    random_resized_crop,
+    save_pictures,
+    set_lr,
+    sincos_pos_embed,
+    unpatchify,
+    warmup_cosine,
+)
+
+DECODERS = {  # width, blocks, heads: MAE sec. 4.1 for base to huge, the MFF authors' code for small, the others ours
+    "nano": (128, 1, 4),
+    "tiny": (192, 4, 6),
+    "small": (384, 8, 12),
+    "base": (512, 8, 16),
+    "large": (512, 8, 16),
+    "huge": (512, 8, 16),
+}
+
+
+@dataclass
+class Config(RunConfig):
+    # model
+    model: VitSize = opt("base", "encoder: width, depth and heads of that ViT")
+    patch_size: int | None = opt(None, "pixels; default 16, 14 for huge")
+    decoder_embed_dim: int | None = opt(None, "decoder width; default matches the encoder")
+    decoder_depth: int | None = opt(None, "decoder blocks; likewise")
+    decoder_num_heads: int | None = opt(None, "decoder heads; likewise")
+    # method
+    mask_ratio: float = opt(0.75, "share of hidden patches")
+    fuse_layers: tuple[int, ...] | None = opt(None, "blocks fused for the decoder; default 0,2,4,6,8,11 of 12; the last alone is MAE")
+    detach_shallow: bool = opt(False, "no gradient through the shallow shortcuts (MFF sec. A.8)")
+    target: Literal["mae", "raw", "pixmim"] = opt("mae", "normalised pixels, raw pixels, or low-pass filtered and normalised")
+    crop: Literal["rrc", "src"] | None = opt(None, "random resized crop, or PixMIM's simple one; default: the target's")
+    # optimisation: MFF appendix, table 1 (MAE's)
+    epochs: float = opt(800.0, "passes over the data")
+    batch_size: int = opt(4096, "images per update, over all processes")
+    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that fits, up to 256")
+    base_lr: float = opt(1.5e-4, "learning rate per 256 images")
+    min_lr: float = opt(0.0, "where the cosine ends")
+    warmup_epochs: float = opt(40.0, "linear warm-up")
+    weight_decay: float = opt(0.05, "AdamW")
+    betas: tuple[float, float] = opt((0.9, 0.95), "AdamW")
+    clip_grad: float = opt(0.0, "largest gradient norm; 0 = no clipping")
+    # run
+    init: str | None = opt(None, "start from these weights (ours, official MAE, timm); a fresh schedule")
+    pictures: int = opt(8, "images drawn at each epoch's end; 0 = none")
+
+    def __post_init__(self):
+        depth = VIT_SIZES[self.model][1]
+        self.patch_size = self.patch_size or (14 if self.model == "huge" else 16)
+        self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads = (
+            given or matched for given, matched in zip(
+                (self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads), DECODERS[self.model], strict=True))
+        self.fuse_layers = self.fuse_layers or tuple(sorted({i * (depth - 1) // 5 for i in range(6)}))
+        self.crop = self.crop or ("src" if self.target == "pixmim" else "rrc")
+        layers = list(self.fuse_layers)
+        if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != depth - 1:
+            raise ValueError(f"--fuse_layers {layers} must rise and end with the last of {depth} blocks, {depth - 1}")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"--mask_ratio is {self.mask_ratio}, expected a share between 0 and 1")
+
+
+# Raw pixels in the demo: drawn shapes are flat, and a flat patch has nothing left once its mean and deviation are taken out.
+DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "target": "raw", "epochs": 4.0,
+        "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5, "log_every": 25}
+
+
+def presets(flags):
+    return DEMO if flags.demo else {}
+
+
+# ---- masking and targets ---------------------------------------------------------------------------------------------
+
+
+def random_masking(noise, mask_ratio):
+    """Which patches stay visible: those with the smallest noise.
+
+    noise: (B, L). Returns ids_keep (B, len_keep), ids_restore (B, L), mask (B, L) float, 1 = hidden;
+    len_keep = int(L * (1 - mask_ratio)). Equal noise gives equal masks.
+    """
+    len_keep = int(noise.shape[1] * (1 - mask_ratio))
+    ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    return ids_shuffle[:, :len_keep], ids_restore, (ids_restore >= len_keep).float()
+
+
+def low_pass(images, radius=40.0 / 224):
+    """PixMIM's target filter on images (B, C, H, W) in [0, 1]: keep the frequencies within `radius` (a share of the side) of
+    the spectrum's centre; returns the magnitude of the inverse transform.
+
+    The disc is centred at (n - 1) / 2, half a bin off the zero frequency, as in the released code.
+    """
+    keep = [((torch.arange(n, device=images.device) - (n - 1) / 2) / (radius * n)) ** 2 for n in images.shape[-2:]]
+    disc = keep[0][:, None] + keep[1] <= 1
+    spectrum = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
+    return torch.fft.ifft2(torch.fft.ifftshift(spectrum * disc, dim=(-2, -1))).abs()
+
+
+def patch_target(images, patch_size, normalised=True):
+    """(B, C, H, W) -> (B, L, p*p*C): pixels, normalised per patch over all its values (unbiased variance, eps 1e-6)."""
+    target = patchify(images, patch_size)
+    if not normalised:
+        return target
+    return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def masked_mse(pred, target, mask):
+    """Mean squared error on the hidden patches (MAE sec. 3).
+
+    pred, target: (B, L, p*p*C); mask: (B, L), 1 = hidden, at least one. Returns a scalar: mean over the values of a patch,
+    then over all hidden patches of the batch.
+    """
+    return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class MaskedAutoencoder(ViT):
+    """Encoder, fusion and decoder. Names of the encoder's and decoder's parameters are MAE's."""
+
+    def __init__(self, cfg, mean, std):
+        super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
+        self.cfg = cfg
+        D, width = self.embed_dim, cfg.decoder_embed_dim
+        self.fuse_layers = cfg.fuse_layers
+        if len(self.fuse_layers) > 1:
+            self.fuse_proj = nn.ModuleList(nn.Linear(D, D) for _ in self.fuse_layers[:-1])
+            self.fuse_weight = nn.Parameter(torch.ones(len(self.fuse_layers)))
+        self.decoder_embed = nn.Linear(D, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(width, self.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(width, cfg.decoder_num_heads) for _ in range(cfg.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_pred = nn.Linear(width, cfg.patch_size**2 * cfg.in_chans)
+        for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        self.init_weights()
+
+    def encode(self, images, ids_keep):
+        """Visible patches through all blocks: fused, normalised tokens (B, 1 + len_keep, D)."""
+        x = self.embed(images)
+        x = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        x = self.prepend_cls(x)
+        outputs = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x)  # the chain goes on from x, never from a projection
+            if i in self.fuse_layers:
+                outputs[i] = x
+        return self.norm(self.fuse(outputs))
+
+    def fuse(self, outputs):
+        """z = sum_i softmax(w)_i y_i; y_i = Linear_i(x_i), the last block unprojected. outputs: {layer: x_i}."""
+        *shallow, last = outputs.values()
+        if not shallow:
+            return last
+        if self.cfg.detach_shallow:
+            shallow = [x.detach() for x in shallow]
+        y = [linear(x) for linear, x in zip(self.fuse_proj, shallow, strict=True)] + [last]
+        return sum(w * y_i for w, y_i in zip(self.fuse_weight.softmax(0), y, strict=True))
+
+    def decode(self, latent, ids_restore):
+        """(B, 1 + len_keep, D) -> predicted patches (B, L, p*p*C)."""
+        x = self.decoder_embed(latent)
+        B, L = ids_restore.shape
+        hidden = self.mask_token.to(x.dtype).expand(B, L - (x.shape[1] - 1), -1)
+        patches = torch.cat([x[:, 1:], hidden], dim=1)
+        patches = patches.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # undo the shuffle
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def target(self, images):
+        """What is to be predicted for normalised images: (B, L, p*p*C)."""
+        if self.cfg.target == "pixmim":
+            pixels = images * self.pixel_std + self.pixel_mean
+            images = (low_pass(pixels) - self.pixel_mean) / self.pixel_std
+        return patch_target(images, self.patch_size, normalised=self.cfg.target != "raw")
+
+    def predict(self, images, noise):
+        """(B, C, H, W), noise (B, L) -> pred (B, L, p*p*C), mask (B, L), 1 = hidden."""
+        ids_keep, ids_restore, mask = random_masking(noise, self.cfg.mask_ratio)
+        return self.decode(self.encode(images, ids_keep), ids_restore), mask
+
+    def forward(self, images, noise):
+        """Returns the loss and its terms: the loss again and softmax(w) under the layers' numbers (MFF fig. 1)."""
+        pred, mask = self.predict(images, noise)
+        with torch.autocast(images.device.type, enabled=False):  # target and loss in float32
+            loss = masked_mse(pred.float(), self.target(images.float()), mask)
+        terms = {"loss": loss.detach()}
+        if len(self.fuse_layers) > 1:
+            weights = self.fuse_weight.detach().softmax(0).unbind()
+            terms |= {f"fuse_weight/{i}": w for i, w in zip(self.fuse_layers, weights, strict=True)}
+        return loss, terms
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class SimpleResizedCrop:
+    """PixMIM's crop: short side to the image size, bilinear, then a random crop with 4 px of reflected border."""
+
+    def __init__(self, size):
+        self.size, self.crop = size, v2.RandomCrop(size, padding=4, padding_mode="reflect")
+
+    def __call__(self, image):
+        return self.crop(cover(image, self.size, InterpolationMode.BILINEAR))
+
+
+def train_step(model, batches, to_images, optimizer, scaler, step, cfg, plan, run):
+    """One update from plan.accum_steps micro-batches; returns {name: float, mean over the update} and the sample numbers."""
+    optimizer.zero_grad(set_to_none=True)
+    total, samples = {}, []
+    for micro_step in range(plan.accum_steps):
+        batch = next(batches)
+        run.seed(step, micro_step)
+        images, noise = to_images(batch), batch["draw"].to(run.device, non_blocking=True)
+        with gradient_sync(model, micro_step == plan.accum_steps - 1):
+            with autocast(run.device, run.amp_dtype):
+                loss, terms = model(images, noise)
+            scaler.scale(loss / plan.accum_steps).backward()
+        total = {name: total.get(name, 0) + term / plan.accum_steps for name, term in terms.items()}
+        samples += batch["index"].tolist()
+    return finish_update(run, optimizer, scaler, total, cfg.clip_grad), samples
+
+
+def unnormalise(pred, images, mask, p, grid):
+    """Predicted normalised patches -> pixels, with no look at what is hidden: a hidden patch takes the mean and deviation of
+    the visible patches around it, weighted by exp(-distance^2 / 2)."""
+    patches = patchify(images, p)
+    position = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32, device=pred.device) for n in grid))
+    score = -torch.cdist(position, position).square() / 2
+    weight = score.masked_fill(mask[:, None].bool(), -torch.inf).softmax(-1)  # (B, L, L), from visible patches only
+    return pred * (weight @ patches.std(-1, keepdim=True)) + weight @ patches.mean(-1, keepdim=True)
+
+
+@torch.no_grad()
+def draw_pictures(path, model, batch, to_images, cfg):
+    """PNG with original, masked input, prediction, and the prediction pasted into the visible patches."""
+    images, noise = to_images(batch), batch["draw"].to(to_images.device)
+    pred, mask = model.predict(images, noise)
+    if cfg.target != "raw":
+        pred = unnormalise(pred, images, mask, model.patch_size, model.grid)
+    pred = unpatchify(pred, model.patch_size, model.grid)
+    hidden = unpatchify(mask[..., None].expand(-1, -1, model.patch_size**2), model.patch_size, model.grid)
+    columns = [to_images.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]
+    columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
+    statistics = "raw pixels" if cfg.target == "raw" else "un-normalised with the statistics of visible patches only"
+    save_pictures(path, list(zip(*columns, strict=True)), ["original", "masked", "prediction", "pasted"],
+                  f"target {cfg.target}, {cfg.mask_ratio:.0%} hidden; prediction {statistics}")
+
+
+def train(cfg, run):
+    source = open_data(cfg)
+    if cfg.check_data:
+        return check_data(source, run.workers)
+    plan = make_plan(len(source), cfg, run.world_size)
+    mean, std = normalisation(cfg)
+    lr = cfg.base_lr * cfg.batch_size / 256
+    run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
+
+    torch.manual_seed(cfg.seed)
+    model = MaskedAutoencoder(cfg, mean, std)
+    if cfg.init:
+        load_weights(model, cfg.init, allow_missing=("decoder", "mask_token", "fuse_"), ignore=("head.", "fc_norm."))
+    ddp = run.prepare(model)
+    optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    start = run.load(plan, state)
+
+    crop = SimpleResizedCrop(cfg.img_size) if cfg.crop == "src" else random_resized_crop(cfg.img_size)
+    noise = functools.partial(torch.rand, math.prod(model.grid))
+    views = Views(source, crop, cfg.seed, run.limit_bad_files(len(source)), noise)
+    batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))
+    to_images = Normalise(mean, std, run.device)
+    fixed = Views(source, EvalCrop(cfg.img_size), cfg.seed, len(source), noise, flip=False)
+    fixed = collate([fixed[-1, i * len(source) // cfg.pictures] for i in range(cfg.pictures)]) if cfg.pictures else None
+    meta = {"method": "mae_mff", "model": cfg.model, "img_size": cfg.img_size, "patch_size": cfg.patch_size,
+            "in_chans": cfg.in_chans, "mean": mean, "std": std}
+
+    for step in range(start, plan.steps):
+        now = warmup_cosine(plan.epoch(step), lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
+        set_lr(optimizer, now)
+        stats, samples = train_step(ddp, batches, to_images, optimizer, scaler, step, cfg, plan, run)
+        run.end_update(step + 1, stats, now, samples)
+        if run.is_main and fixed and plan.ends_epoch(step + 1):
+            draw_pictures(run.out / f"pictures/epoch_{round(plan.epoch(step + 1)):04}.png", model, fixed, to_images, cfg)
+        if run.save_due(step + 1):
+            run.export("encoder.pth", model.trunk_state(), {**meta, "epoch": plan.epoch(step + 1)})
+            run.save(step + 1, state)
+        if run.stopping:
+            return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
+    demo = "--demo --mode linear" if cfg.demo else f"--data {cfg.data}"
+    run.print(f"done: {run.out}/last.pth, encoder.pth, pictures/; next:\n"
+              f"  python finetune.py {demo} --weights {run.out}/encoder.pth")
+
+
+if __name__ == "__main__":
+    launch(Config, presets, train, "mae_mff")
