@@ -15,12 +15,13 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import struct
 import sys
+import textwrap
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -35,6 +36,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
+
+try:
+    import resource
+except ImportError:  # Windows: no peak memory in the log
+    resource = None
 
 
 class Refused(Exception):
@@ -190,7 +196,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         # A parameter, as in the released files, but fixed: fine-tuning turns its gradient on.
         self.pos_embed = nn.Parameter(sincos_pos_embed(self.embed_dim, self.grid), requires_grad=False)
-        rates = torch.linspace(0, drop_path, self.depth).tolist()
+        rates = [drop_path * i / (self.depth - 1) for i in range(self.depth)]
         self.blocks = nn.ModuleList(Block(self.embed_dim, num_heads, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
 
@@ -225,6 +231,68 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+
+def read_file(path):
+    """A .pth with weights_only=True (Namespace allowed, as in MAE's files) or a .safetensors; Refused if it is neither."""
+    path = Path(path)
+    if path.is_dir():
+        raise Refused(f"{path} is a folder, not a file of weights; to continue the run in it: --resume --out {path}")
+    if not path.exists():
+        raise Refused(f"{path} does not exist")
+    with open(path, "rb") as file:
+        if file.read(2).startswith((b"--", b"<")):
+            raise Refused(f"{path} is a download log or a web page, not weights: fetch it again (wget -O, not -o)")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # optional: only files from elsewhere need it
+
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except ImportError:
+        raise Refused(f"reading {path} needs: pip install safetensors") from None
+    except Exception as error:  # zip, pickle and storage errors, by kind of damage
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line),
+                      (str(error) or repr(error)).splitlines()[0])
+        raise Refused(f"cannot read {path} safely: {reason[:200]}") from None
+
+
+def load_weights(model, path, allow_missing=(), ignore=()):
+    """Copy weights into `model` by name (ours, official MAE, timm); returns the file's `meta` ({} if it has none).
+
+    Names in the file that start with a prefix in `ignore` are left out; position tables are resized to the model's grid.
+    Refused if a name has no place in the model, if the model lacks one that starts with no prefix in `allow_missing`, or if
+    shapes differ. Prints what was done.
+    """
+    content = read_file(path)
+    meta, weights = content.get("meta", {}), content.get("model", content)
+    weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
+    own = model.state_dict()
+    for name in [name for name in weights if name.endswith("pos_embed") and name in own]:
+        L, patch_size, size = weights[name].shape[1] - 1, meta.get("patch_size"), meta.get("img_size")
+        old = patch_grid(size, patch_size) if size else (math.isqrt(L),) * 2
+        if weights[name].shape[-1] == own[name].shape[-1] and old != model.grid:
+            if math.prod(old) != L:
+                raise Refused(f"{path}: {name} has {L} patches, which is no square, and the file does not say its grid")
+            weights[name] = resize_pos_embed(weights[name], old, model.grid)
+            say(f"{name} {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}, bicubic")
+    ignored = [name for name in weights if name.startswith(tuple(ignore))]
+    weights = {name: value for name, value in weights.items() if name not in ignored}
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    report = {"missing": missing, "unexpected": unexpected, "ignored": ignored}
+    say(f"{path}: {len(own) - len(missing)}/{len(own)} tensors loaded; " + "; ".join(
+        f"{kind}: {', '.join(dict.fromkeys(n.split('.')[0] for n in names)) or 'none'}" for kind, names in report.items()))
+    wrong = unexpected + [name for name in missing if not name.startswith(tuple(allow_missing))]
+    if wrong:
+        raise Refused(f"{path} is not for this model: {len(unexpected)} unexpected tensors, {len(missing)} missing, "
+                      f"{wrong[0]} for one")
+    for name in own.keys() & weights.keys():
+        if own[name].shape != weights[name].shape:
+            raise Refused(f"{path}: {name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}: "
+                          "check --model, --patch_size and --in_chans")
+    model.load_state_dict(weights, strict=False)
+    return meta
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,15 +360,13 @@ def read_image(path, in_chans):
 
 
 class ImageFiles:
-    """Images in files, with the class index of each, or -1. Paths are kept in one buffer: a list of millions of strings
-    would be copied into every loader worker, page by page, as its reference counts change."""
+    """Images in files. labels: class index of each, or -1. Paths are kept in one buffer: a list of a million strings would be
+    copied into every loader worker, page by page, as its reference counts change."""
 
-    def __init__(self, paths, in_chans, labels=None, classes=None):
+    def __init__(self, paths, labels, classes, in_chans):
         encoded = [os.fsencode(path) for path in paths]
-        self.ends = np.cumsum([len(path) for path in encoded])
-        self.buffer = np.frombuffer(b"".join(encoded), np.uint8)
-        self.labels = np.full(len(encoded), -1) if labels is None else np.asarray(labels)
-        self.classes, self.in_chans = classes, in_chans
+        self.ends, self.buffer = np.cumsum([len(path) for path in encoded]), np.frombuffer(b"".join(encoded), np.uint8)
+        self.labels, self.classes, self.in_chans = np.asarray(labels), classes, in_chans
 
     def __len__(self):
         return len(self.ends)
@@ -314,12 +380,10 @@ class ImageFiles:
 
 
 class ImageArray:
-    """Images in memory: uint8 (N, H, W, C)."""
+    """Images in memory, uint8 (N, H, W, C)."""
 
-    def __init__(self, images, in_chans, labels=None, classes=None, name="image"):
-        self.images, self.in_chans, self.title = images, in_chans, name
-        self.labels = np.full(len(images), -1) if labels is None else np.asarray(labels).astype(np.int64)
-        self.classes = classes if classes or labels is None else [str(i) for i in range(int(self.labels.max()) + 1)]
+    def __init__(self, images, labels, classes, in_chans, title):
+        self.images, self.labels, self.classes, self.in_chans, self.title = images, labels, classes, in_chans, title
 
     def __len__(self):
         return len(self.images)
@@ -408,7 +472,7 @@ class Shapes:
         kinds, angles = rng.integers(len(self.polygons), size=n), rng.uniform(-0.35, 0.35, n)
         radii = np.append(0.26 + 0.14 * rng.random(), 0.08 + 0.1 * rng.random(n - 1)) * min(self.size)
         centres = np.append(0.3 + 0.4 * rng.random((1, 2)), 0.1 + 0.8 * rng.random((n - 1, 2)), axis=0) * (width, height)
-        colours = np.append(np.zeros((1, self.in_chans)), rng.integers(before, before + 128, (n, self.in_chans)), axis=0).astype(np.uint8)
+        colours = rng.integers(before, before + 128, (n + 1, self.in_chans)).astype(np.uint8)
         for i in range(n):
             c, s = math.cos(angles[i]) * radii[i], math.sin(angles[i]) * radii[i]
             points = self.polygons[kinds[i]] @ np.array([[c, s], [-s, c]], np.float32) + centres[i]
@@ -473,87 +537,92 @@ def list_images(root):
 def open_folder(root, in_chans, classes=None):
     """ImageFiles below `root`; its classes are the given ones, or its first-level folders if every image lies in one."""
     paths = list_images(root)
-    first = [os.path.relpath(path, root).split(os.sep) for path in paths]
-    if any(len(parts) == 1 for parts in first):
-        return ImageFiles(paths, in_chans)
-    names = sorted({parts[0] for parts in first})
+    first = [os.path.relpath(path, root).split(os.sep)[:-1] for path in paths]
+    if not all(first):
+        return ImageFiles(paths, [-1] * len(paths), None, in_chans)
+    names = sorted({folders[0] for folders in first})
     classes = classes or names
+    if unknown := set(names) - set(classes):
+        raise Refused(f"{root}/{min(unknown)} is no class of the training images")
     index = {name: i for i, name in enumerate(classes)}
-    if unknown := [name for name in names if name not in index]:
-        raise Refused(f"{root}/{unknown[0]} is no class of the training images")
-    return ImageFiles(paths, in_chans, [index[parts[0]] for parts in first], classes)
+    return ImageFiles(paths, [index[folders[0]] for folders in first], classes, in_chans)
+
+
+def open_list(path, in_chans, split):
+    """A text file with one path per line, relative to it or absolute; no labels."""
+    paths = [os.path.join(path.parent, line.strip()) for line in path.read_text().splitlines() if line.strip()]
+    if not paths or split != "pretrain":
+        raise Refused(f"--data {path}: a list of paths is for pre-training, it has no labels" if paths else f"{path} is empty")
+    return ImageFiles(paths, [-1] * len(paths), None, in_chans)
 
 
 def open_npz(path, in_chans, split):
-    """One .npz: `images` uint8 (N, H, W, C) or (N, H, W), optional `labels` (N,), `split` (N,): train/val/test or 0/1."""
+    """One .npz: `images` uint8 (N, H, W, C) or (N, H, W), optional `labels` (N,), `split` (N,): 0 or "train", else held out."""
     with np.load(path, allow_pickle=False) as file:
-        if "images" not in file:
-            raise Refused(f"{path} holds {sorted(file)}, expected an array `images` (N, H, W, C) uint8")
-        images = file["images"]
-        labels = file["labels"] if "labels" in file else None
-        parts = file["split"] if "split" in file else np.zeros(len(images), np.int64)
+        arrays = dict(file)
+    images = arrays.get("images", np.empty(0))
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.dtype != np.uint8:
-        raise Refused(f"`images` in {path} is {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")
-    is_train = parts == ("train" if parts.dtype.kind in "US" else 0)
-    chosen = is_train if split == "train" else ~is_train
+        raise Refused(f"{path} has {sorted(arrays)}; expected `images` uint8 (N, H, W, C), got {images.dtype} {images.shape}")
+    part = arrays.get("split", np.zeros(len(images), np.int64))
+    held_out = (part != "train") if part.dtype.kind in "US" else (part != 0)
+    chosen = held_out if split == "val" else ~held_out
     if not chosen.any():
-        raise Refused(f"{path} has no image for {split}: give it an array `split` (N,) with 0 = train, 1 = val")
+        raise Refused(f"{path} has no image for {split}: mark them in an array `split` (N,), 0 = train, 1 = val")
+    labels = arrays.get("labels")
     classes = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
-    return ImageArray(images[chosen], in_chans, None if labels is None else labels[chosen], classes, Path(path).name)
+    labels = np.full(chosen.sum(), -1) if labels is None else labels[chosen]
+    return ImageArray(images if chosen.all() else images[chosen], labels, classes, in_chans, path.name)
 
 
 def open_torchvision(name, in_chans, split, download):
-    """cifar10, cifar100, stl10, cars under data/; fetched only with --download."""
+    """cifar10, cifar100, stl10, cars under data/; the first three are fetched with --download."""
     from torchvision import datasets
 
-    train = split == "train"
+    part = "train" if split != "val" else "test"
     try:
-        if name.startswith("cifar"):
-            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-            data = kind("data", train=train, download=download)
-            return ImageArray(data.data, in_chans, data.targets, data.classes, name)
-        if name == "stl10":  # train: the 5,000 labelled images; pre-training on all 105,000 is "stl10" with no labels
-            data = datasets.STL10("data", split="train+unlabeled" if train else "test", download=download)
-            return ImageArray(data.data.transpose(0, 2, 3, 1), in_chans, data.labels, list(data.classes), name)
-        data = datasets.StanfordCars("data", split="train" if train else "test", download=download, loader=str)
-        return ImageFiles([data[i][0] for i in range(len(data))], in_chans,
-                          [data[i][1] for i in range(len(data))], data.classes)
+        if name == "cars":  # its `loader` hands over paths in place of decoded images
+            data = datasets.StanfordCars("data", split=part, loader=str)
+            return ImageFiles(*zip(*((path, label) for path, label in data), strict=True), data.classes, in_chans)
+        if name == "stl10":
+            data = datasets.STL10("data", split="train+unlabeled" if split == "pretrain" else part, download=download)
+            return ImageArray(data.data.transpose(0, 2, 3, 1), data.labels, data.classes, in_chans, name)
+        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        data = kind("data", train=split != "val", download=download)
+        return ImageArray(data.data, data.targets, data.classes, in_chans, name)
     except (RuntimeError, ValueError) as error:
-        hint = "see torchvision's page on StanfordCars for its layout" if name == "cars" else "add --download to fetch it"
-        raise Refused(f"--data {name}: {str(error).splitlines()[0]} Looked in data/; {hint}") from None
+        hint = "torchvision's page on StanfordCars shows its layout" if name == "cars" else "add --download to fetch it"
+        raise Refused(f"--data {name} is not in data/ ({str(error).splitlines()[0]}): {hint}") from None
 
 
-def open_data(cfg, split="train", classes=None):
+def open_data(cfg, split="pretrain", classes=None):
     """The images of `--data`: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i), classes or None.
 
-    split "train" of a folder is its `train/` if there is one, else the whole folder; "val" is its `val/`, numbered by the
-    training `classes`.
+    split: "pretrain" (labels are not needed), "train" or "val". Of a folder, "val" is its `val/`, with labels numbered by the
+    training `classes`; the others its `train/` if there is one, else all of it.
     """
     if cfg.data == "shapes":
-        return Shapes(cfg.img_size, cfg.in_chans, split)
+        return Shapes(cfg.img_size, cfg.in_chans, "val" if split == "val" else "train")
     if cfg.data in ("cifar10", "cifar100", "stl10", "cars"):
         return open_torchvision(cfg.data, cfg.in_chans, split, cfg.download)
-    root = Path(cfg.data)
-    if not root.exists() and not root.is_absolute() and (Path(__file__).parent / root).exists():
-        root = Path(__file__).parent / root
-    if not root.exists():
-        hint = ("link ImageNet there, give --data PATH (any folder of images), or try --demo"
-                if cfg.data == "data/imagenet" else "give a folder, a .txt list, an .npz, or shapes|cifar10|cifar100|stl10|cars")
-        raise Refused(f"--data {cfg.data} does not exist: {hint}")
-    if root.suffix == ".npz":
-        return open_npz(root, cfg.in_chans, split)
-    if root.is_file():
-        lines = [line.strip() for line in root.read_text().splitlines()]
-        paths = [os.path.join(root.parent, line) for line in lines if line]
-        if split != "train" or not paths:
-            raise Refused(f"--data {root}: a list of paths {'has no labels' if paths else 'that is empty'}")
-        return ImageFiles(paths, cfg.in_chans)
-    if split == "train":
-        return open_folder(root / "train" if (root / "train").is_dir() else root, cfg.in_chans)
-    if not (root / "val").is_dir():
-        raise Refused(f"--data {root} has no val/: expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg")
-    return open_folder(root / "val", cfg.in_chans, classes)
+    root = next((path for path in (Path(cfg.data), Path(__file__).parent / cfg.data) if path.exists()), None)
+    if root is None:
+        default = cfg.data == RunConfig.data
+        raise Refused(f"--data {cfg.data} does not exist: " + (
+            "link ImageNet there, give --data PATH (any folder of images), or try --demo" if default else
+            "give a folder, a .txt list of paths, an .npz, or shapes|cifar10|cifar100|stl10|cars"))
+    try:
+        if root.suffix == ".npz":
+            return open_npz(root, cfg.in_chans, split)
+        if root.is_file():
+            return open_list(root, cfg.in_chans, split)
+        if split != "val":
+            return open_folder(root / "train" if (root / "train").is_dir() else root, cfg.in_chans)
+        if (root / "val").is_dir():
+            return open_folder(root / "val", cfg.in_chans, classes)
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise Refused(f"--data {root}: {error}") from None
+    raise Refused(f"--data {root} has no val/: expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg")
 
 
 def normalisation(cfg):
@@ -611,7 +680,8 @@ class Views(torch.utils.data.Dataset):
                 return *self.source.read(here), bad
             except Exception as error:  # decoders raise nearly anything
                 bad.append((self.source.name(here), (str(error) or repr(error)).splitlines()[0][:200]))
-        return None, -1, bad  # more bad files than --max_bad allows: the run stops before it uses this sample
+        # More bad files than --max_bad allows: the run stops before it uses this blank.
+        return torch.zeros(self.source.in_chans, 64, 64, dtype=torch.uint8), -1, bad
 
     def __getitem__(self, key):
         epoch, index = key
@@ -620,20 +690,52 @@ class Views(torch.utils.data.Dataset):
         sample = {"index": index, "label": label, "bad": bad, "flip": bool(torch.rand(()) < 0.5) and self.flip}
         if self.draw is not None:
             sample["draw"] = self.draw()
-        sample["image"] = None if image is None else self.transform(image)
-        return sample
+        return {**sample, "image": self.transform(image)}
 
 
 def collate(samples):
     """List of samples -> batch of tensors; 8-bit images become float only where a 16-bit one sits in the same batch."""
     images = [sample.pop("image") for sample in samples]
-    shown = next((image for image in images if image is not None), None)
-    images = [torch.zeros(1, 1, 1, dtype=torch.uint8) if shown is None else torch.zeros_like(shown) if image is None
-              else image for image in images]
     if len({image.dtype for image in images}) > 1:
         images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
     bad = [entry for sample in samples for entry in sample.pop("bad")]
     return {"image": torch.stack(images), "bad": bad, **torch.utils.data.default_collate(samples)}
+
+
+@dataclasses.dataclass
+class Plan:
+    """One run in numbers: n images, `batch_size` per update over all processes, `steps` updates."""
+
+    n: int
+    batch_size: int
+    micro_batch: int
+    accum_steps: int
+    steps: int
+
+    def epoch(self, step):
+        """Fractional epoch after `step` updates."""
+        return step * self.batch_size / self.n
+
+    def ends_epoch(self, step):
+        """Whether the `step`-th update completes a pass, or the run."""
+        return step == self.steps or step * self.batch_size // self.n > (step - 1) * self.batch_size // self.n
+
+
+def make_plan(n, cfg, world_size):
+    """Split the global batch: batch_size = processes x micro_batch x accum_steps; floor(epochs * n / batch_size) updates."""
+    B, share = cfg.batch_size, cfg.batch_size // world_size
+    micro = cfg.micro_batch or next(m for m in range(min(256, max(share, 1)), 0, -1) if share % m == 0)
+    unit = world_size * micro
+    if B % unit:
+        near = [m for m in (B // unit * unit, B // unit * unit + unit) if m]
+        raise Refused(f"--batch_size {B} is not {world_size} processes x {micro} (--micro_batch) x a whole number: "
+                      f"use {' or '.join(map(str, near))}")
+    if n < B:
+        raise Refused(f"{n} images are fewer than one batch: --batch_size is {B}, use at most {n}")
+    steps = int(cfg.epochs * n // B)
+    if steps < 1:
+        raise Refused(f"--epochs {cfg.epochs} of {n} images is less than one update of --batch_size {B}")
+    return Plan(n, B, micro, B // unit, steps)
 
 
 @functools.lru_cache(maxsize=2)
@@ -836,40 +938,44 @@ def opt(default, text):
 class RunConfig:
     """What every script's command line has beside its method's fields."""
 
-    data: str = opt("data/imagenet", "folder of images (any, or with train/ and val/), .txt list of paths, .npz, or "
-                                     "shapes|cifar10|cifar100|stl10|cars")
-    download: bool = opt(False, "let torchvision fetch cifar10, cifar100 or stl10")
+    data: str = opt("data/imagenet", "folder of images, .txt list of paths, .npz, or shapes|cifar10|cifar100|stl10|cars")
+    download: bool = opt(False, "let torchvision fetch cifar10, cifar100 or stl10 into data/")
     img_size: tuple[int, int] = opt((224, 224), "pixels, H or H,W")
     in_chans: int = opt(3, "channels of the images")
     mean: tuple[float, ...] | None = opt(None, "per channel, of values in [0, 1]; default: the data set's or ImageNet's")
     std: tuple[float, ...] | None = opt(None, "likewise")
-    workers: int | None = opt(None, "loader processes per training process; default: the cores there are for it, at most 8")
+    workers: int | None = opt(None, "loader processes per training process; default: its share of the cores, at most 8")
     max_bad: float = opt(0.001, "share of unreadable files (at least one file) above which the run stops")
     check_data: bool = opt(False, "read all images, report, and exit")
     out: str | None = opt(None, "folder to write into; default runs/SCRIPT")
     resume: bool = opt(False, "continue the run in --out exactly where its checkpoint is; start it if there is none")
     seed: int = opt(0, "seed of everything random")
-    amp: Literal["auto", "bf16", "fp16", "off"] = opt("auto", "mixed precision")
+    amp: Literal["auto", "bf16", "fp16", "off"] = opt("auto", "mixed precision; auto: bf16 or fp16 where that is fast")
     compile: bool = opt(False, "compile the model with torch.compile")
     save_minutes: float = opt(10.0, "minutes between checkpoints (also written at each epoch's end and on SIGTERM)")
     log_every: int = opt(20, "updates between two log lines")
     demo: bool = opt(False, "small values for everything: drawn shapes, a tiny model, under two minutes on two CPU cores")
 
 
-# Fields that may differ when a run is resumed: none of them changes what is computed.
-FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes", "log_every",
-                  "demo", "micro_batch", "init", "weights"}
+# What may differ when a run is resumed, because it does not change what is computed.
+FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes",
+                  "log_every", "demo", "micro_batch", "init", "weights", "pictures"}
 
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{self.prog}: {message}", file=sys.stderr)
+        say(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
 
+def say(text, **how):
+    """Print, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True, **how)
+
+
 def _converter(annotation):
-    """Text -> value for a field's type; returns (function, choices)."""
+    """(text -> value, choices) for a field's type; a tuple is written 1,2,3, one number standing for all of a fixed length."""
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(t for t in get_args(annotation) if t is not type(None))
     if get_origin(annotation) is Literal:
@@ -878,226 +984,123 @@ def _converter(annotation):
         return annotation, None
     element, *rest = get_args(annotation)
 
-    def numbers(text):
-        values = tuple(element(part) for part in text.replace("x", ",").split(","))
-        if rest != [...]:  # fixed length: one number stands for all
-            values = values * (1 + len(rest)) if len(values) == 1 else values
-            if len(values) != 1 + len(rest):
-                raise ValueError
-        return values
+    def convert(text):
+        values = tuple(element(part) for part in text.split(","))
+        if rest != [...] and len(values) not in (1, 1 + len(rest)):
+            raise ValueError
+        return values * (1 + len(rest)) if rest != [...] and len(values) == 1 else values
 
-    numbers.__name__ = f"list of {element.__name__}s"  # argparse names it in its message
-    return numbers, None
+    convert.__name__ = f"{element.__name__},..."  # argparse quotes it
+    return convert, None
 
 
 def parse_config(config_type, presets=lambda flags: {}, argv=None):
-    """Command line -> config_type(...). Flags are the field names, `_` and `-` alike; `presets(flags)` may turn flags such as
+    """Command line -> config_type(...). Flags are the field names, with `_` or `-`; `presets(flags)` may turn flags such as
     --demo into other defaults, which flags given beside them override. Anything wrong: one line, exit code 2."""
-    fields, types = dataclasses.fields(config_type), get_type_hints(config_type)
-    names = [f.name for f in fields]
+    types = get_type_hints(config_type)
     parser = OneLineParser(description=sys.modules[config_type.__module__].__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields:
-        text = f.metadata["help"].replace("%", "%%")
-        text += "" if f.default is None else f" (default {f.default})"
-        if types[f.name] is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
+    for field in dataclasses.fields(config_type):
+        text = field.metadata["help"] + ("" if field.default is None else f" (default {field.default})")
+        how = {"default": field.default, "help": text.replace("%", "%%")}
+        if types[field.name] is bool:
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **how)
         else:
-            convert, choices = _converter(types[f.name])
-            parser.add_argument(f"--{f.name}", type=convert, choices=choices, default=f.default, help=text, metavar="")
+            convert, choices = _converter(types[field.name])
+            parser.add_argument(f"--{field.name}", type=convert, choices=choices, metavar=field.name.upper(), **how)
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         if word.startswith("--"):
-            flag, equals, value = word[2:].partition("=")
+            flag, *value = word[2:].split("=", 1)
             flag = flag.replace("-", "_")
-            flag = f"no-{flag[3:]}" if flag.startswith("no_") and flag not in names else flag
-            words.append(f"--{flag}{equals}{value}")
-        elif words and word[:2].strip("-").isdigit() and words[-1][2:] in names:  # a value such as -0.5,-0.5
+            flag = f"no-{flag[3:]}" if flag.startswith("no_") and flag not in types else flag
+            words.append("=".join([f"--{flag}", *value]))
+        elif words and re.match(r"-[\d.]", word) and words[-1][2:] in types:  # a negative value, no flag
             words[-1] += f"={word}"
         else:
             words.append(word)
     flags, unknown = parser.parse_known_args(words)
     if unknown:
-        flag = unknown[0].split("=")[0].lstrip("-").removeprefix("no-")
-        hint = difflib.get_close_matches(flag, names, 1)
-        if not unknown[0].startswith("-") and "--resume" in words:
-            parser.error(f"--resume takes no file ({unknown[0]}): it continues the run in --out; to start from weights, --init FILE")
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean --{hint[0]}?" if hint else "; --help lists them"))
-    parser.set_defaults(**presets(flags))
+        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), types, 1)
+        if not unknown[0].startswith("-") and flags.resume:
+            parser.error(f"--resume takes no file ({unknown[0]}): it continues the run in --out; for weights use --init FILE")
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them"))
     try:
+        parser.set_defaults(**presets(flags))
         return config_type(**vars(parser.parse_args(words)))
-    except ValueError as error:
+    except (ValueError, Refused) as error:
         parser.error(str(error))
 
 
-@dataclasses.dataclass
-class Plan:
-    """One run in numbers: n images, `batch_size` per update over all processes, `steps` updates."""
-
-    n: int
-    batch_size: int
-    micro_batch: int
-    accum_steps: int
-    steps: int
-
-    def epoch(self, step):
-        """Fractional epoch after `step` updates."""
-        return step * self.batch_size / self.n
-
-    def ends_epoch(self, step):
-        """Whether the `step`-th update completes a pass, or the run."""
-        return step == self.steps or step * self.batch_size // self.n > (step - 1) * self.batch_size // self.n
-
-
-def make_plan(n, cfg, world_size):
-    """Split the global batch: batch_size = processes x micro_batch x accum_steps; floor(epochs * n / batch_size) updates."""
-    B, share = cfg.batch_size, cfg.batch_size // world_size
-    micro = cfg.micro_batch or next(m for m in range(min(256, max(share, 1)), 0, -1) if share % m == 0)
-    unit = world_size * micro
-    if B % unit:
-        near = [m for m in (B // unit * unit, B // unit * unit + unit) if m]
-        raise Refused(f"--batch_size {B} is not {world_size} processes x {micro} (--micro_batch) x a whole number: "
-                      f"use {' or '.join(map(str, near))}")
-    if n < B:
-        raise Refused(f"{n} images are fewer than one batch: --batch_size is {B}, use at most {n}")
-    steps = int(cfg.epochs * n // B)
-    if steps < 1:
-        raise Refused(f"--epochs {cfg.epochs} of {n} images is less than one update of --batch_size {B}")
-    return Plan(n, B, micro, B // unit, steps)
-
-
 def write_atomically(path, save):
-    """save(open file) beside `path`, then rename over it: a kill or a full disk leaves the old file as it was."""
+    """save(open file) beside `path`, then rename over it: a kill or a full disk leaves what was there as it was."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise Refused(f"cannot write {path} ({error}); what was there before is untouched", code=1) from None
-    os.replace(temporary, path)
-
-
-def read_file(path):
-    """A .pth with weights_only=True (Namespace allowed, as in MAE's files) or a .safetensors; Refused if it is neither."""
-    path = Path(path)
-    if path.is_dir():
-        raise Refused(f"{path} is a folder, not a file of weights; to continue the run in it: --resume --out {path}")
-    if not path.exists():
-        raise Refused(f"{path} does not exist")
-    with open(path, "rb") as file:
-        if file.read(2).startswith((b"--", b"<")):
-            raise Refused(f"{path} is a download log or a web page, not weights: fetch it again (wget -O, not -o)")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # optional: only files from elsewhere need it
-
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise Refused(f"reading {path} needs: pip install safetensors") from None
-    except Exception as error:  # zip, pickle and storage errors, by kind of damage
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line),
-                      (str(error) or repr(error)).splitlines()[0])
-        raise Refused(f"cannot read {path} safely: {reason[:200]}") from None
-
-
-def load_weights(model, path, allow_missing=(), ignore=()):
-    """Copy weights into `model` by name (ours, official MAE, timm); returns the file's `meta` ({} if it has none).
-
-    Names in the file that start with a prefix in `ignore` are left out. Position tables are resized to the model's grid. Refused
-    if anything else has no place in the model, if the model lacks what does not start with a prefix in `allow_missing`, or if
-    shapes differ. Prints what was done.
-    """
-    content = read_file(path)
-    meta = content.get("meta", {})
-    weights = content.get("model", content)
-    weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
-    own = model.state_dict()
-    for name in [name for name in weights if name.endswith("pos_embed") and name in own]:
-        L, patch_size, size = weights[name].shape[1] - 1, meta.get("patch_size"), meta.get("img_size")
-        old = patch_grid(size, patch_size) if size else (math.isqrt(L),) * 2
-        if weights[name].shape[-1] == own[name].shape[-1] and old != model.grid:
-            if math.prod(old) != L:
-                raise Refused(f"{path}: {name} has {L} patches, which is no square, and the file does not say its grid")
-            weights[name] = resize_pos_embed(weights[name], old, model.grid)
-            print(f"{name} {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}, bicubic")
-    ignored = [name for name in weights if name.startswith(tuple(ignore))]
-    weights = {name: value for name, value in weights.items() if name not in ignored}
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    report = {"missing": missing, "unexpected": unexpected, "ignored": ignored}
-    print(f"{path}: {len(own) - len(missing)}/{len(own)} tensors loaded; " + "; ".join(
-        f"{kind}: {', '.join(dict.fromkeys(n.split('.')[0] for n in names)) or 'none'}" for kind, names in report.items()))
-    wrong = unexpected + [name for name in missing if not name.startswith(tuple(allow_missing))]
-    if wrong:
-        raise Refused(f"{path} does not fit this model: {len(unexpected)} unexpected tensors, {len(missing)} missing, e.g. {wrong[0]}")
-    for name in own.keys() & weights.keys():
-        if own[name].shape != weights[name].shape:
-            raise Refused(f"{path}: {name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}: "
-                          "check --model, --patch_size and --in_chans")
-    model.load_state_dict(weights, strict=False)
-    return meta
 
 
 class Run:
-    """One run of one script: its process, its folder, its log. It holds no loop: the scripts do.
+    """One run of one script: its process, its folder, its log. It holds no loop; the scripts do.
 
-    Attributes: rank, local_rank, world_size, is_main, device, out (Path), amp_dtype, stopping (all processes agree to stop).
+    Attributes: rank, world_size, is_main, device, amp_dtype, workers, out (Path), stopping (all processes have agreed to stop),
+    kept (plain values that travel in the checkpoint).
     """
 
     def __init__(self, cfg, method):
         self.cfg, self.method = cfg, method
-        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-        self.world_size, self.is_main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         self.amp_dtype = amp_dtype(cfg.amp, self.device)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.workers = cfg.workers if cfg.workers is not None else min(8, len(os.sched_getaffinity(0)) // local)
-        self.stop_requested = self.stopping = False
-        self.bad_files, self.new_bad_files = {}, {}
-        self.kept = {"nonfinite": 0, "overflow": 0}
-        self.in_a_row = 0
-        self.live = sys.stdout.isatty()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.workers = min(8, share) if cfg.workers is None else cfg.workers
         self.out = Path(cfg.out or f"runs/{method}")
+        self.stop_requested = self.stopping = False
+        self.bad_files, self.new_bad_files, self.max_bad_files = {}, {}, 1
+        self.kept, self.in_a_row = {"skipped_nonfinite": 0, "skipped_overflow": 0}, 0
+        self.live = sys.stdout.isatty()
         self.last_save = self.window_start = time.monotonic()
         self.window, self.waited = [], 0.0
 
     def start(self, plan, lr_line):
-        """Process group (only under torchrun), signals, the folder. Refused if --out holds another run. plan: None if there is
-        no training to do."""
+        """Process group (only under torchrun), signals, the folder: Refused if --out holds another run. plan: None if there
+        is no training to do."""
         self.plan = plan
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                    device_id=self.device if self.device.type == "cuda" else None)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+            backend, bound = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=bound)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._on_signal)
         try:
-            occupied = self.out.exists() and any(self.out.iterdir())
-            if occupied and not self.cfg.resume:
+            if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
                 raise Refused(f"{self.out} is not empty: continue the run in it with --resume, or choose another --out")
             if dist.is_initialized():
                 dist.barrier()  # all have looked before the first one writes
             if self.is_main:
                 (self.out / "pictures").mkdir(parents=True, exist_ok=True)
-                config = json.dumps({"script": self.method, **dataclasses.asdict(self.cfg)}, indent=1) + "\n"
+                config = json.dumps({"script": self.method, **dataclasses.asdict(self.cfg)}, indent=1)
                 write_atomically(self.out / "config.json", lambda file: file.write(config.encode()))
         except OSError as error:
             raise Refused(f"cannot write into --out {self.out}: {error}") from None
-        self.print(f"torch {torch.__version__}, {self.world_size} x {self._device_name()}, "
-                   f"{self.amp_dtype or torch.float32} compute, {self.workers} loader workers, writing to {self.out}/")
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        self.print(f"torch {torch.__version__}, {self.world_size} x {name}, {self.amp_dtype or torch.float32}, "
+                   f"{self.workers} loader workers, writing to {self.out}/")
         if plan:
             self.print(f"{plan.n} images, {plan.steps} updates; batch {plan.batch_size} = {self.world_size} processes x "
                        f"{plan.micro_batch} x {plan.accum_steps}; {lr_line}")
-
-    def _device_name(self):
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
     def _on_signal(self, number, _):
         if self.stop_requested and number == signal.SIGINT:  # Ctrl-C twice: now
@@ -1105,24 +1108,23 @@ class Run:
         self.stop_requested = True
 
     def print(self, text):
-        if self.is_main:
-            print(("\r\033[K" if self.live else "") + text, flush=True)
+        say(("\r\033[K" if self.live else "") + text)
 
     def prepare(self, model):
-        """Move to the device, compile in place (names stay clean), wrap in DDP if there are processes to share with."""
+        """Move to the device, compile in place (names stay clean), wrap in DDP under torchrun."""
         model.to(self.device)
         if self.cfg.compile:
             model.compile()
         if not dist.is_initialized():
             return model
-        return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def seed(self, step, micro_step):
-        """Re-seed the device generator at a micro-step's start, so that a resumed run needs no stored generator state."""
+        """Re-seed the generators at a micro-step's start, so that a resumed run needs no stored generator state."""
         torch.manual_seed(stable_seed(self.cfg.seed, step, micro_step, self.rank))
 
     def timed(self, loader):
-        """Iterate over batches: time spent waiting is counted, bad files are noted."""
+        """Iterate over batches: the time spent waiting is counted, unreadable files are noted."""
         iterator = iter(loader)
         while True:
             begin = time.monotonic()
@@ -1133,65 +1135,74 @@ class Run:
             self.new_bad_files.update((path, reason) for path, reason in batch["bad"] if path not in self.bad_files)
             yield batch
 
+    def allow_bad_files(self, n):
+        """How many files of n a reader may try in a row: one more than may be unreadable, --max_bad of them, at least one."""
+        self.max_bad_files = max(self.max_bad_files, int(self.cfg.max_bad * n))
+        return self.max_bad_files + 1
+
     def share_bad_files(self):
         """Called on all processes when any met an unreadable file: report each once, stop above --max_bad."""
-        lists = [self.new_bad_files] * self.world_size
+        found = [self.new_bad_files] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(lists, self.new_bad_files)
-        for path, reason in sorted({key: value for part in lists for key, value in part.items()}.items()):
+            dist.all_gather_object(found, self.new_bad_files)
+        for path, reason in sorted({path: reason for part in found for path, reason in part.items()}.items()):
             self.bad_files[path] = reason
             self.print(f"unreadable, replaced by the next file: {path}: {reason}")
         self.new_bad_files = {}
         if len(self.bad_files) > self.max_bad_files:
             listing = "".join(f"\n  {path}: {reason}" for path, reason in self.bad_files.items())
-            raise Refused(f"{len(self.bad_files)} unreadable files, more than --max_bad {self.cfg.max_bad} "
-                          f"({self.max_bad_files} files) allows:{listing}", code=1)
-
-    def limit_bad_files(self, n):
-        """How many of n files may be unreadable: --max_bad of them, at least one."""
-        self.max_bad_files = max(1, int(self.cfg.max_bad * n))
-        return self.max_bad_files + 1  # tries until a reader has seen too many
+            raise Refused(f"{len(self.bad_files)} unreadable files, --max_bad {self.cfg.max_bad} allows "
+                          f"{self.max_bad_files}:{listing}", code=1)
 
     def end_update(self, step, stats, lr, samples):
-        """Count and report one update (the `step`-th): log line every --log_every updates, skipped updates, exit 3 after ten."""
+        """Account for the `step`-th update: a log line every --log_every, a dump for a skipped one, exit code 3 after ten."""
         skipped = stats.pop("skipped")
+        self.in_a_row = self.in_a_row + 1 if skipped == "nonfinite" else 0
         if skipped:
-            self.kept[skipped] += 1
-            self._skipped(step, skipped, stats, lr, samples)
+            self.kept[f"skipped_{skipped}"] += 1
         else:
             self.window.append(stats)
-        self.in_a_row = self.in_a_row + 1 if skipped == "nonfinite" else 0
+        if skipped == "overflow":
+            self.print(f"step {step}: fp16 overflow, update skipped by the loss scaler (it lowers its scale; harmless if rare)")
+        if skipped == "nonfinite":
+            self._dump(step, lr, samples, stats)
         if self.in_a_row == 10:
-            good = next((str(self.out / name) for name in ("last.pth", "previous.pth") if (self.out / name).exists()), "none yet")
-            raise Refused(f"ten non-finite updates in a row, the last at step {step}, lr {lr:.2g}; last good checkpoint: {good}; "
-                          "see nonfinite_*.json; try --amp off, half the --base_lr, or --clip_grad 1", code=3)
-        if step % self.cfg.log_every == 0 or step == self.plan.steps:
-            self._log_window(step, lr)
-        elif self.live:
-            self._show(step, stats["loss"], len(self.window) * self.plan.batch_size / (time.monotonic() - self.window_start))
-
-    def _log_window(self, step, lr):
-        elapsed, n = time.monotonic() - self.window_start, max(len(self.window), 1)
-        means = {key: sum(stats[key] for stats in self.window) / n for key in (self.window or [{}])[0]}
+            good = next((path for path in self._checkpoints()), "none yet")
+            raise Refused(f"ten non-finite updates in a row up to step {step}, lr {lr:.2g}; last good checkpoint: {good}; see "
+                          f"nonfinite_*.json; try --amp off, --clip_grad 1 or half the --base_lr", code=3)
+        if step % self.cfg.log_every and step < self.plan.steps:
+            return self._show(step, stats["loss"]) if self.live else None
+        elapsed, n = time.monotonic() - self.window_start, len(self.window)
+        means = {name: sum(stats[name] for stats in self.window) / n for name in (self.window[0] if n else ())}
         grad_norm = means.pop("grad_norm", None)
-        peak = (torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda"
-                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-        rate = n * self.plan.batch_size / elapsed
-        line = {"step": step, "epoch": round(self.plan.epoch(step), 4), **{f"train/{k}": v for k, v in means.items()},
-                "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 1),
-                "data_wait": round(self.waited / elapsed, 4), "peak_memory": round(peak, 3),
-                "skipped_nonfinite": self.kept["nonfinite"], "skipped_overflow": self.kept["overflow"]}
-        self.log(line)
-        if not self.live:
-            self._show(step, means.get("loss", math.nan), rate, f" lr {lr:.2e} data_wait {self.waited / elapsed:.0%}")
+        skips = {name: count for name, count in self.kept.items() if name.startswith("skipped")}
+        self.log({"step": step, "epoch": round(self.plan.epoch(step), 4), **{f"train/{k}": v for k, v in means.items()},
+                  "lr": lr, "grad_norm": grad_norm, "images_per_second": round(n * self.plan.batch_size / elapsed, 1),
+                  "data_wait": round(self.waited / elapsed, 4), "peak_memory": self._peak_memory(), **skips})
+        self._show(step, means.get("loss", math.nan), f" lr {lr:.2e} data_wait {self.waited / elapsed:.0%}")
         self.window, self.waited, self.window_start = [], 0.0, time.monotonic()
 
-    def _show(self, step, loss, rate, more=""):
-        left = (self.plan.steps - step) * self.plan.batch_size / rate
+    def _peak_memory(self):
+        """GiB: of the CUDA device, else of this process."""
+        if self.device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3) if resource else None
+
+    def _show(self, step, loss, more=""):
+        rate = max(len(self.window), 1) * self.plan.batch_size / (time.monotonic() - self.window_start)
+        left = timedelta(seconds=round((self.plan.steps - step) * self.plan.batch_size / rate))
+        say(("\r\033[K" if self.live else "") + f"epoch {self.plan.epoch(step):.2f} step {step}/{self.plan.steps} "
+            f"loss {loss:.4f}{more} {rate:,.0f} images/s, {left} left", end="" if self.live else "\n")
+
+    def _dump(self, step, lr, samples, stats):
+        record = {"rank": self.rank, "samples": samples, "terms": {name: str(value) for name, value in stats.items()}}
+        records = [record] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(records, record)
+        text = json.dumps({"step": step, "lr": lr, "ranks": records}, indent=1)
         if self.is_main:
-            print(("\r\033[K" if self.live else "") + f"epoch {self.plan.epoch(step):.2f} step {step}/{self.plan.steps} loss {loss:.4f}{more} "
-                  f"{rate:,.0f} images/s, {int(left // 3600)}:{int(left // 60) % 60:02}:{int(left) % 60:02} left",
-                  end="" if self.live else "\n", flush=True)
+            write_atomically(self.out / f"nonfinite_{step}.json", lambda file: file.write(text.encode()))
+        self.print(f"step {step}: non-finite loss or gradient, update skipped on all processes; see nonfinite_{step}.json")
 
     def log(self, line):
         """Append one JSON object to log.jsonl."""
@@ -1199,126 +1210,110 @@ class Run:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _skipped(self, step, kind, stats, lr, samples):
-        if kind == "overflow":
-            return self.print(f"step {step}: fp16 overflow, update skipped by the loss scaler (it lowers its scale; harmless now and then)")
-        record = {"rank": self.rank, "samples": samples, "terms": {k: str(v) for k, v in stats.items()}}
-        records = [record] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(records, record)
-        dump = json.dumps({"step": step, "lr": lr, "ranks": records}, indent=1)
-        if self.is_main:
-            write_atomically(self.out / f"nonfinite_{step}.json", lambda file: file.write(dump.encode()))
-        self.print(f"step {step}: non-finite loss or gradient, update skipped on all processes; see nonfinite_{step}.json")
-
-    def save_due(self, step):
-        """After the `step`-th update: an epoch has just been completed, --save_minutes are over, or the run ends here."""
-        late = time.monotonic() - self.last_save > 60 * self.cfg.save_minutes
-        return self.plan.ends_epoch(step) or late or self.stopping
-
-    def save(self, step, state):
-        """Write last.pth (the one before becomes previous.pth). state: {name: object with state_dict()}; plain types only."""
-        self.last_save = time.monotonic()
-        if not self.is_main:
-            return
-        content = {name: value.state_dict() for name, value in state.items()}
-        content |= {"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step, "epoch": int(self.plan.epoch(step)),
-                    "n": self.plan.n, "bad_files": self.bad_files, "kept": self.kept}
-        new, last = self.out / "new.pth", self.out / "last.pth"
-        write_atomically(new, lambda file: torch.save(content, file))
-        if last.exists():
-            os.replace(last, self.out / "previous.pth")
-        os.replace(new, last)  # killed between the two: resume finds previous.pth
-
-    def load(self, plan, state):
-        """--resume: restore `state` from --out and return the step it stands at; 0 if there is nothing to resume."""
-        paths = [path for path in (self.out / "last.pth", self.out / "previous.pth") if path.exists()]
-        if not (self.cfg.resume and paths):
-            if self.cfg.resume:
-                self._cut_log(0)
-                self.print(f"--resume: no checkpoint in {self.out}, starting from the beginning")
-            return 0
-        content = self._read_checkpoint(paths)
-        if content.get("method") != self.method:
-            raise Refused(f"{paths[0]} was written by {content.get('method')}, this is {self.method}: choose another --out")
-        now = dataclasses.asdict(self.cfg)
-        changed = [f"--{key} {content['config'].get(key)} (now {value})" for key, value in now.items()
-                   if key not in FREE_ON_RESUME and content["config"].get(key) != value]
-        if content["n"] != plan.n:
-            changed.append(f"{content['n']} images (now {plan.n})")
-        if changed:
-            raise Refused(f"--resume: the run in {self.out} was started with {', '.join(changed)}; repeat its flags, "
-                          "or start a new run from its weights: --init, another --out")
-        for name, value in state.items():
-            value.load_state_dict(content[name])
-        self.bad_files, self.kept = content["bad_files"], content["kept"]
-        step = content["step"]
-        self._cut_log(step)
-        self.print(f"resumed from {paths[0]}: step {step} of {plan.steps}, epoch {plan.epoch(step):.2f}, "
-                   f"sample {step * plan.batch_size % plan.n} of its pass")
-        return step
-
-    def _read_checkpoint(self, paths):
-        try:
-            return read_file(paths[0])
-        except Refused as error:
-            for other in paths[1:]:
-                try:
-                    read_file(other)
-                except Refused:
-                    continue
-                raise Refused(f"{error}; {other} is good: mv it over {paths[0]} and --resume again") from None
-            raise Refused(f"{error}; there is no other good checkpoint in {self.out}") from None
-
     def _cut_log(self, step):
-        """Drop log lines that a killed run wrote after its last checkpoint: they will be written again."""
+        """Drop what a killed run logged after its last checkpoint: it will be logged again."""
         path = self.out / "log.jsonl"
         if self.is_main and path.exists():
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
             write_atomically(path, lambda file: file.write(kept.encode()))
 
-    def export(self, name, model, meta):
+    def save_due(self, step):
+        """After the `step`-th update: whether a pass has just ended, --save_minutes are over, or the run stops here."""
+        late = time.monotonic() - self.last_save > 60 * self.cfg.save_minutes
+        return self.plan.ends_epoch(step) or late or self.stopping
+
+    def _checkpoints(self):
+        return [path for path in (self.out / "last.pth", self.out / "previous.pth") if path.exists()]
+
+    def save(self, step, state, meta):
+        """Write last.pth; the one before becomes previous.pth. state: {name: object with state_dict()}; meta: plain values."""
+        self.last_save = time.monotonic()
+        if not self.is_main:
+            return
+        content = {name: value.state_dict() for name, value in state.items()}
+        content |= {"meta": meta, "method": self.method, "config": dataclasses.asdict(self.cfg), "step": step, "n": self.plan.n,
+                    "epoch": int(self.plan.epoch(step)), "bad_files": self.bad_files, "kept": self.kept}
+        new, last = self.out / "new.pth", self.out / "last.pth"
+        write_atomically(new, lambda file: torch.save(content, file))
+        if last.exists():
+            os.replace(last, self.out / "previous.pth")
+        os.replace(new, last)  # killed between these two: resume finds previous.pth
+
+    def load(self, state):
+        """--resume: restore `state` from --out and return the step it stands at; 0 if there is nothing to resume."""
+        paths = self._checkpoints() if self.cfg.resume else []
+        if not paths:
+            self._cut_log(0)
+            return 0
+        content = self._read_checkpoint(paths)
+        if content.get("method") != self.method:
+            raise Refused(f"{paths[0]} is no checkpoint of {self.method} but of {content.get('method')}: choose another --out")
+        before = content["config"] | {"images": content["n"]}
+        now = dataclasses.asdict(self.cfg) | {"images": self.plan.n}
+        changed = sorted(key for key in now.keys() - FREE_ON_RESUME if before.get(key) != now[key])
+        if changed:
+            listing = "; ".join(f"{key} {before.get(key)}, not {now[key]}" for key in changed)
+            raise Refused(f"--resume: the run in {self.out} has {listing}: repeat its flags, or start from its weights with "
+                          "--init FILE and another --out")
+        for name, value in state.items():
+            value.load_state_dict(content[name])
+        self.bad_files, self.kept, step = content["bad_files"], content["kept"], content["step"]
+        self._cut_log(step)
+        self.print(f"resumed from {paths[0]}: step {step}, epoch {self.plan.epoch(step):.2f}, "
+                   f"sample {step * self.plan.batch_size % self.plan.n} of the pass")
+        return step
+
+    def _read_checkpoint(self, paths):
+        readable, reasons = {}, {}
+        for path in paths:
+            try:
+                readable[path] = read_file(path)
+                break
+            except Refused as error:
+                reasons[path] = error
+        if paths[0] in readable:
+            return readable[paths[0]]
+        raise Refused(f"{reasons[paths[0]]}; " + (f"{paths[1]} is good: mv it over {paths[0]} and --resume again" if readable
+                                                  else "there is no other good checkpoint"))
+
+    def export(self, name, weights, meta):
         """Write weights for use elsewhere: {"model": timm's names, "meta": plain values}."""
         if self.is_main:
-            content = {"model": {key: value.detach().cpu().clone() for key, value in model.items()}, "meta": meta}
+            content = {"model": {key: value.detach().cpu() for key, value in weights.items()}, "meta": meta}
             write_atomically(self.out / name, lambda file: torch.save(content, file))
 
 
 def save_pictures(path, rows, titles, caption):
-    """PNG grid: rows of images (C, H, W) in [0, 1] under column titles, with a caption. Three channels are shown as colour,
-    other counts by their first channel as grey; small images are enlarged by whole factors."""
+    """PNG grid: rows of images (C, H, W) in [0, 1] under column titles, a caption below. Three channels are shown in colour,
+    other counts by their first channel; small images are enlarged by whole factors."""
     height, width = rows[0][0].shape[1:]
-    factor = max(1, 128 // max(height, width))
-    cell_h, cell_w, gap, head = height * factor, width * factor, 4, 16
-    font_width = 6
-    lines = [caption[i : i + 4 * (cell_w + gap) // font_width] for i in range(0, len(caption), 4 * (cell_w + gap) // font_width)]
-    canvas = Image.new("RGB", (len(titles) * (cell_w + gap) - gap, head + len(rows) * (cell_h + gap) + head * len(lines)), "white")
+    factor, gap, line = max(1, 128 // max(height, width)), 4, 16
+    cell_h, cell_w = height * factor + gap, width * factor + gap
+    caption = textwrap.wrap(caption, cell_w * len(titles) // 6)  # the built-in font is about 6 px wide
+    canvas = Image.new("RGB", (cell_w * len(titles), line + cell_h * len(rows) + line * len(caption)), "white")
     pen = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        pen.text((column * (cell_w + gap) + 2, 2), title, fill="black")
+        pen.text((column * cell_w + 2, 2), title, fill="black")
         for row, images in enumerate(rows):
-            image = (images[column].float().cpu().clamp(0, 1) * 255).round().byte()
-            image = image if image.shape[0] == 3 else image[:1].expand(3, -1, -1)
-            picture = TF.to_pil_image(image).resize((cell_w, cell_h), Image.NEAREST)
-            canvas.paste(picture, (column * (cell_w + gap), head + row * (cell_h + gap)))
-    for i, line in enumerate(lines):
-        pen.text((2, canvas.height - head * (len(lines) - i) + 2), line, fill="black")
+            image = images[column].cpu() if len(images[column]) == 3 else images[column][:1].cpu().expand(3, -1, -1)
+            picture = TF.to_pil_image(image.float().clamp(0, 1)).resize((width * factor, height * factor), Image.NEAREST)
+            canvas.paste(picture, (column * cell_w, line + row * cell_h))
+    for i, text in enumerate(caption):
+        pen.text((2, canvas.height - line * (len(caption) - i) + 2), text, fill="black")
     write_atomically(path, lambda file: canvas.save(file, "png"))
 
 
 def launch(config_type, presets, train, method):
-    """A script's main: parse, run train(cfg, run), end the process group; mistakes end in one line and their exit code."""
+    """A script's main: parse, train(cfg, run), end the process group. A user's mistake ends in one line and its exit code."""
     cfg = parse_config(config_type, presets)
-    run = None
     try:
         run = Run(cfg, method)
         train(cfg, run)
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except Refused as error:
-        if run is None or run.is_main:
-            print(f"\n{method}: {error}" if run and run.live else f"{method}: {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: interpreter shutdown could wait for a collective that the others will never join.
-        sys.stdout.flush()
-        os._exit(error.code) if dist.is_initialized() else sys.exit(error.code)
+        say(f"\n{method}: {error}" if sys.stdout.isatty() else f"{method}: {error}", file=sys.stderr)
+        if dist.is_initialized():
+            os._exit(error.code)  # at once: an orderly end could wait for processes that will never answer
+        sys.exit(error.code)
+    if dist.is_initialized():
+        dist.destroy_process_group()

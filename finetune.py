@@ -8,8 +8,8 @@ linear    frozen network, BatchNorm without affine parameters + linear layer, LA
 knn       frozen network, vote of the k nearest training features (cosine, weights exp(similarity / temperature)).
 
 `--weights` takes encoder.pth or last.pth of any script here, official MAE files, timm's, or `none` (the baseline to
-compare with). Model, size and normalisation come from the file where it says them. Number of classes: from the data, which needs
-train/ and val/ (or an .npz with `split`, or shapes, cifar10, cifar100, stl10, cars).
+compare with). Model, size and normalisation come from the file where it says them. Number of classes: from the data, which
+needs train/ and val/ (or an .npz with `split`, or shapes, cifar10, cifar100, stl10, cars).
 
 Differences from MAE's recipe (not in the papers, our choice): RandAugment is torchvision's (magnitude 9, two operations, no
 magnitude noise); random erasing draws one box per image without retries; mixup and cutmix pair each image with its neighbour.
@@ -53,6 +53,7 @@ from common import (
     open_data,
     opt,
     parameter_groups,
+    patch_grid,
     random_resized_crop,
     read_file,
     set_lr,
@@ -82,7 +83,7 @@ class Config(RunConfig):
     clip_grad: float = opt(0.0, "largest gradient norm; 0 = no clipping")
     ema: float = opt(0.0, "weight of the old value in the moving average that is evaluated; 0 = none")
     # augmentation
-    augment: Literal["none", "crop", "full"] = opt("full", "centre crop; random resized crop and flip; and RandAugment, erasing")
+    augment: Literal["none", "crop", "full"] = opt("full", "centre crop; random resized crop, flip; and RandAugment")
     mixup: float = opt(0.8, "Beta parameter; 0 = off")
     cutmix: float = opt(1.0, "Beta parameter; 0 = off")
     smoothing: float = opt(0.1, "label smoothing")
@@ -95,21 +96,23 @@ class Config(RunConfig):
     def __post_init__(self):
         if self.weights is None and not self.check_data:
             raise ValueError("--weights FILE is needed; --weights none is the baseline with random weights")
+        patch_grid(self.img_size, self.patch_size)  # ValueError unless they fit
         self.pool = self.pool or ("avg" if self.mode == "finetune" else "cls")
         if (self.mixup or self.cutmix) and (self.micro_batch or self.batch_size) < 2:
             raise ValueError("mixup and cutmix need at least two images per forward pass")
 
 
-PLAIN = dict(augment="crop", mixup=0.0, cutmix=0.0, smoothing=0.0, erasing=0.0, drop_path=0.0, layer_decay=1.0)
+PLAIN = {"augment": "crop", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "erasing": 0.0, "drop_path": 0.0}
 MODES = {
     "finetune": {},
-    "linear": dict(PLAIN, epochs=90.0, batch_size=16384, base_lr=0.1, min_lr=0.0, warmup_epochs=10.0, weight_decay=0.0),
+    "linear": PLAIN | {"epochs": 90.0, "batch_size": 16384, "base_lr": 0.1, "min_lr": 0.0, "warmup_epochs": 10.0,
+                       "weight_decay": 0.0},
     "knn": PLAIN,
 }
 DEMO = {
-    "finetune": dict(epochs=5.0, batch_size=128, base_lr=2e-3, warmup_epochs=1.0, augment="crop", mixup=0.0, cutmix=0.0),
-    "linear": dict(epochs=30.0, batch_size=512, augment="none", warmup_epochs=3.0, pool="avg", base_lr=4.0),
-    "knn": dict(pool="avg"),
+    "finetune": PLAIN | {"epochs": 2.0, "batch_size": 128, "base_lr": 2e-3, "warmup_epochs": 0.5},
+    "linear": {"epochs": 30.0, "batch_size": 512, "augment": "none", "warmup_epochs": 3.0, "pool": "avg", "base_lr": 4.0},
+    "knn": {"pool": "avg"},
 }
 
 
@@ -117,7 +120,7 @@ def presets(flags):
     """Defaults by --mode, then by --demo, then by what the file of weights says."""
     values = dict(MODES[flags.mode])
     if flags.demo:
-        values |= dict(data="shapes", img_size=(32, 32), model="nano", patch_size=4, **DEMO[flags.mode])
+        values |= {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4} | DEMO[flags.mode]
     if flags.weights not in (None, "none"):
         content = read_file(flags.weights)
         values |= {k: content["meta"][k] for k in ("model", "img_size", "patch_size", "in_chans", "mean", "std")
@@ -222,7 +225,7 @@ def own_share(n, run, batch=256):
 
 def eval_batches(source, cfg, run):
     """This process's share of a data set, centre-cropped."""
-    views = Views(source, EvalCrop(cfg.img_size), cfg.seed, run.limit_bad_files(len(source)), flip=False)
+    views = Views(source, EvalCrop(cfg.img_size), cfg.seed, run.allow_bad_files(len(source)), flip=False)
     yield from run.timed(make_loader(views, own_share(len(source), run), run))
     run.share_bad_files()
 
@@ -312,7 +315,7 @@ def train_step(net, batches, to_inputs, mix, optimizer, scaler, step, cfg, plan,
 
 
 def train(cfg, run):
-    source = open_data(cfg)
+    source = open_data(cfg, "train")
     if cfg.check_data:
         return check_data(source, run.workers)
     if not source.classes:
@@ -322,14 +325,13 @@ def train(cfg, run):
     to_images = Normalise(mean, std, run.device)
     plan = None if cfg.mode == "knn" else make_plan(len(source), cfg, run.world_size)
     lr = cfg.base_lr * cfg.batch_size / 256
-    run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
-
     torch.manual_seed(cfg.seed)
     model = Classifier(cfg, len(source.classes))
     if cfg.weights != "none":
         unused = ["decoder", "mask_token", "fuse_", "head.", "fc_norm."]
         unused += ["norm."] if cfg.mode == "finetune" and cfg.pool == "avg" else []
         load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm."), ignore=unused)
+    run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     model.to(run.device)
 
     def report(step, epoch, result):
@@ -360,7 +362,7 @@ def train(cfg, run):
         optimizer = adamw(groups, cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"ema": ema} if ema else {})
-    start = run.load(plan, state)
+    start = run.load(state)
     keys = KeyedBatches(plan, cfg.seed, run, start)
     if net is model.head:  # no augmentation: every image's features once, then only the head runs
         features, labels = extract(model, source, to_images, cfg, run)
@@ -373,7 +375,7 @@ def train(cfg, run):
         def to_inputs(batch):
             return batch["image"]
     else:
-        views = Views(source, train_transform(cfg, mean), cfg.seed, run.limit_bad_files(len(source)), flip=flip)
+        views = Views(source, train_transform(cfg, mean), cfg.seed, run.allow_bad_files(len(source)), flip=flip)
         batches = run.timed(make_loader(views, keys, run))
     ddp = run.prepare(net)
     meta = {"method": "finetune", "weights": cfg.weights, "model": cfg.model, "img_size": cfg.img_size,
@@ -398,7 +400,7 @@ def train(cfg, run):
                 run.kept["best_top1"] = result["eval/top1"]
                 run.export("best.pth", (ema or model).state_dict(), {**meta, "epoch": epoch, **result})
         if run.save_due(step + 1):
-            run.save(step + 1, state)
+            run.save(step + 1, state, {**meta, "epoch": plan.epoch(step + 1)})
         if run.stopping:
             return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
     run.print(f"done: {run.out}/best.pth ({run.kept['best_top1']:.2f} % top-1), last.pth, log.jsonl")

@@ -67,6 +67,7 @@ from common import (
     open_data,
     opt,
     parameter_groups,
+    patch_grid,
     patchify,
     random_resized_crop,
     save_pictures,
@@ -96,7 +97,7 @@ class Config(RunConfig):
     decoder_num_heads: int | None = opt(None, "decoder heads; likewise")
     # method
     mask_ratio: float = opt(0.75, "share of hidden patches")
-    fuse_layers: tuple[int, ...] | None = opt(None, "blocks fused for the decoder; default 0,2,4,6,8,11 of 12; the last alone is MAE")
+    fuse_layers: tuple[int, ...] | None = opt(None, "blocks to fuse; default 0,2,4,6,8,11 of 12; the last alone is MAE")
     detach_shallow: bool = opt(False, "no gradient through the shallow shortcuts (MFF sec. A.8)")
     target: Literal["mae", "raw", "pixmim"] = opt("mae", "normalised pixels, raw pixels, or low-pass filtered and normalised")
     crop: Literal["rrc", "src"] | None = opt(None, "random resized crop, or PixMIM's simple one; default: the target's")
@@ -125,8 +126,9 @@ class Config(RunConfig):
         layers = list(self.fuse_layers)
         if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != depth - 1:
             raise ValueError(f"--fuse_layers {layers} must rise and end with the last of {depth} blocks, {depth - 1}")
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"--mask_ratio is {self.mask_ratio}, expected a share between 0 and 1")
+        L = math.prod(patch_grid(self.img_size, self.patch_size))
+        if not 0 < int(L * (1 - self.mask_ratio)) < L:
+            raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
 
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat patch has nothing left once its mean and deviation are taken out.
@@ -326,22 +328,21 @@ def train(cfg, run):
         return check_data(source, run.workers)
     plan = make_plan(len(source), cfg, run.world_size)
     mean, std = normalisation(cfg)
-    lr = cfg.base_lr * cfg.batch_size / 256
-    run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
-
     torch.manual_seed(cfg.seed)
     model = MaskedAutoencoder(cfg, mean, std)
     if cfg.init:
         load_weights(model, cfg.init, allow_missing=("decoder", "mask_token", "fuse_"), ignore=("head.", "fc_norm."))
+    lr = cfg.base_lr * cfg.batch_size / 256
+    run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    start = run.load(plan, state)
+    start = run.load(state)
 
     crop = SimpleResizedCrop(cfg.img_size) if cfg.crop == "src" else random_resized_crop(cfg.img_size)
     noise = functools.partial(torch.rand, math.prod(model.grid))
-    views = Views(source, crop, cfg.seed, run.limit_bad_files(len(source)), noise)
+    views = Views(source, crop, cfg.seed, run.allow_bad_files(len(source)), noise)
     batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))
     to_images = Normalise(mean, std, run.device)
     fixed = Views(source, EvalCrop(cfg.img_size), cfg.seed, len(source), noise, flip=False)
@@ -357,8 +358,9 @@ def train(cfg, run):
         if run.is_main and fixed and plan.ends_epoch(step + 1):
             draw_pictures(run.out / f"pictures/epoch_{round(plan.epoch(step + 1)):04}.png", model, fixed, to_images, cfg)
         if run.save_due(step + 1):
-            run.export("encoder.pth", model.trunk_state(), {**meta, "epoch": plan.epoch(step + 1)})
-            run.save(step + 1, state)
+            meta["epoch"] = plan.epoch(step + 1)
+            run.export("encoder.pth", model.trunk_state(), meta)
+            run.save(step + 1, state, meta)
         if run.stopping:
             return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
     demo = "--demo --mode linear" if cfg.demo else f"--data {cfg.data}"
