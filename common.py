@@ -20,7 +20,7 @@ import struct
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import UnionType
@@ -1134,6 +1134,13 @@ class Run:
                 return
             self.new_bad_files.update((path, reason) for path, reason in batch["bad"] if path not in self.bad_files)
             yield batch
+
+    @contextmanager
+    def off_the_clock(self):
+        """Evaluation, pictures, saving: not counted in images_per_second and data_wait."""
+        begin, waited = time.monotonic(), self.waited
+        yield
+        self.window_start, self.waited = self.window_start + time.monotonic() - begin, waited
 
     def allow_bad_files(self, n):
         """How many files of n a reader may try in a row: one more than may be unreadable, --max_bad of them, at least one."""

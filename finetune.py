@@ -249,7 +249,7 @@ def evaluate(model, batches, to_inputs, run):
     return {"eval/top1": round(100 * top1 / n, 3), "eval/top5": round(100 * top5 / n, 3), "eval/n": int(n)}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a probe trains on what comes out
 def extract(model, source, to_images, cfg, run):
     """features (N, D) float32 and labels (N,) of all of `source`, on every process."""
     model.eval()
@@ -263,7 +263,7 @@ def extract(model, source, to_images, cfg, run):
     if run.world_size > 1:  # every row was filled by one process and is zero on the others
         dist.all_reduce(features)
         dist.all_reduce(labels)
-    return features.clone(), labels.clone()  # out of inference mode, so that a probe may train on them
+    return features, labels
 
 
 def knn_scores(queries, features, labels, num_classes, k, temperature):
@@ -391,16 +391,16 @@ def train(cfg, run):
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - cfg.ema)
         run.end_update(step + 1, stats, now, samples)
         epoch = plan.epoch(step + 1)
-        if plan.ends_epoch(step + 1) and (int(epoch) % cfg.eval_every == 0 or step + 1 == plan.steps):
-            judged = ema or net
-            judged.eval()
-            result = evaluate(judged, val_batches or eval_batches(held_out, cfg, run), to_inputs, run)
-            report(step + 1, epoch, result)
-            if result["eval/top1"] > run.kept.get("best_top1", -1):
-                run.kept["best_top1"] = result["eval/top1"]
-                run.export("best.pth", (ema or model).state_dict(), {**meta, "epoch": epoch, **result})
-        if run.save_due(step + 1):
-            run.save(step + 1, state, {**meta, "epoch": plan.epoch(step + 1)})
+        with run.off_the_clock():
+            if plan.ends_epoch(step + 1) and (int(epoch) % cfg.eval_every == 0 or step + 1 == plan.steps):
+                judged = (ema or net).eval()
+                result = evaluate(judged, val_batches or eval_batches(held_out, cfg, run), to_inputs, run)
+                report(step + 1, epoch, result)
+                if result["eval/top1"] > run.kept.get("best_top1", -1):
+                    run.kept["best_top1"] = result["eval/top1"]
+                    run.export("best.pth", (ema or model).state_dict(), {**meta, "epoch": epoch, **result})
+            if run.save_due(step + 1):
+                run.save(step + 1, state, {**meta, "epoch": epoch})
         if run.stopping:
             return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
     run.print(f"done: {run.out}/best.pth ({run.kept['best_top1']:.2f} % top-1), last.pth, log.jsonl")

@@ -355,12 +355,13 @@ def train(cfg, run):
         set_lr(optimizer, now)
         stats, samples = train_step(ddp, batches, to_images, optimizer, scaler, step, cfg, plan, run)
         run.end_update(step + 1, stats, now, samples)
-        if run.is_main and fixed and plan.ends_epoch(step + 1):
-            draw_pictures(run.out / f"pictures/epoch_{round(plan.epoch(step + 1)):04}.png", model, fixed, to_images, cfg)
-        if run.save_due(step + 1):
-            meta["epoch"] = plan.epoch(step + 1)
-            run.export("encoder.pth", model.trunk_state(), meta)
-            run.save(step + 1, state, meta)
+        with run.off_the_clock():
+            if run.is_main and fixed and plan.ends_epoch(step + 1):
+                draw_pictures(run.out / f"pictures/epoch_{round(plan.epoch(step + 1)):04}.png", model, fixed, to_images, cfg)
+            if run.save_due(step + 1):
+                meta["epoch"] = plan.epoch(step + 1)
+                run.export("encoder.pth", model.trunk_state(), meta)
+                run.save(step + 1, state, meta)
         if run.stopping:
             return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
     demo = "--demo --mode linear" if cfg.demo else f"--data {cfg.data}"

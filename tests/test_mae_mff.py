@@ -65,7 +65,7 @@ def test_patch_target_uses_the_unbiased_variance_of_all_values_of_a_patch():
 
 @pytest.mark.parametrize("height, width", [(12, 12), (8, 14)])
 def test_low_pass_filter_against_a_direct_transform(height, width):
-    """PixMIM sec. 3: keep frequency (u, v), counted from the centre of the shifted spectrum, iff it lies inside the disc."""
+    """PixMIM as released: a frequency, counted from the centre of the shifted spectrum, stays iff it lies in the disc."""
     image, radius = torch.rand(1, 1, height, width, dtype=torch.float64), 40 / 224 * 1.5
     kept = torch.zeros(height, width, dtype=torch.complex128)
     for i in range(height):
