@@ -33,10 +33,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision 0.29 announces the end of its decoders; Pillow then reads JPEG too, with the same result
+    decode_jpeg = None
 try:
     import resource
 except ImportError:  # Windows: no peak memory in the log
@@ -49,6 +52,12 @@ class Refused(Exception):
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
+
+
+def say(text, **how):
+    """Print, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True, **how)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -344,7 +353,7 @@ def read_image(path, in_chans):
     if path.lower().endswith(".npy"):
         return to_channels(as_image(np.load(path, allow_pickle=False), path), in_chans, path)
     with Image.open(path) as image:  # reads the header only; refuses decompression bombs
-        if image.format == "JPEG" and in_chans in (1, 3):
+        if image.format == "JPEG" and in_chans in (1, 3) and decode_jpeg:
             mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
             data = torch.from_numpy(np.fromfile(path, np.uint8))
             return decode_jpeg(data, mode=mode, apply_exif_orientation=True)
@@ -661,6 +670,34 @@ class EvalCrop:
         return TF.center_crop(image, self.size)
 
 
+class BadFiles:
+    """The unreadable files that a run has met: `known` on all processes, {path: reason}, and `new` on this one."""
+
+    def __init__(self, max_bad, world_size):
+        self.max_bad, self.world_size, self.limit, self.known, self.new = max_bad, world_size, 1, {}, {}
+
+    def allow(self, n):
+        """Of n files, a share of `max_bad` may be unreadable, at least one; returns how many to try before giving up."""
+        self.limit = max(self.limit, int(self.max_bad * n))
+        return self.limit + 1
+
+    def note(self, entries):
+        self.new.update((path, reason) for path, reason in entries if path not in self.known)
+
+    def share(self):
+        """Called on all processes as soon as one has met something new: name each file once; Refused above the limit."""
+        found = [self.new] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, self.new)
+        for path, reason in sorted({path: reason for part in found for path, reason in part.items()}.items()):
+            self.known[path] = reason
+            say(f"unreadable, replaced by the next file: {path}: {reason}")
+        self.new = {}
+        if len(self.known) > self.limit:
+            listing = "".join(f"\n  {path}: {reason}" for path, reason in self.known.items())
+            raise Refused(f"{len(self.known)} unreadable files, --max_bad {self.max_bad} allows {self.limit}:{listing}", code=1)
+
+
 class Views(torch.utils.data.Dataset):
     """Turns a key (epoch, index) into a sample. All its randomness is drawn from (seed, epoch, index), never from the worker
     or the process. `draw()` gives what the method draws per sample (masking noise, ...), as a tensor or None.
@@ -904,14 +941,14 @@ def finish_update(run, optimizer, scaler, terms, clip_grad=0.0):
     grad_norm = torch.nn.utils.get_total_norm(gradients)
     values = {**terms, "grad_norm": grad_norm}
     bad_loss, bad_gradient = ((~torch.isfinite(x)).float() for x in (terms["loss"], grad_norm))
-    flags = torch.tensor([float(run.stop_requested), float(len(run.new_bad_files))], device=grad_norm.device)
+    flags = torch.tensor([float(run.stop_requested), float(len(run.bad_files.new))], device=grad_norm.device)
     packed = torch.cat([torch.stack([bad_loss, bad_gradient, *(v.float() for v in values.values())]), flags])
     if run.world_size > 1:
         dist.all_reduce(packed)
     bad_loss, bad_gradient, *numbers, stop, bad_files = packed.tolist()
     run.stopping = stop > 0
     if bad_files:
-        run.share_bad_files()
+        run.bad_files.share()
     result = {name: number / run.world_size for name, number in zip(values, numbers, strict=True)}
     if bad_loss or bad_gradient:
         overflow = scaler.is_enabled() and not bad_loss
@@ -966,12 +1003,6 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         say(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def say(text, **how):
-    """Print, on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True, **how)
 
 
 def _converter(annotation):
@@ -1032,14 +1063,17 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
         parser.error(str(error))
 
 
-def write_atomically(path, save):
-    """save(open file) beside `path`, then rename over it: a kill or a full disk leaves what was there as it was."""
+def write_atomically(path, save, keep=None):
+    """save(open file) beside `path`, then rename over it: a kill or a full disk leaves what was there as it was. `keep`: a path
+    for the file that was there (a kill between the two renames leaves it under that name)."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
@@ -1065,7 +1099,7 @@ class Run:
         self.workers = min(8, share) if cfg.workers is None else cfg.workers
         self.out = Path(cfg.out or f"runs/{method}")
         self.stop_requested = self.stopping = False
-        self.bad_files, self.new_bad_files, self.max_bad_files = {}, {}, 1
+        self.bad_files = BadFiles(cfg.max_bad, self.world_size)
         self.kept, self.in_a_row = {"skipped_nonfinite": 0, "skipped_overflow": 0}, 0
         self.live = sys.stdout.isatty()
         self.last_save = self.window_start = time.monotonic()
@@ -1132,7 +1166,7 @@ class Run:
             self.waited += time.monotonic() - begin
             if batch is None:
                 return
-            self.new_bad_files.update((path, reason) for path, reason in batch["bad"] if path not in self.bad_files)
+            self.bad_files.note(batch["bad"])
             yield batch
 
     @contextmanager
@@ -1141,25 +1175,6 @@ class Run:
         begin, waited = time.monotonic(), self.waited
         yield
         self.window_start, self.waited = self.window_start + time.monotonic() - begin, waited
-
-    def allow_bad_files(self, n):
-        """How many files of n a reader may try in a row: one more than may be unreadable, --max_bad of them, at least one."""
-        self.max_bad_files = max(self.max_bad_files, int(self.cfg.max_bad * n))
-        return self.max_bad_files + 1
-
-    def share_bad_files(self):
-        """Called on all processes when any met an unreadable file: report each once, stop above --max_bad."""
-        found = [self.new_bad_files] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(found, self.new_bad_files)
-        for path, reason in sorted({path: reason for part in found for path, reason in part.items()}.items()):
-            self.bad_files[path] = reason
-            self.print(f"unreadable, replaced by the next file: {path}: {reason}")
-        self.new_bad_files = {}
-        if len(self.bad_files) > self.max_bad_files:
-            listing = "".join(f"\n  {path}: {reason}" for path, reason in self.bad_files.items())
-            raise Refused(f"{len(self.bad_files)} unreadable files, --max_bad {self.cfg.max_bad} allows "
-                          f"{self.max_bad_files}:{listing}", code=1)
 
     def end_update(self, step, stats, lr, samples):
         """Account for the `step`-th update: a log line every --log_every, a dump for a skipped one, exit code 3 after ten."""
@@ -1214,8 +1229,11 @@ class Run:
     def log(self, line):
         """Append one JSON object to log.jsonl."""
         if self.is_main:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise Refused(f"cannot write {self.out}/log.jsonl: {error}", code=1) from None
 
     def _cut_log(self, step):
         """Drop what a killed run logged after its last checkpoint: it will be logged again."""
@@ -1240,12 +1258,8 @@ class Run:
             return
         content = {name: value.state_dict() for name, value in state.items()}
         content |= {"meta": meta, "method": self.method, "config": dataclasses.asdict(self.cfg), "step": step, "n": self.plan.n,
-                    "epoch": int(self.plan.epoch(step)), "bad_files": self.bad_files, "kept": self.kept}
-        new, last = self.out / "new.pth", self.out / "last.pth"
-        write_atomically(new, lambda file: torch.save(content, file))
-        if last.exists():
-            os.replace(last, self.out / "previous.pth")
-        os.replace(new, last)  # killed between these two: resume finds previous.pth
+                    "epoch": int(self.plan.epoch(step)), "bad_files": self.bad_files.known, "kept": self.kept}
+        write_atomically(self.out / "last.pth", lambda file: torch.save(content, file), keep=self.out / "previous.pth")
 
     def load(self, state):
         """--resume: restore `state` from --out and return the step it stands at; 0 if there is nothing to resume."""
@@ -1265,7 +1279,7 @@ class Run:
                           "--init FILE and another --out")
         for name, value in state.items():
             value.load_state_dict(content[name])
-        self.bad_files, self.kept, step = content["bad_files"], content["kept"], content["step"]
+        self.bad_files.known, self.kept, step = content["bad_files"], content["kept"], content["step"]
         self._cut_log(step)
         self.print(f"resumed from {paths[0]}: step {step}, epoch {self.plan.epoch(step):.2f}, "
                    f"sample {step * self.plan.batch_size % self.plan.n} of the pass")

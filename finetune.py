@@ -225,9 +225,9 @@ def own_share(n, run, batch=256):
 
 def eval_batches(source, cfg, run):
     """This process's share of a data set, centre-cropped."""
-    views = Views(source, EvalCrop(cfg.img_size), cfg.seed, run.allow_bad_files(len(source)), flip=False)
+    views = Views(source, EvalCrop(cfg.img_size), cfg.seed, run.bad_files.allow(len(source)), flip=False)
     yield from run.timed(make_loader(views, own_share(len(source), run), run))
-    run.share_bad_files()
+    run.bad_files.share()
 
 
 @torch.inference_mode()
@@ -375,7 +375,7 @@ def train(cfg, run):
         def to_inputs(batch):
             return batch["image"]
     else:
-        views = Views(source, train_transform(cfg, mean), cfg.seed, run.allow_bad_files(len(source)), flip=flip)
+        views = Views(source, train_transform(cfg, mean), cfg.seed, run.bad_files.allow(len(source)), flip=flip)
         batches = run.timed(make_loader(views, keys, run))
     ddp = run.prepare(net)
     meta = {"method": "finetune", "weights": cfg.weights, "model": cfg.model, "img_size": cfg.img_size,

@@ -342,7 +342,7 @@ def train(cfg, run):
 
     crop = SimpleResizedCrop(cfg.img_size) if cfg.crop == "src" else random_resized_crop(cfg.img_size)
     noise = functools.partial(torch.rand, math.prod(model.grid))
-    views = Views(source, crop, cfg.seed, run.allow_bad_files(len(source)), noise)
+    views = Views(source, crop, cfg.seed, run.bad_files.allow(len(source)), noise)
     batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))
     to_images = Normalise(mean, std, run.device)
     fixed = Views(source, EvalCrop(cfg.img_size), cfg.seed, len(source), noise, flip=False)

@@ -218,7 +218,10 @@ def test_unreadable_files_are_replaced_by_the_next_and_named(folder):
     assert torch.equal(bad["image"], good["image"]) and good["bad"] == []
 
 
-def test_awkward_files(real_data):
+@pytest.mark.parametrize("decoder", ["torchvision", "pillow"])
+def test_awkward_files(real_data, monkeypatch, decoder):
+    if decoder == "pillow":
+        monkeypatch.setattr(common, "decode_jpeg", None)
     robustness = real_data / "robustness"
     readable, refused = {}, []
     for path in common.list_images(robustness):

@@ -33,7 +33,7 @@ def update(gradient, loss=1.0, clip_grad=0.0):
     p = nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([p], lr=1.0)
     p.grad = torch.tensor(gradient)
-    run = types.SimpleNamespace(stop_requested=False, new_bad_files={}, world_size=1, stopping=False)
+    run = types.SimpleNamespace(stop_requested=False, bad_files=common.BadFiles(0.0, 1), world_size=1, stopping=False)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return common.finish_update(run, optimizer, scaler, {"loss": torch.tensor(loss)}, clip_grad), p.detach()
 
