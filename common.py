@@ -20,6 +20,9 @@ import struct
 import sys
 import textwrap
 import time
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -55,9 +58,9 @@ class Refused(Exception):
 
 
 def say(text, **how):
-    """Print, on the first process only."""
+    """Print, on the first process only (file names that are not valid UTF-8 too)."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True, **how)
+        print(text.encode(errors="backslashreplace").decode(), flush=True, **how)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,16 +252,19 @@ def read_file(path):
         raise Refused(f"{path} is a folder, not a file of weights; to continue the run in it: --resume --out {path}")
     if not path.exists():
         raise Refused(f"{path} does not exist")
-    with open(path, "rb") as file:
-        if file.read(2).startswith((b"--", b"<")):
-            raise Refused(f"{path} is a download log or a web page, not weights: fetch it again (wget -O, not -o)")
     try:
+        with open(path, "rb") as file:
+            head = file.read(2)
+        if head.startswith((b"--", b"<")):
+            raise Refused(f"{path} is a download log or a web page, not weights: fetch it again (wget -O, not -o)")
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # optional: only files from elsewhere need it
 
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Refused:
+        raise
     except ImportError:
         raise Refused(f"reading {path} needs: pip install safetensors") from None
     except Exception as error:  # zip, pickle and storage errors, by kind of damage
@@ -322,6 +328,7 @@ def stable_seed(*numbers):
 def as_image(array, path):
     """(H, W) or (H, W, C) numpy array -> tensor (C, H, W): uint8 as it is, 16 bit and float as float32 in [0, 1]."""
     array = array[..., None] if array.ndim == 2 else array
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # 16-bit TIFF is often big-endian
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(f"an image array must be (H, W) or (H, W, C), got {array.shape} in {path}")
     if array.dtype == np.uint16:
@@ -436,8 +443,8 @@ SHAPE_KINDS = {  # polygons of radius about 1
 class Shapes:
     """Drawn images, so that everything runs with no download: 1 to 4 of the ten SHAPE_KINDS on a textured background.
 
-    Image `i` is a function of (seed, split, i). Its class is the kind with the largest visible area. Kept in memory once
-    drawn (shared between the loader's workers).
+    Image `i` is a function of (seed, split, i). Its class is the kind with the largest visible area. What is drawn is kept, if
+    the whole set takes less than 256 MB (by each worker for itself: containers give little shared memory).
     """
 
     def __init__(self, size, in_chans, split="train", seed=0, n=None):
@@ -447,8 +454,9 @@ class Shapes:
         self.polygons = [np.asarray(polygon, np.float32) for polygon in SHAPE_KINDS.values()]
         rng = np.random.default_rng(0)  # the textures are the same in every run
         self.textures = [self._texture(2 * max(size), rng) for _ in range(16)]
-        self.cache = torch.zeros(self.n, *size, in_chans, dtype=torch.uint8).share_memory_()
-        self.labels = torch.full((self.n,), -1).share_memory_()
+        keeps = self.n * math.prod(size) * in_chans < 2**28
+        self.cache = np.full((self.n, *size, in_chans), 0, np.uint8) if keeps else None
+        self.labels = np.full(self.n, -1)
 
     @staticmethod
     def _texture(side, rng):
@@ -495,11 +503,13 @@ class Shapes:
         return np.bincount(instances.ravel(), minlength=n + 1)[1 : n + 1]
 
     def read(self, index):
-        if self.labels[index] < 0:
-            image, instances, kinds = self.draw(index)
-            self.cache[index] = torch.from_numpy(image)
-            self.labels[index] = int(kinds[self.visible_areas(instances, len(kinds)).argmax()])
-        return self.cache[index].permute(2, 0, 1), int(self.labels[index])
+        if self.cache is not None and self.labels[index] >= 0:
+            return torch.from_numpy(self.cache[index]).permute(2, 0, 1), int(self.labels[index])
+        image, instances, kinds = self.draw(index)
+        label = int(kinds[self.visible_areas(instances, len(kinds)).argmax()])
+        if self.cache is not None:
+            self.cache[index], self.labels[index] = image, label
+        return torch.from_numpy(image).permute(2, 0, 1), label
 
     def annotations(self, index):
         """Same drawing: label map (H, W) int64 with 0 = background and kind + 1, instance boxes (n, 4) float x1 y1 x2 y2,
@@ -588,6 +598,8 @@ def open_torchvision(name, in_chans, split, download):
     """cifar10, cifar100, stl10, cars under data/; the first three are fetched with --download."""
     from torchvision import datasets
 
+    if download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Refused("--download: fetch the data with one process first (python, not torchrun)")
     part = "train" if split != "val" else "test"
     try:
         if name == "cars":  # its `loader` hands over paths in place of decoded images
@@ -599,7 +611,7 @@ def open_torchvision(name, in_chans, split, download):
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         data = kind("data", train=split != "val", download=download)
         return ImageArray(data.data, data.targets, data.classes, in_chans, name)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         hint = "torchvision's page on StanfordCars shows its layout" if name == "cars" else "add --download to fetch it"
         raise Refused(f"--data {name} is not in data/ ({str(error).splitlines()[0]}): {hint}") from None
 
@@ -629,14 +641,14 @@ def open_data(cfg, split="pretrain", classes=None):
             return open_folder(root / "train" if (root / "train").is_dir() else root, cfg.in_chans)
         if (root / "val").is_dir():
             return open_folder(root / "val", cfg.in_chans, classes)
-    except (OSError, ValueError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
         raise Refused(f"--data {root}: {error}") from None
     raise Refused(f"--data {root} has no val/: expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg")
 
 
 def normalisation(cfg):
     """(mean, std), a value per channel in [0, 1] units: --mean/--std, else the data set's, else ImageNet's."""
-    mean, std = (CIFAR_MEAN, CIFAR_STD) if cfg.data.startswith("cifar1") else (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = (CIFAR_MEAN, CIFAR_STD) if cfg.data in ("cifar10", "cifar100") else (IMAGENET_MEAN, IMAGENET_STD)
     if cfg.in_chans != 3:  # not in any paper: ImageNet's grey level for every channel
         mean, std = (sum(mean) / 3,) * cfg.in_chans, (sum(std) / 3,) * cfg.in_chans
     mean, std = cfg.mean or mean, cfg.std or std
@@ -753,9 +765,13 @@ class Plan:
         """Fractional epoch after `step` updates."""
         return step * self.batch_size / self.n
 
+    def passes(self, step):
+        """Whole passes completed after `step` updates."""
+        return step * self.batch_size // self.n
+
     def ends_epoch(self, step):
         """Whether the `step`-th update completes a pass, or the run."""
-        return step == self.steps or step * self.batch_size // self.n > (step - 1) * self.batch_size // self.n
+        return step == self.steps or self.passes(step) > self.passes(step - 1)
 
 
 def make_plan(n, cfg, world_size):
@@ -764,9 +780,10 @@ def make_plan(n, cfg, world_size):
     micro = cfg.micro_batch or next(m for m in range(min(256, max(share, 1)), 0, -1) if share % m == 0)
     unit = world_size * micro
     if B % unit:
+        unit = unit if cfg.micro_batch else world_size  # a derived micro-batch fits any multiple of the processes
         near = [m for m in (B // unit * unit, B // unit * unit + unit) if m]
-        raise Refused(f"--batch_size {B} is not {world_size} processes x {micro} (--micro_batch) x a whole number: "
-                      f"use {' or '.join(map(str, near))}")
+        raise Refused(f"--batch_size {B} is not {world_size} processes x {cfg.micro_batch or 'any'} (--micro_batch) x a whole "
+                      f"number: use {' or '.join(map(str, near))}")
     if n < B:
         raise Refused(f"{n} images are fewer than one batch: --batch_size is {B}, use at most {n}")
     steps = int(cfg.epochs * n // B)
@@ -799,9 +816,12 @@ class KeyedBatches:
             yield [(epoch, int(epoch_order(plan.n, self.seed, epoch)[i])) for epoch, i in keys]
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
 def _loader_worker(_):
     # Ctrl-C and a cluster's SIGTERM reach the workers too; the main process decides when to stop, they only serve it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -831,42 +851,30 @@ class Normalise:
         return (images * self.std + self.mean).clamp(0, 1)
 
 
-class _Check(torch.utils.data.Dataset):
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        name = self.source.name(index)
-        suffix = os.path.splitext(name)[1].lower() or "in memory"
-        try:
-            image, _ = self.source.read(index)
-            mode = str(image.dtype).removeprefix("torch.") if suffix in ("in memory", ".npy") else None
-            if mode is None:
-                with Image.open(name) as file:
-                    mode = file.mode
-            return suffix, f"{image.shape[2]}x{image.shape[1]}", mode, None
-        except Exception as error:
-            return suffix, None, None, f"{name}: {(str(error) or repr(error)).splitlines()[0][:200]}"
-
-
 def check_data(source, workers):
     """Read every image as training would; print counts by extension, size and mode, three paths and what cannot be read."""
-    loader = torch.utils.data.DataLoader(_Check(source), batch_size=None, num_workers=workers)
-    extensions, sizes, modes, bad = {}, {}, {}, []
-    for suffix, size, mode, error in loader:
-        for counts, key in ((extensions, suffix), (sizes, size), (modes, mode)):
-            counts[key] = counts.get(key, 0) + (key is not None)
-        bad += [error] if error else []
-    print(f"{len(source)} images, {len(source.classes) if source.classes else 'no'} classes")
-    for title, counts in (("extension", extensions), ("width x height", sizes), ("mode", modes)):
-        most = sorted(((n, key) for key, n in counts.items() if n), reverse=True)
-        rest = f", {len(most) - 8} more kinds" if len(most) > 8 else ""
-        print(f"{title}: " + ", ".join(f"{key} {n}" for n, key in most[:8]) + rest)
-    print("for example: " + ", ".join(source.name(i) for i in sorted({0, len(source) // 2, len(source) - 1})))
-    print(f"unreadable: {len(bad)}" + "".join(f"\n  {line}" for line in bad))
+
+    def look(index):
+        name = source.name(index)
+        suffix = next((end for end in EXTENSIONS if name.lower().endswith(end)), "in memory")
+        try:
+            image, _ = source.read(index)
+            with nullcontext() if suffix in (".npy", "in memory") else Image.open(name) as file:
+                mode = file.mode if file else f"{len(image)} channels {image.dtype}"
+            return suffix, f"{image.shape[2]}x{image.shape[1]}", mode, None
+        except Exception as error:
+            return suffix, None, None, f"\n  {name}: {(str(error) or repr(error)).splitlines()[0][:200]}"
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding runs outside Python's lock
+        *columns, errors = zip(*pool.map(look, range(len(source))), strict=True)
+    say(f"{len(source)} images, {len(source.classes) if source.classes else 'no'} classes")
+    for title, values in zip(("extension", "width x height", "mode"), columns, strict=True):
+        counts = Counter(value for value in values if value).most_common()
+        rest = f", {len(counts) - 8} others" if len(counts) > 8 else ""
+        say(f"{title}: " + ", ".join(f"{value} {n}" for value, n in counts[:8]) + rest)
+    say("for example: " + ", ".join(source.name(i) for i in sorted({0, len(source) // 2, len(source) - 1})))
+    bad = [error for error in errors if error]
+    say(f"unreadable: {len(bad)}" + "".join(bad))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -941,8 +949,8 @@ def finish_update(run, optimizer, scaler, terms, clip_grad=0.0):
     grad_norm = torch.nn.utils.get_total_norm(gradients)
     values = {**terms, "grad_norm": grad_norm}
     bad_loss, bad_gradient = ((~torch.isfinite(x)).float() for x in (terms["loss"], grad_norm))
-    flags = torch.tensor([float(run.stop_requested), float(len(run.bad_files.new))], device=grad_norm.device)
-    packed = torch.cat([torch.stack([bad_loss, bad_gradient, *(v.float() for v in values.values())]), flags])
+    flags = [grad_norm.new_full((), number) for number in (float(run.stop_requested), float(len(run.bad_files.new)))]  # no sync
+    packed = torch.stack([bad_loss, bad_gradient, *(value.float() for value in values.values()), *flags])
     if run.world_size > 1:
         dist.all_reduce(packed)
     bad_loss, bad_gradient, *numbers, stop, bad_files = packed.tolist()
@@ -992,6 +1000,14 @@ class RunConfig:
     save_minutes: float = opt(10.0, "minutes between checkpoints (also written at each epoch's end and on SIGTERM)")
     log_every: int = opt(20, "updates between two log lines")
     demo: bool = opt(False, "small values for everything: drawn shapes, a tiny model, under two minutes on two CPU cores")
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "workers", "pictures")
+            if (whole or name == "epochs") and value <= 0:
+                raise ValueError(f"--{name} is {value}, expected more than 0")
+        if min(self.img_size) <= 0 or (self.workers or 0) < 0:
+            raise ValueError("--img_size must be positive, --workers not negative")
 
 
 # What may differ when a run is resumed, because it does not change what is computed.
@@ -1115,9 +1131,8 @@ class Run:
         if "RANK" in os.environ:
             backend, bound = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=bound)
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._on_signal)
+        for number in STOP_SIGNALS if plan else ():
+            signal.signal(number, self._on_signal)
         try:
             if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
                 raise Refused(f"{self.out} is not empty: continue the run in it with --resume, or choose another --out")
@@ -1125,8 +1140,6 @@ class Run:
                 dist.barrier()  # all have looked before the first one writes
             if self.is_main:
                 (self.out / "pictures").mkdir(parents=True, exist_ok=True)
-                config = json.dumps({"script": self.method, **dataclasses.asdict(self.cfg)}, indent=1)
-                write_atomically(self.out / "config.json", lambda file: file.write(config.encode()))
         except OSError as error:
             raise Refused(f"cannot write into --out {self.out}: {error}") from None
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -1179,7 +1192,8 @@ class Run:
     def end_update(self, step, stats, lr, samples):
         """Account for the `step`-th update: a log line every --log_every, a dump for a skipped one, exit code 3 after ten."""
         skipped = stats.pop("skipped")
-        self.in_a_row = self.in_a_row + 1 if skipped == "nonfinite" else 0
+        # Ten non-finite updates in a row end the run, or thirty overflows: the fp16 scale starts high and is halved each time.
+        self.in_a_row += {"": -self.in_a_row, "overflow": 1, "nonfinite": 3}[skipped]
         if skipped:
             self.kept[f"skipped_{skipped}"] += 1
         else:
@@ -1188,10 +1202,10 @@ class Run:
             self.print(f"step {step}: fp16 overflow, update skipped by the loss scaler (it lowers its scale; harmless if rare)")
         if skipped == "nonfinite":
             self._dump(step, lr, samples, stats)
-        if self.in_a_row == 10:
+        if self.in_a_row >= 30:
             good = next((path for path in self._checkpoints()), "none yet")
-            raise Refused(f"ten non-finite updates in a row up to step {step}, lr {lr:.2g}; last good checkpoint: {good}; see "
-                          f"nonfinite_*.json; try --amp off, --clip_grad 1 or half the --base_lr", code=3)
+            raise Refused(f"ten non-finite updates (or thirty overflows) in a row up to step {step}, lr {lr:.2g}; last good "
+                          f"checkpoint: {good}; see nonfinite_*.json; try --amp off, --clip_grad 1, half the --base_lr", code=3)
         if step % self.cfg.log_every and step < self.plan.steps:
             return self._show(step, stats["loss"]) if self.live else None
         elapsed, n = time.monotonic() - self.window_start, len(self.window)
@@ -1208,7 +1222,8 @@ class Run:
         """GiB: of the CUDA device, else of this process."""
         if self.device.type == "cuda":
             return round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3) if resource else None
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3) if resource else None
 
     def _show(self, step, loss, more=""):
         rate = max(len(self.window), 1) * self.plan.batch_size / (time.monotonic() - self.window_start)
@@ -1235,6 +1250,12 @@ class Run:
             except OSError as error:
                 raise Refused(f"cannot write {self.out}/log.jsonl: {error}", code=1) from None
 
+    def write_config(self):
+        """All settings to config.json."""
+        text = json.dumps({"script": self.method, **dataclasses.asdict(self.cfg)}, indent=1)
+        if self.is_main:
+            write_atomically(self.out / "config.json", lambda file: file.write(text.encode()))
+
     def _cut_log(self, step):
         """Drop what a killed run logged after its last checkpoint: it will be logged again."""
         path = self.out / "log.jsonl"
@@ -1257,21 +1278,31 @@ class Run:
         if not self.is_main:
             return
         content = {name: value.state_dict() for name, value in state.items()}
-        content |= {"meta": meta, "method": self.method, "config": dataclasses.asdict(self.cfg), "step": step, "n": self.plan.n,
-                    "epoch": int(self.plan.epoch(step)), "bad_files": self.bad_files.known, "kept": self.kept}
+        content |= {"meta": meta, "method": self.method, "config": dataclasses.asdict(self.cfg), "n": self.plan.n, "step": step,
+                    "epoch": self.plan.passes(step), "precision": str(self.amp_dtype), "bad_files": self.bad_files.known,
+                    "kept": self.kept}
         write_atomically(self.out / "last.pth", lambda file: torch.save(content, file), keep=self.out / "previous.pth")
 
     def load(self, state):
         """--resume: restore `state` from --out and return the step it stands at; 0 if there is nothing to resume."""
         paths = self._checkpoints() if self.cfg.resume else []
-        if not paths:
-            self._cut_log(0)
-            return 0
+        step = self._restore(paths, state) if paths else 0
+        steps = [step] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise Refused(f"--resume: the processes stand at steps {steps}: --out must be one folder that all nodes share")
+        self._cut_log(step)
+        self.write_config()
+        self.last_save = self.window_start = time.monotonic()
+        return step
+
+    def _restore(self, paths, state):
         content = self._read_checkpoint(paths)
         if content.get("method") != self.method:
             raise Refused(f"{paths[0]} is no checkpoint of {self.method} but of {content.get('method')}: choose another --out")
-        before = content["config"] | {"images": content["n"]}
-        now = dataclasses.asdict(self.cfg) | {"images": self.plan.n}
+        before = content["config"] | {"images": content["n"], "precision": content["precision"]}
+        now = dataclasses.asdict(self.cfg) | {"images": self.plan.n, "precision": str(self.amp_dtype)}
         changed = sorted(key for key in now.keys() - FREE_ON_RESUME if before.get(key) != now[key])
         if changed:
             listing = "; ".join(f"{key} {before.get(key)}, not {now[key]}" for key in changed)
@@ -1280,7 +1311,6 @@ class Run:
         for name, value in state.items():
             value.load_state_dict(content[name])
         self.bad_files.known, self.kept, step = content["bad_files"], content["kept"], content["step"]
-        self._cut_log(step)
         self.print(f"resumed from {paths[0]}: step {step}, epoch {self.plan.epoch(step):.2f}, "
                    f"sample {step * self.plan.batch_size % self.plan.n} of the pass")
         return step

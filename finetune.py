@@ -11,8 +11,9 @@ knn       frozen network, vote of the k nearest training features (cosine, weigh
 compare with). Model, size and normalisation come from the file where it says them. Number of classes: from the data, which
 needs train/ and val/ (or an .npz with `split`, or shapes, cifar10, cifar100, stl10, cars).
 
-Differences from MAE's recipe (not in the papers, our choice): RandAugment is torchvision's (magnitude 9, two operations, no
-magnitude noise); random erasing draws one box per image without retries; mixup and cutmix pair each image with its neighbour.
+Differences from MAE's recipe (not in the papers, our choice): RandAugment has torchvision's operations (two, each with
+probability 0.5, magnitude 9 of 10 without noise); random erasing draws one box per image without retries; mixup and cutmix
+pair each image with its neighbour in the batch.
 
     python finetune.py --demo --mode linear --weights runs/mae_mff/encoder.pth
     torchrun --nproc_per_node 4 finetune.py --weights encoder.pth
@@ -94,12 +95,13 @@ class Config(RunConfig):
     eval_every: int = opt(1, "epochs between evaluations")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.weights is None and not self.check_data:
             raise ValueError("--weights FILE is needed; --weights none is the baseline with random weights")
         patch_grid(self.img_size, self.patch_size)  # ValueError unless they fit
         self.pool = self.pool or ("avg" if self.mode == "finetune" else "cls")
-        if (self.mixup or self.cutmix) and (self.micro_batch or self.batch_size) < 2:
-            raise ValueError("mixup and cutmix need at least two images per forward pass")
+        if self.ema and self.mode != "finetune":
+            raise ValueError("--ema is for --mode finetune")
 
 
 PLAIN = {"augment": "crop", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "erasing": 0.0, "drop_path": 0.0}
@@ -267,9 +269,12 @@ def extract(model, source, to_images, cfg, run):
 
 
 def knn_scores(queries, features, labels, num_classes, k, temperature):
-    """Weighted vote of the k nearest training features by cosine similarity, in float32: (Q, num_classes)."""
+    """Weighted vote of the k nearest training features by cosine similarity: (Q, num_classes).
+
+    queries: (Q, D); features: (N, D), of length 1; labels: (N,).
+    """
     with torch.autocast(queries.device.type, enabled=False):
-        cosine = F.normalize(queries.float(), dim=1) @ F.normalize(features, dim=1).T
+        cosine = F.normalize(queries.float(), dim=1) @ features.T
     similarity, nearest = cosine.topk(min(k, len(features)), dim=1)
     votes = F.one_hot(labels[nearest], num_classes) * (similarity / temperature).exp()[..., None]
     return votes.sum(1)
@@ -288,8 +293,9 @@ def train_transform(cfg, mean):
     if cfg.in_chans not in (1, 3):
         raise Refused(f"--augment full changes colours: it needs 1 or 3 channels, not {cfg.in_chans}; use --augment crop")
     fill = [round(255 * value) for value in mean]
-    return v2.Compose([crop, v2.ToDtype(torch.uint8, scale=True),
-                       v2.RandAugment(2, 9, interpolation=InterpolationMode.BILINEAR, fill=fill)])
+    # Two operations, each applied half of the time, at magnitude 9 of 10: 27 of torchvision's 30.
+    operation = v2.RandomApply([v2.RandAugment(1, 27, interpolation=InterpolationMode.BILINEAR, fill=fill)], p=0.5)
+    return v2.Compose([crop, v2.ToDtype(torch.uint8, scale=True), operation, operation])
 
 
 def train_step(net, batches, to_inputs, mix, optimizer, scaler, step, cfg, plan, run):
@@ -324,6 +330,8 @@ def train(cfg, run):
     mean, std = normalisation(cfg)
     to_images = Normalise(mean, std, run.device)
     plan = None if cfg.mode == "knn" else make_plan(len(source), cfg, run.world_size)
+    if plan and plan.micro_batch < 2:
+        raise Refused("mixup, cutmix and BatchNorm need two images per forward pass: raise --batch_size or --micro_batch")
     lr = cfg.base_lr * cfg.batch_size / 256
     torch.manual_seed(cfg.seed)
     model = Classifier(cfg, len(source.classes))
@@ -341,7 +349,9 @@ def train(cfg, run):
                   f"{result['eval/n']} images, {len(source)} training images")
 
     if cfg.mode == "knn":
+        run.write_config()
         features, labels = extract(model, source, to_images, cfg, run)
+        features = F.normalize(features, dim=1)
 
         def classify(images):
             return knn_scores(model.features(images), features, labels, len(source.classes), cfg.k, cfg.temperature)
@@ -365,8 +375,9 @@ def train(cfg, run):
     start = run.load(state)
     keys = KeyedBatches(plan, cfg.seed, run, start)
     if net is model.head:  # no augmentation: every image's features once, then only the head runs
-        features, labels = extract(model, source, to_images, cfg, run)
-        held_features, held_labels = extract(model, held_out, to_images, cfg, run)
+        with run.off_the_clock():
+            features, labels = extract(model, source, to_images, cfg, run)
+            held_features, held_labels = extract(model, held_out, to_images, cfg, run)
         train_rows = (torch.tensor([index for _, index in batch]) for batch in keys)
         val_rows = [torch.tensor([index for _, index in batch]) for batch in own_share(len(held_out), run)]
         batches = ({"image": features[i], "label": labels[i], "index": i} for i in train_rows)
@@ -385,8 +396,12 @@ def train(cfg, run):
         now = warmup_cosine(plan.epoch(step), lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
         set_lr(optimizer, now)
         (model.head if cfg.mode == "linear" else model).train()
+        statistics = [buffer.clone() for buffer in net.buffers()]
         stats, samples = train_step(ddp, batches, to_inputs, mix, optimizer, scaler, step, cfg, plan, run)
-        if ema and not stats["skipped"]:
+        if stats["skipped"]:  # the forward pass has put what was not finite into the BatchNorm's statistics
+            for buffer, before in zip(net.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+        elif ema:
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - cfg.ema)
         run.end_update(step + 1, stats, now, samples)
@@ -394,6 +409,8 @@ def train(cfg, run):
         with run.off_the_clock():
             if plan.ends_epoch(step + 1) and (int(epoch) % cfg.eval_every == 0 or step + 1 == plan.steps):
                 judged = (ema or net).eval()
+                for buffer in judged.buffers() if run.world_size > 1 else ():
+                    dist.broadcast(buffer, 0)  # BatchNorm: every process evaluates with the statistics that are saved
                 result = evaluate(judged, val_batches or eval_batches(held_out, cfg, run), to_inputs, run)
                 report(step + 1, epoch, result)
                 if result["eval/top1"] > run.kept.get("best_top1", -1):

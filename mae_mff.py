@@ -116,6 +116,7 @@ class Config(RunConfig):
     pictures: int = opt(8, "images drawn at each epoch's end; 0 = none")
 
     def __post_init__(self):
+        super().__post_init__()
         depth = VIT_SIZES[self.model][1]
         self.patch_size = self.patch_size or (14 if self.model == "huge" else 16)
         self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads = (
@@ -126,6 +127,9 @@ class Config(RunConfig):
         layers = list(self.fuse_layers)
         if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != depth - 1:
             raise ValueError(f"--fuse_layers {layers} must rise and end with the last of {depth} blocks, {depth - 1}")
+        if self.decoder_embed_dim % 4 or self.decoder_embed_dim % self.decoder_num_heads:
+            raise ValueError(f"--decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of "
+                             f"--decoder_num_heads {self.decoder_num_heads}")
         L = math.prod(patch_grid(self.img_size, self.patch_size))
         if not 0 < int(L * (1 - self.mask_ratio)) < L:
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
@@ -357,7 +361,8 @@ def train(cfg, run):
         run.end_update(step + 1, stats, now, samples)
         with run.off_the_clock():
             if run.is_main and fixed and plan.ends_epoch(step + 1):
-                draw_pictures(run.out / f"pictures/epoch_{round(plan.epoch(step + 1)):04}.png", model, fixed, to_images, cfg)
+                number = plan.passes(step + 1) + (plan.passes(step + 1) == plan.passes(step))  # a last partial pass counts
+                draw_pictures(run.out / f"pictures/epoch_{number:04}.png", model, fixed, to_images, cfg)
             if run.save_due(step + 1):
                 meta["epoch"] = plan.epoch(step + 1)
                 run.export("encoder.pth", model.trunk_state(), meta)

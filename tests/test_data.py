@@ -87,6 +87,9 @@ def test_plan_prints_what_to_do_about_a_batch_that_does_not_divide():
     cfg = types.SimpleNamespace(batch_size=100, micro_batch=16, epochs=1.0)
     with pytest.raises(Refused, match="use 96 or 128"):
         common.make_plan(1000, cfg, 2)
+    cfg.micro_batch = None
+    with pytest.raises(Refused, match="use 99 or 102"):
+        common.make_plan(1000, cfg, 3)
     with pytest.raises(Refused, match="fewer than one batch"):
         common.make_plan(50, types.SimpleNamespace(batch_size=64, micro_batch=None, epochs=1.0), 1)
     with pytest.raises(Refused, match="less than one update"):
@@ -185,7 +188,8 @@ def test_sixteen_bit_and_float_files_keep_their_values(tmp_path, in_chans, shape
     Image.fromarray(values).save(tmp_path / "b.tif")
     np.save(tmp_path / "c.npy", values)
     np.save(tmp_path / "d.npy", (values / 65535).astype(np.float32))
-    for i in range(4):
+    np.save(tmp_path / "e.npy", values.astype(">u2"))
+    for i in range(5):
         image, _ = common.open_data(config(tmp_path, in_chans=in_chans)).read(i)
         assert image.shape == shape and image.dtype == torch.float32
         torch.testing.assert_close(image[0], torch.from_numpy(values / 65535).float())

@@ -71,7 +71,7 @@ def test_probe_trains_the_head_alone():
 def test_knn_against_a_loop():
     torch.manual_seed(1)
     queries, features, labels = torch.randn(7, 5), torch.randn(30, 5), torch.randint(0, 4, (30,))
-    scores = finetune.knn_scores(queries, features, labels, 4, k=6, temperature=0.1)
+    scores = finetune.knn_scores(queries, F.normalize(features, dim=1), labels, 4, k=6, temperature=0.1)
     for q in range(7):
         cosine = [F.cosine_similarity(queries[q], features[j], dim=0).item() for j in range(30)]
         expected = [0.0] * 4

@@ -211,8 +211,10 @@ def test_resume_of_finetuning_with_moving_average(small_npz, tmp_path):
 
 def test_resume_refuses_other_settings_and_damaged_files(unbroken, tmp_path):
     shutil.copytree(unbroken, tmp_path / "run")
+    settings = (tmp_path / "run/config.json").read_bytes()
     output = run_script([*STEPS, "--out", "run", "--resume", "--batch_size", 40], tmp_path, expect=2)
     assert "batch_size 80, not 40: repeat its flags" in output.splitlines()[-1]
+    assert (tmp_path / "run/config.json").read_bytes() == settings
     whole = (tmp_path / "run/last.pth").read_bytes()
     (tmp_path / "run/previous.pth").write_bytes(whole)
     (tmp_path / "run/last.pth").write_bytes(whole[:1000])
@@ -287,6 +289,10 @@ def test_too_many_unreadable_files_stop_the_run_with_their_names(folder, tmp_pat
     (["--init", "."], "to continue the run in it: --resume --out ."),
     (["--init", "missing.pth"], "missing.pth does not exist"),
     (["--amp", "fp16"], "needs CUDA"),
+    (["--log_every", "0"], "--log_every is 0, expected more than 0"),
+    (["--batch_size", "-1"], "expected more than 0"),
+    (["--workers", "-1"], "--workers not negative"),
+    (["--decoder_num_heads", "5"], "--decoder_num_heads 5"),
 ])
 def test_wrong_flags_are_refused_in_one_line(flags, words, tmp_path, monkeypatch, capsys):
     if torch.cuda.is_available() and "--amp" in flags:
