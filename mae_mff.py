@@ -8,7 +8,7 @@ Idea. Hide 75 % of an image's patches, encode the visible ones, let a small deco
 A pixel target pulls low-level detail into the last block; MFF gives the decoder that detail from shallow blocks instead,
 by fusing their outputs, so that the last block is free for semantics. PixMIM takes the finest detail out of the target.
 
-Data flow (the papers give no numbered equations for it; names on the right are those of the code)
+Data flow, in the order of the code (its names and shapes on the right)
     x                 visible patches + positions, class token first          latent      (B, 1 + len_keep, D)
     x_i = block_i(x_{i-1})                    output of block i, unnormalised
     y_i = W_i x_i + b_i   for each fused i but the last; y_last = x_last      fuse_proj
