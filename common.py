@@ -23,7 +23,7 @@ import time
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import UnionType
@@ -55,6 +55,11 @@ class Refused(Exception):
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
+
+
+def reason(error):
+    """First line of what an exception says, for a one-line message."""
+    return (str(error) or repr(error)).splitlines()[0][:200]
 
 
 def say(text, **how):
@@ -268,13 +273,12 @@ def read_file(path):
     except ImportError:
         raise Refused(f"reading {path} needs: pip install safetensors") from None
     except Exception as error:  # zip, pickle and storage errors, by kind of damage
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line),
-                      (str(error) or repr(error)).splitlines()[0])
-        raise Refused(f"cannot read {path} safely: {reason[:200]}") from None
+        telling = [line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line]
+        raise Refused(f"cannot read {path} safely: {telling[0][:200] if telling else reason(error)}") from None
 
 
 def load_weights(model, path, allow_missing=(), ignore=()):
-    """Copy weights into `model` by name (ours, official MAE, timm); returns the file's `meta` ({} if it has none).
+    """Copy weights into `model` by name (ours, official MAE, timm).
 
     Names in the file that start with a prefix in `ignore` are left out; position tables are resized to the model's grid.
     Refused if a name has no place in the model, if the model lacks one that starts with no prefix in `allow_missing`, or if
@@ -307,7 +311,6 @@ def load_weights(model, path, allow_missing=(), ignore=()):
             raise Refused(f"{path}: {name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}: "
                           "check --model, --patch_size and --in_chans")
     model.load_state_dict(weights, strict=False)
-    return meta
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -694,19 +697,19 @@ class BadFiles:
         return self.limit + 1
 
     def note(self, entries):
-        self.new.update((path, reason) for path, reason in entries if path not in self.known)
+        self.new.update(entry for entry in entries if entry[0] not in self.known)
 
     def share(self):
         """Called on all processes as soon as one has met something new: name each file once; Refused above the limit."""
         found = [self.new] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(found, self.new)
-        for path, reason in sorted({path: reason for part in found for path, reason in part.items()}.items()):
-            self.known[path] = reason
-            say(f"unreadable, replaced by the next file: {path}: {reason}")
+        for path, why in sorted({path: why for part in found for path, why in part.items()}.items()):
+            self.known[path] = why
+            say(f"unreadable, replaced by the next file: {path}: {why}")
         self.new = {}
         if len(self.known) > self.limit:
-            listing = "".join(f"\n  {path}: {reason}" for path, reason in self.known.items())
+            listing = "".join(f"\n  {path}: {why}" for path, why in self.known.items())
             raise Refused(f"{len(self.known)} unreadable files, --max_bad {self.max_bad} allows {self.limit}:{listing}", code=1)
 
 
@@ -728,7 +731,7 @@ class Views(torch.utils.data.Dataset):
             try:
                 return *self.source.read(here), bad
             except Exception as error:  # decoders raise nearly anything
-                bad.append((self.source.name(here), (str(error) or repr(error)).splitlines()[0][:200]))
+                bad.append((self.source.name(here), reason(error)))
         # More bad files than --max_bad allows: the run stops before it uses this blank.
         return torch.zeros(self.source.in_chans, 64, 64, dtype=torch.uint8), -1, bad
 
@@ -863,7 +866,7 @@ def check_data(source, workers):
                 mode = file.mode if file else f"{len(image)} channels {image.dtype}"
             return suffix, f"{image.shape[2]}x{image.shape[1]}", mode, None
         except Exception as error:
-            return suffix, None, None, f"\n  {name}: {(str(error) or repr(error)).splitlines()[0][:200]}"
+            return suffix, None, None, f"\n  {name}: {reason(error)}"
 
     with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding runs outside Python's lock
         *columns, errors = zip(*pool.map(look, range(len(source))), strict=True)
@@ -943,7 +946,8 @@ def finish_update(run, optimizer, scaler, terms, clip_grad=0.0):
     update's one host synchronisation: one all-reduce of a few numbers carries the flags and the values for the log.
     """
     scaler.unscale_(optimizer)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
     if any(gradient is None for gradient in gradients):
         raise RuntimeError("a parameter received no gradient: DDP would hang on it")
     grad_norm = torch.nn.utils.get_total_norm(gradients)
@@ -963,7 +967,7 @@ def finish_update(run, optimizer, scaler, terms, clip_grad=0.0):
         scaler.update()
         return {**result, "skipped": "overflow" if overflow else "nonfinite"}
     if clip_grad:
-        torch.nn.utils.clip_grads_with_norm_([p for g in optimizer.param_groups for p in g["params"]], clip_grad, grad_norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
     scaler.step(optimizer)
     scaler.update()
     return {**result, "skipped": ""}
@@ -1154,8 +1158,8 @@ class Run:
             raise KeyboardInterrupt
         self.stop_requested = True
 
-    def print(self, text):
-        say(("\r\033[K" if self.live else "") + text)
+    def print(self, text, **how):
+        say(("\r\033[K" if self.live else "") + text, **how)
 
     def prepare(self, model):
         """Move to the device, compile in place (names stay clean), wrap in DDP under torchrun."""
@@ -1228,17 +1232,15 @@ class Run:
     def _show(self, step, loss, more=""):
         rate = max(len(self.window), 1) * self.plan.batch_size / (time.monotonic() - self.window_start)
         left = timedelta(seconds=round((self.plan.steps - step) * self.plan.batch_size / rate))
-        say(("\r\033[K" if self.live else "") + f"epoch {self.plan.epoch(step):.2f} step {step}/{self.plan.steps} "
-            f"loss {loss:.4f}{more} {rate:,.0f} images/s, {left} left", end="" if self.live else "\n")
+        self.print(f"epoch {self.plan.epoch(step):.2f} step {step}/{self.plan.steps} loss {loss:.4f}{more} "
+                   f"{rate:,.0f} images/s, {left} left", end="" if self.live else "\n")
 
     def _dump(self, step, lr, samples, stats):
         record = {"rank": self.rank, "samples": samples, "terms": {name: str(value) for name, value in stats.items()}}
         records = [record] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(records, record)
-        text = json.dumps({"step": step, "lr": lr, "ranks": records}, indent=1)
-        if self.is_main:
-            write_atomically(self.out / f"nonfinite_{step}.json", lambda file: file.write(text.encode()))
+        self._write(f"nonfinite_{step}.json", json.dumps({"step": step, "lr": lr, "ranks": records}, indent=1))
         self.print(f"step {step}: non-finite loss or gradient, update skipped on all processes; see nonfinite_{step}.json")
 
     def log(self, line):
@@ -1252,17 +1254,18 @@ class Run:
 
     def write_config(self):
         """All settings to config.json."""
-        text = json.dumps({"script": self.method, **dataclasses.asdict(self.cfg)}, indent=1)
+        self._write("config.json", json.dumps({"script": self.method, **dataclasses.asdict(self.cfg)}, indent=1))
+
+    def _write(self, name, text):
         if self.is_main:
-            write_atomically(self.out / "config.json", lambda file: file.write(text.encode()))
+            write_atomically(self.out / name, lambda file: file.write(text.encode()))
 
     def _cut_log(self, step):
         """Drop what a killed run logged after its last checkpoint: it will be logged again."""
         path = self.out / "log.jsonl"
         if self.is_main and path.exists():
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
-            write_atomically(path, lambda file: file.write(kept.encode()))
+            self._write(path.name, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def save_due(self, step):
         """After the `step`-th update: whether a pass has just ended, --save_minutes are over, or the run stops here."""
@@ -1316,17 +1319,15 @@ class Run:
         return step
 
     def _read_checkpoint(self, paths):
-        readable, reasons = {}, {}
-        for path in paths:
-            try:
-                readable[path] = read_file(path)
-                break
-            except Refused as error:
-                reasons[path] = error
-        if paths[0] in readable:
-            return readable[paths[0]]
-        raise Refused(f"{reasons[paths[0]]}; " + (f"{paths[1]} is good: mv it over {paths[0]} and --resume again" if readable
-                                                  else "there is no other good checkpoint"))
+        try:
+            return read_file(paths[0])
+        except Refused as error:
+            hint = "there is no other good checkpoint"
+            for other in paths[1:]:
+                with suppress(Refused):
+                    read_file(other)
+                    hint = f"{other} is good: mv it over {paths[0]} and --resume again"
+            raise Refused(f"{error}; {hint}") from None
 
     def export(self, name, weights, meta):
         """Write weights for use elsewhere: {"model": timm's names, "meta": plain values}."""

@@ -392,10 +392,11 @@ def train(cfg, run):
     meta = {"method": "finetune", "weights": cfg.weights, "model": cfg.model, "img_size": cfg.img_size,
             "patch_size": cfg.patch_size, "in_chans": cfg.in_chans, "mean": mean, "std": std, "classes": list(source.classes)}
 
+    learner = model.head if cfg.mode == "linear" else model
+    learner.train()
     for step in range(start, plan.steps):
         now = warmup_cosine(plan.epoch(step), lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
         set_lr(optimizer, now)
-        (model.head if cfg.mode == "linear" else model).train()
         statistics = [buffer.clone() for buffer in net.buffers()]
         stats, samples = train_step(ddp, batches, to_inputs, mix, optimizer, scaler, step, cfg, plan, run)
         if stats["skipped"]:  # the forward pass has put what was not finite into the BatchNorm's statistics
@@ -412,6 +413,7 @@ def train(cfg, run):
                 for buffer in judged.buffers() if run.world_size > 1 else ():
                     dist.broadcast(buffer, 0)  # BatchNorm: every process evaluates with the statistics that are saved
                 result = evaluate(judged, val_batches or eval_batches(held_out, cfg, run), to_inputs, run)
+                learner.train()
                 report(step + 1, epoch, result)
                 if result["eval/top1"] > run.kept.get("best_top1", -1):
                     run.kept["best_top1"] = result["eval/top1"]
