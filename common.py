@@ -7,12 +7,15 @@ Shapes: B images, C channels, H x W pixels, patches of p x p pixels on a grid (h
 """
 
 import argparse
+import atexit
 import dataclasses
 import difflib
+import faulthandler
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -62,10 +65,28 @@ def reason(error):
     return (str(error) or repr(error)).splitlines()[0][:200]
 
 
-def say(text, **how):
+def say(text, everywhere=False, **how):
     """Print, on the first process only (file names that are not valid UTF-8 too)."""
-    if os.environ.get("RANK", "0") == "0":
+    if everywhere or os.environ.get("RANK", "0") == "0":
         print(text.encode(errors="backslashreplace").decode(), flush=True, **how)
+
+
+def refuse(method, error):
+    """Say what is wrong in one line and end with the error's code.
+
+    What is wrong usually is so for all processes: the others let the first one say it, whose end brings them down too, and
+    speak if they are still there after that.
+    """
+    text, rank = f"{method}: {error}", os.environ.get("RANK", "0")
+    if rank != "0":
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(3)
+        text = f"{method}: [process {rank}] {error}"
+    say(f"\n{text}" if sys.stdout.isatty() and dist.is_initialized() else text, everywhere=True, file=sys.stderr)
+    if dist.is_initialized():
+        os._exit(error.code)  # at once: an orderly end could wait for processes that will never answer
+    sys.exit(error.code)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,9 +165,10 @@ class PatchEmbed(nn.Module):
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); no mask argument, as a mask rules out the fast kernels."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # Torch's fused kernel for the CPU has a bf16 backward pass two to seven times slower than these two products.
+        # Torch's fused kernel for the CPU has a bf16 backward pass two to five times slower than these two products. The
+        # softmax sums in float32 and rounds to bf16 at its end.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -354,6 +376,16 @@ def to_channels(image, in_chans, path):
     raise ValueError(f"{image.shape[0]} channels in {path}, but --in_chans is {in_chans}")
 
 
+def jpeg_pixels(data):
+    """Number of pixels that the header of a JPEG file announces; 0 if the header is damaged."""
+    i = 2
+    while i + 8 < len(data) and data[i] == 0xFF:
+        if 0xC0 <= data[i + 1] <= 0xCF and data[i + 1] not in (0xC4, 0xC8, 0xCC):  # a frame header; these three are tables
+            return int.from_bytes(data[i + 5 : i + 7]) * int.from_bytes(data[i + 7 : i + 9])
+        i += 2 + int.from_bytes(data[i + 2 : i + 4])
+    return 0
+
+
 def read_image(path, in_chans):
     """Decode one file to (in_chans, H, W), uint8 or, from 16-bit and float files, float32 in [0, 1]; EXIF rotation applied.
 
@@ -362,11 +394,14 @@ def read_image(path, in_chans):
     """
     if path.lower().endswith(".npy"):
         return to_channels(as_image(np.load(path, allow_pickle=False), path), in_chans, path)
-    with Image.open(path) as image:  # reads the header only; refuses decompression bombs
-        if image.format == "JPEG" and in_chans in (1, 3) and decode_jpeg:
+    if decode_jpeg and in_chans in (1, 3):
+        with open(path, "rb", buffering=0) as file:
+            data = file.read(2)
+            data = bytearray(data + file.read()) if data == b"\xff\xd8" else b""
+        if 0 < jpeg_pixels(data) < Image.MAX_IMAGE_PIXELS:  # no decompression bomb
             mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
-            data = torch.from_numpy(np.fromfile(path, np.uint8))
-            return decode_jpeg(data, mode=mode, apply_exif_orientation=True)
+            return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=mode, apply_exif_orientation=True)
+    with Image.open(path) as image:  # refuses decompression bombs
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or image.mode in ("I", "F"):
             array = np.asarray(image)
@@ -667,9 +702,32 @@ def cover(image, size, interpolation):
     return TF.resize(image, new, interpolation, antialias=True)
 
 
-def random_resized_crop(size, scale=(0.2, 1.0)):
-    """MAE's pre-training crop; fine-tuning uses scale (.08, 1)."""
-    return v2.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+class RandomResizedCrop:
+    """A box of a share of the area within `scale` and an aspect of 3/4 to 4/3 (log-uniform), anywhere in the image, resized,
+    bicubic: MAE's pre-training crop; fine-tuning uses scale (.08, 1). If ten boxes do not fit, the largest centred one.
+
+    Distribution and pixels are those of torchvision's class, in less than half of its time: one draw, and pixels laid out
+    as its fast 8-bit kernel wants them.
+    """
+
+    def __init__(self, size, scale=(0.2, 1.0)):
+        self.size, self.scale, self.log_ratio = size, scale, math.log(4 / 3)
+
+    def box(self, height, width):
+        """top, left, height, width"""
+        low, high = self.scale
+        for u_area, u_ratio, u_top, u_left in torch.rand(10, 4).tolist():
+            area, root = height * width * (low + (high - low) * u_area), math.exp(self.log_ratio * (u_ratio - 0.5))
+            h, w = round(math.sqrt(area) / root), round(math.sqrt(area) * root)
+            if 0 < h <= height and 0 < w <= width:
+                return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
+        h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def __call__(self, image):
+        top, left, h, w = self.box(*image.shape[1:])
+        crop = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
+        return F.interpolate(crop, self.size, mode="bicubic", antialias=True)[0]
 
 
 class EvalCrop:
@@ -739,19 +797,22 @@ class Views(torch.utils.data.Dataset):
         epoch, index = key
         image, label, bad = self.read(index)
         torch.default_generator.manual_seed(stable_seed(self.seed, epoch, index))
-        sample = {"index": index, "label": label, "bad": bad, "flip": bool(torch.rand(()) < 0.5) and self.flip}
+        sample = {"index": index, "label": label, "bad": bad, "flip": torch.rand(()).item() < 0.5 and self.flip}
         if self.draw is not None:
             sample["draw"] = self.draw()
         return {**sample, "image": self.transform(image)}
 
 
 def collate(samples):
-    """List of samples -> batch of tensors; 8-bit images become float only where a 16-bit one sits in the same batch."""
-    images = [sample.pop("image") for sample in samples]
-    if len({image.dtype for image in images}) > 1:
-        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
+    """List of samples -> batch of tensors, images channels-last in memory, as decoders and crops leave them; 8-bit images become
+    float only where a 16-bit one sits in the same batch."""
+    mixed = len({sample["image"].dtype for sample in samples}) > 1
     bad = [entry for sample in samples for entry in sample.pop("bad")]
-    return {"image": torch.stack(images), "bad": bad, **torch.utils.data.default_collate(samples)}
+    for sample in samples:
+        image = sample["image"].permute(1, 2, 0)
+        sample["image"] = image / 255 if mixed and image.dtype == torch.uint8 else image
+    batch = torch.utils.data.default_collate(samples)
+    return {**batch, "image": batch["image"].permute(0, 3, 1, 2), "bad": bad}
 
 
 @dataclasses.dataclass
@@ -829,8 +890,19 @@ def _loader_worker(_):
     torch.set_num_threads(1)
 
 
+def _end_workers():
+    # At exit Python ends such children with SIGTERM, which they ignore, and would then wait for them for ever.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's death for an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def make_loader(views, batches, run):
     """DataLoader over batches of keys; one iterator serves the whole run, so its workers live as long as the run."""
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
     return torch.utils.data.DataLoader(
         views, batch_sampler=batches, num_workers=run.workers, collate_fn=collate, pin_memory=run.device.type == "cuda",
         worker_init_fn=_loader_worker, prefetch_factor=4 if run.workers else None)
@@ -942,8 +1014,9 @@ def finish_update(run, optimizer, scaler, terms, clip_grad=0.0):
     """Unscale, measure and clip the gradients, let all processes agree, then step, or skip the update on every one of them.
 
     terms: {name: detached scalar}, `loss` among them, this process's means over the update. Returns floats averaged over the
-    processes, with `grad_norm` and `skipped` ("", "nonfinite" or "overflow", the fp16 scaler's own affair). This is the
-    update's one host synchronisation: one all-reduce of a few numbers carries the flags and the values for the log.
+    processes, with `grad_norm` and `skipped` ("", "nonfinite" or "overflow", the fp16 scaler's own affair); of a skipped update
+    this process's own values. This is the update's one host synchronisation: one all-reduce of a few numbers carries the
+    flags and the values for the log.
     """
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -954,7 +1027,8 @@ def finish_update(run, optimizer, scaler, terms, clip_grad=0.0):
     values = {**terms, "grad_norm": grad_norm}
     bad_loss, bad_gradient = ((~torch.isfinite(x)).float() for x in (terms["loss"], grad_norm))
     flags = [grad_norm.new_full((), number) for number in (float(run.stop_requested), float(len(run.bad_files.new)))]  # no sync
-    packed = torch.stack([bad_loss, bad_gradient, *(value.float() for value in values.values()), *flags])
+    own = torch.stack([bad_loss, bad_gradient, *(value.float() for value in values.values()), *flags])
+    packed = own.clone()
     if run.world_size > 1:
         dist.all_reduce(packed)
     bad_loss, bad_gradient, *numbers, stop, bad_files = packed.tolist()
@@ -965,7 +1039,7 @@ def finish_update(run, optimizer, scaler, terms, clip_grad=0.0):
     if bad_loss or bad_gradient:
         overflow = scaler.is_enabled() and not bad_loss
         scaler.update()
-        return {**result, "skipped": "overflow" if overflow else "nonfinite"}
+        return dict(zip(values, own[2:].tolist(), strict=False)) | {"skipped": "overflow" if overflow else "nonfinite"}
     if clip_grad:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
     scaler.step(optimizer)
@@ -1017,12 +1091,13 @@ class RunConfig:
 # What may differ when a run is resumed, because it does not change what is computed.
 FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes",
                   "log_every", "demo", "micro_batch", "init", "weights", "pictures"}
+# What may differ after non-finite updates as well, to get past them.
+FREE_AFTER_NAN = {"amp", "precision", "clip_grad", "base_lr"}
 
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        say(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
+        refuse(self.prog, Refused(message))
 
 
 def _converter(annotation):
@@ -1096,8 +1171,11 @@ def write_atomically(path, save, keep=None):
             os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise Refused(f"cannot write {path} ({error}); what was there before is untouched", code=1) from None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        while error.__context__:  # torch reports a full disk as a wrong position in the file
+            error = error.__context__
+        raise Refused(f"cannot write {path} ({reason(error)}); what was there before is untouched", code=1) from None
 
 
 class Run:
@@ -1120,10 +1198,10 @@ class Run:
         self.out = Path(cfg.out or f"runs/{method}")
         self.stop_requested = self.stopping = False
         self.bad_files = BadFiles(cfg.max_bad, self.world_size)
-        self.kept, self.in_a_row = {"skipped_nonfinite": 0, "skipped_overflow": 0}, 0
+        self.kept = {"skipped_nonfinite": 0, "skipped_overflow": 0, "in_a_row": 0, "window": []}
         self.live = sys.stdout.isatty()
         self.last_save = self.window_start = time.monotonic()
-        self.window, self.waited = [], 0.0
+        self.counted, self.waited = 0, 0.0
 
     def start(self, plan, lr_line):
         """Process group (only under torchrun), signals, the folder: Refused if --out holds another run. plan: None if there
@@ -1137,6 +1215,8 @@ class Run:
             dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=bound)
         for number in STOP_SIGNALS if plan else ():
             signal.signal(number, self._on_signal)
+        if hasattr(faulthandler, "register"):  # kill -USR2: where does it hang?
+            faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
         try:
             if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
                 raise Refused(f"{self.out} is not empty: continue the run in it with --resume, or choose another --out")
@@ -1195,32 +1275,34 @@ class Run:
 
     def end_update(self, step, stats, lr, samples):
         """Account for the `step`-th update: a log line every --log_every, a dump for a skipped one, exit code 3 after ten."""
-        skipped = stats.pop("skipped")
+        skipped, kept = stats.pop("skipped"), self.kept
+        self.counted += 1
         # Ten non-finite updates in a row end the run, or thirty overflows: the fp16 scale starts high and is halved each time.
-        self.in_a_row += {"": -self.in_a_row, "overflow": 1, "nonfinite": 3}[skipped]
+        kept["in_a_row"] += {"": -kept["in_a_row"], "overflow": 1, "nonfinite": 3}[skipped]
         if skipped:
-            self.kept[f"skipped_{skipped}"] += 1
+            kept[f"skipped_{skipped}"] += 1
         else:
-            self.window.append(stats)
+            kept["window"].append(stats)
         if skipped == "overflow":
             self.print(f"step {step}: fp16 overflow, update skipped by the loss scaler (it lowers its scale; harmless if rare)")
-        if skipped == "nonfinite":
+        if skipped == "nonfinite" or kept["in_a_row"] >= 30:
             self._dump(step, lr, samples, stats)
-        if self.in_a_row >= 30:
+        if kept["in_a_row"] >= 30:
             good = next((path for path in self._checkpoints()), "none yet")
             raise Refused(f"ten non-finite updates (or thirty overflows) in a row up to step {step}, lr {lr:.2g}; last good "
-                          f"checkpoint: {good}; see nonfinite_*.json; try --amp off, --clip_grad 1, half the --base_lr", code=3)
+                          f"checkpoint: {good}; see nonfinite_{step}.json; --resume with --amp off, --clip_grad 1 or half the "
+                          "--base_lr may get past this", code=3)
         if step % self.cfg.log_every and step < self.plan.steps:
             return self._show(step, stats["loss"]) if self.live else None
-        elapsed, n = time.monotonic() - self.window_start, len(self.window)
-        means = {name: sum(stats[name] for stats in self.window) / n for name in (self.window[0] if n else ())}
+        elapsed, window = time.monotonic() - self.window_start, kept["window"]
+        means = {name: sum(stats[name] for stats in window) / len(window) for name in (window[0] if window else ())}
         grad_norm = means.pop("grad_norm", None)
-        skips = {name: count for name, count in self.kept.items() if name.startswith("skipped")}
+        skips = {name: count for name, count in kept.items() if name.startswith("skipped")}
         self.log({"step": step, "epoch": round(self.plan.epoch(step), 4), **{f"train/{k}": v for k, v in means.items()},
-                  "lr": lr, "grad_norm": grad_norm, "images_per_second": round(n * self.plan.batch_size / elapsed, 1),
+                  "lr": lr, "grad_norm": grad_norm, "images_per_second": round(self.counted * self.plan.batch_size / elapsed, 1),
                   "data_wait": round(self.waited / elapsed, 4), "peak_memory": self._peak_memory(), **skips})
         self._show(step, means.get("loss", math.nan), f" lr {lr:.2e} data_wait {self.waited / elapsed:.0%}")
-        self.window, self.waited, self.window_start = [], 0.0, time.monotonic()
+        kept["window"], self.counted, self.waited, self.window_start = [], 0, 0.0, time.monotonic()
 
     def _peak_memory(self):
         """GiB: of the CUDA device, else of this process."""
@@ -1230,7 +1312,7 @@ class Run:
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3) if resource else None
 
     def _show(self, step, loss, more=""):
-        rate = max(len(self.window), 1) * self.plan.batch_size / (time.monotonic() - self.window_start)
+        rate = self.counted * self.plan.batch_size / (time.monotonic() - self.window_start)
         left = timedelta(seconds=round((self.plan.steps - step) * self.plan.batch_size / rate))
         self.print(f"epoch {self.plan.epoch(step):.2f} step {step}/{self.plan.steps} loss {loss:.4f}{more} "
                    f"{rate:,.0f} images/s, {left} left", end="" if self.live else "\n")
@@ -1301,33 +1383,35 @@ class Run:
         return step
 
     def _restore(self, paths, state):
-        content = self._read_checkpoint(paths)
-        if content.get("method") != self.method:
-            raise Refused(f"{paths[0]} is no checkpoint of {self.method} but of {content.get('method')}: choose another --out")
-        before = content["config"] | {"images": content["n"], "precision": content["precision"]}
-        now = dataclasses.asdict(self.cfg) | {"images": self.plan.n, "precision": str(self.amp_dtype)}
-        changed = sorted(key for key in now.keys() - FREE_ON_RESUME if before.get(key) != now[key])
-        if changed:
-            listing = "; ".join(f"{key} {before.get(key)}, not {now[key]}" for key in changed)
-            raise Refused(f"--resume: the run in {self.out} has {listing}: repeat its flags, or start from its weights with "
-                          "--init FILE and another --out")
+        path, *others = paths
+        content, wrong = self._read_checkpoint(path)
+        if wrong:
+            good = [other for other in others if not self._read_checkpoint(other)[1]]
+            hint = f"{good[0]} is good: mv it over {path} and --resume again" if good else "there is no other good checkpoint"
+            raise Refused(f"--resume: {wrong}; {hint}")
         for name, value in state.items():
             value.load_state_dict(content[name])
         self.bad_files.known, self.kept, step = content["bad_files"], content["kept"], content["step"]
-        self.print(f"resumed from {paths[0]}: step {step}, epoch {self.plan.epoch(step):.2f}, "
+        self.print(f"resumed from {path}: step {step}, epoch {self.plan.epoch(step):.2f}, "
                    f"sample {step * self.plan.batch_size % self.plan.n} of the pass")
         return step
 
-    def _read_checkpoint(self, paths):
+    def _read_checkpoint(self, path):
+        """(content, what is wrong with it for this run, or "")"""
         try:
-            return read_file(paths[0])
+            content = read_file(path)
         except Refused as error:
-            hint = "there is no other good checkpoint"
-            for other in paths[1:]:
-                with suppress(Refused):
-                    read_file(other)
-                    hint = f"{other} is good: mv it over {paths[0]} and --resume again"
-            raise Refused(f"{error}; {hint}") from None
+            return None, str(error)
+        if content.get("method") != self.method:
+            return None, f"{path} is no checkpoint of {self.method} but of {content.get('method', 'something else')}"
+        before = content["config"] | {"images": content["n"], "precision": content["precision"]}
+        now = dataclasses.asdict(self.cfg) | {"images": self.plan.n, "precision": str(self.amp_dtype)}
+        changed = {key for key in now.keys() - FREE_ON_RESUME if before.get(key) != now[key]}
+        if any(self.out.glob("nonfinite_*.json")):
+            changed -= FREE_AFTER_NAN
+        listing = "; ".join(f"{key} {before.get(key)}, not {now[key]}" for key in sorted(changed))
+        return content, listing and (f"the run in {path} has {listing}: repeat its flags, or start from its weights with "
+                                     "--init FILE and another --out")
 
     def export(self, name, weights, meta):
         """Write weights for use elsewhere: {"model": timm's names, "meta": plain values}."""
@@ -1363,9 +1447,6 @@ def launch(config_type, presets, train, method):
         run = Run(cfg, method)
         train(cfg, run)
     except Refused as error:
-        say(f"\n{method}: {error}" if sys.stdout.isatty() else f"{method}: {error}", file=sys.stderr)
-        if dist.is_initialized():
-            os._exit(error.code)  # at once: an orderly end could wait for processes that will never answer
-        sys.exit(error.code)
+        refuse(method, error)
     if dist.is_initialized():
         dist.destroy_process_group()

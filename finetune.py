@@ -36,6 +36,7 @@ from common import (
     EvalCrop,
     KeyedBatches,
     Normalise,
+    RandomResizedCrop,
     Refused,
     RunConfig,
     Views,
@@ -55,7 +56,6 @@ from common import (
     opt,
     parameter_groups,
     patch_grid,
-    random_resized_crop,
     read_file,
     set_lr,
     warmup_cosine,
@@ -287,7 +287,7 @@ def train_transform(cfg, mean):
     """What the loader does to a training image; the flip follows on the device."""
     if cfg.augment == "none":
         return EvalCrop(cfg.img_size)
-    crop = random_resized_crop(cfg.img_size, scale=(0.08, 1.0))
+    crop = RandomResizedCrop(cfg.img_size, scale=(0.08, 1.0))
     if cfg.augment == "crop":
         return crop
     if cfg.in_chans not in (1, 3):

@@ -48,6 +48,7 @@ from common import (
     EvalCrop,
     KeyedBatches,
     Normalise,
+    RandomResizedCrop,
     RunConfig,
     Views,
     ViT,
@@ -69,7 +70,6 @@ from common import (
     parameter_groups,
     patch_grid,
     patchify,
-    random_resized_crop,
     save_pictures,
     set_lr,
     sincos_pos_embed,
@@ -344,7 +344,7 @@ def train(cfg, run):
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     start = run.load(state)
 
-    crop = SimpleResizedCrop(cfg.img_size) if cfg.crop == "src" else random_resized_crop(cfg.img_size)
+    crop = SimpleResizedCrop(cfg.img_size) if cfg.crop == "src" else RandomResizedCrop(cfg.img_size)
     noise = functools.partial(torch.rand, math.prod(model.grid))
     views = Views(source, crop, cfg.seed, run.bad_files.allow(len(source)), noise)
     batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))

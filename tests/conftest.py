@@ -1,8 +1,15 @@
 """Shared by all tests: run a script as a user would, and small data on disk."""
 
+import atexit
+import multiprocessing
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +20,98 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import common  # noqa: E402  (found through the line above)
 
-def start_script(arguments, cwd, processes=1, environment=(), **how):
-    """Popen of `python SCRIPT ...`, or torchrun if processes > 1; one thread per process, so that runs are comparable."""
-    script, *flags = arguments
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(environment)
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+# Importing torch takes longer than most runs: they are forked from a process that has done so.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torchvision.transforms.v2", "conftest", "common"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+
+
+def _run_here(arguments, cwd, environment, output):
+    """In the forked process: what `python SCRIPT ...` does, with both streams in a file."""
+    os.setsid()  # a process group of its own, so that a test can interrupt all of it
+    with open(output, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process that was not forked
+    os.chdir(cwd)
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = [str(part) for part in arguments]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter does, but a forked process does not
+
+
+class Started:
+    """One script in one or more processes, which find each other as under torchrun. One thread each, so that runs compare."""
+
+    def __init__(self, arguments, cwd, processes=1, environment=()):
+        with tempfile.NamedTemporaryFile(delete=False) as file:
+            self.output = file.name
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        script, *flags = arguments
+        self.processes = []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+                     "MASTER_ADDR": "localhost", "MASTER_PORT": port} if processes > 1 else {}
+            place = {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"} | dict(environment)
+            self.processes.append(FORKS.Process(target=_run_here, args=([ROOT / script, *flags], cwd, place, self.output)))
+            self.processes[-1].start()
+
+    @property
+    def pid(self):
+        return self.processes[0].pid
+
+    def returncode(self):
+        """That of the first process with a bad one; None while all that have ended ended well."""
+        codes = [process.exitcode for process in self.processes]
+        return next((code for code in codes if code), None if None in codes else 0)
+
+    def wait(self, timeout=300):
+        """Until all have ended, or some time after one has failed, as torchrun does; returns (code, output)."""
+        deadline = time.monotonic() + timeout
+        while self.returncode() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        code = self.returncode()
+        for process in self.processes:
+            process.join(10)
+            process.kill()  # nothing to do if it has ended
+        return code, Path(self.output).read_text()
 
 
 def run_script(arguments, cwd, processes=1, expect=0, **how):
     """Run to the end, check the exit code, return the output."""
-    process = start_script(arguments, cwd, processes, **how)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == expect, output
+    code, output = Started(arguments, cwd, processes, **how).wait()
+    assert code == expect, output
     return output
+
+
+def run_command(arguments, cwd, processes=1, expect=0, launcher=()):
+    """The very command line: `python SCRIPT ...`, or torchrun (with more flags: `launcher`) if processes > 1."""
+    script, *flags = arguments
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *launcher]
+    launcher = torchrun if processes > 1 else []
+    result = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True, timeout=300,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == expect, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def small_npz(tmp_path_factory):
+    """250 + 53 labelled images: no number of processes above one shares 53 evenly, no batch divides 250."""
+    path = tmp_path_factory.mktemp("npz") / "small.npz"
+    samples = [common.Shapes((32, 32), 3, n=303).read(i) for i in range(303)]
+    images, labels = (np.stack([np.asarray(sample[part]) for sample in samples]) for part in (0, 1))
+    np.savez(path, images=images.transpose(0, 2, 3, 1), labels=labels, split=np.arange(303) >= 250)
+    return path
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_passes_are_whole_permutations_and_resume_starts_inside_one():
 
 def batches_of(folder, workers):
     source = common.open_data(config(folder))
-    views = common.Views(source, common.random_resized_crop((16, 16)), 0, 2, lambda: torch.rand(4))
+    views = common.Views(source, common.RandomResizedCrop((16, 16)), 0, 2, lambda: torch.rand(4))
     keys = common.KeyedBatches(plan_of(40, 10, 10, 1), 0, run_of(), 0)
     return list(common.make_loader(views, keys, run_of(workers=workers)))
 
@@ -254,4 +254,4 @@ def test_check_data_counts_and_lists(real_data, capsys):
 def test_crops_cover_rectangles():
     image = torch.randint(0, 256, (3, 50, 90), dtype=torch.uint8)
     for size in ((32, 32), (64, 96), (96, 64), (224, 224)):
-        assert common.EvalCrop(size)(image).shape == common.random_resized_crop(size)(image).shape == (3, *size)
+        assert common.EvalCrop(size)(image).shape == common.RandomResizedCrop(size)(image).shape == (3, *size)
