@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 try:
@@ -83,7 +83,7 @@ def refuse(method, error):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(3)
         text = f"{method}: [process {rank}] {error}"
-    say(f"\n{text}" if sys.stdout.isatty() and dist.is_initialized() else text, everywhere=True, file=sys.stderr)
+    say(("\r\033[K" if sys.stderr.isatty() else "") + text, everywhere=True, file=sys.stderr)
     if dist.is_initialized():
         os._exit(error.code)  # at once: an orderly end could wait for processes that will never answer
     sys.exit(error.code)
@@ -804,8 +804,8 @@ class Views(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """List of samples -> batch of tensors, images channels-last in memory, as decoders and crops leave them; 8-bit images become
-    float only where a 16-bit one sits in the same batch."""
+    """List of samples -> batch of tensors, images channels-last in memory, as decoders and crops leave them; 8-bit images
+    become float only where a 16-bit one sits in the same batch."""
     mixed = len({sample["image"].dtype for sample in samples}) > 1
     bad = [entry for sample in samples for entry in sample.pop("bad")]
     for sample in samples:
@@ -1248,7 +1248,9 @@ class Run:
             model.compile()
         if not dist.is_initialized():
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        # Buffers are constants, or BatchNorm statistics, which stay each process's own: no broadcast in every step.
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def seed(self, step, micro_step):
         """Re-seed the generators at a micro-step's start, so that a resumed run needs no stored generator state."""
@@ -1298,8 +1300,9 @@ class Run:
         means = {name: sum(stats[name] for stats in window) / len(window) for name in (window[0] if window else ())}
         grad_norm = means.pop("grad_norm", None)
         skips = {name: count for name, count in kept.items() if name.startswith("skipped")}
+        rate = self.counted * self.plan.batch_size / elapsed
         self.log({"step": step, "epoch": round(self.plan.epoch(step), 4), **{f"train/{k}": v for k, v in means.items()},
-                  "lr": lr, "grad_norm": grad_norm, "images_per_second": round(self.counted * self.plan.batch_size / elapsed, 1),
+                  "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 1),
                   "data_wait": round(self.waited / elapsed, 4), "peak_memory": self._peak_memory(), **skips})
         self._show(step, means.get("loss", math.nan), f" lr {lr:.2e} data_wait {self.waited / elapsed:.0%}")
         kept["window"], self.counted, self.waited, self.window_start = [], 0, 0.0, time.monotonic()
@@ -1448,5 +1451,10 @@ def launch(config_type, presets, train, method):
         train(cfg, run)
     except Refused as error:
         refuse(method, error)
+    except RuntimeError as error:
+        if not re.search("Connection (closed|reset) by peer|Timed out waiting", str(error)):
+            raise
+        message = f"another process of this run has ended or does not answer; see its message ({reason(error)})"
+        refuse(method, Refused(message, code=1))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -251,16 +251,24 @@ def test_torchrun_restarts_after_a_worker_was_killed(small_npz, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_an_error_ends_a_run_with_loader_workers(small_npz, tmp_path):
+    attack = sabotaged(tmp_path, [*SCRIPTS["mae_mff.py"], "--data", small_npz, "--workers", 2], "Run.end_update",
+                       "raise ValueError('boom')", "args[0] == 5")
+    code, output = Started(attack, tmp_path).wait(60)
+    assert code == 1 and "ValueError: boom" in output and output.count("Traceback") == 1
+
+
 @pytest.mark.parametrize("error, words", [
     ("raise common.Refused('the cable is out', code=1)", "mae_mff: [process 1] the cable is out\n"),
     ("raise ValueError('boom')", "ValueError: boom\n"),
 ])
 def test_a_process_that_fails_says_so_and_brings_the_others_down(small_npz, tmp_path, error, words):
-    attack = sabotaged(tmp_path, [*SCRIPTS["mae_mff.py"], "--data", small_npz, "--out", "run"], "Run.end_update", error,
-                       "args[0] == 5 and rank == 1")
+    command = [*SCRIPTS["mae_mff.py"], "--data", small_npz, "--out", "run", "--workers", 1]
+    attack = sabotaged(tmp_path, command, "Run.end_update", error, "args[0] == 5 and rank == 1")
     run = Started(attack, tmp_path, processes=2)
     code, output = run.wait(60)
-    assert code == 1 and words in output
+    assert code == 1 and words in output and output.count("Traceback") == ("boom" in error)
+    assert "mae_mff: another process of this run has ended" in output
     assert all(process.exitcode not in (None, -signal.SIGKILL) for process in run.processes)  # no hang to be ended by force
     assert (tmp_path / "run/last.pth").exists()
 

@@ -1,0 +1,327 @@
+"""Speed, side by side in one run: rivals take turns, the table shows medians. Prints Markdown and writes it to --out.
+
+step     One pre-training update of ViT-B/16 at 224 px: ours (from the 8-bit batch to the optimizer, with all checks) against
+         transformers' ViTMAEForPreTraining and an MAE of timm's blocks (ready float batch, fused AdamW); with the share of the
+         machine's matrix-product speed, measured in the same run, and where our time goes.
+loader   Images per second and core on a folder of photographs (--data): ours against MAE's published pipeline (Pillow,
+         RandomResizedCrop bicubic, flip, ToTensor, Normalize) and against decoding alone.
+wait     Is `data_wait` honest? A loader that is too slow for its model: the logged share against one computed from rates.
+start    From the command `python mae_mff.py --demo` to its first and its tenth update.
+
+    python benchmarks/throughput.py --data PHOTOS        about ten minutes on two cores; needs requirements-dev.txt
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402  (found through the line above)
+import mae_mff  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PRECISIONS = {"fp32": "off", "bf16": "bf16"}
+
+
+def turns(rivals, rounds):
+    """{name: function} -> {name: median seconds of one call}, after one call each to warm up."""
+    times = {name: [] for name in rivals}
+    for i in range(rounds + 1):
+        for name, function in rivals.items():
+            begin = time.perf_counter()
+            function()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines] + [""]
+
+
+# ---- step
+
+
+class TimmMAE(nn.Module):
+    """MAE as one would write it on timm's blocks."""
+
+    def __init__(self, size=224, p=16, width=768, depth=12, heads=12, decoder=(512, 8, 16)):
+        super().__init__()
+        from timm.layers import PatchEmbed
+        from timm.models.vision_transformer import Block
+
+        self.p, L = p, (size // p) ** 2
+        self.patch_embed = PatchEmbed(size, p, 3, width)
+        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 1, decoder[0]))
+        self.pos_embed = nn.Parameter(torch.randn(1, L + 1, width) * 0.02, requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(torch.randn(1, L + 1, decoder[0]) * 0.02, requires_grad=False)
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.decoder_blocks = nn.Sequential(*(Block(decoder[0], decoder[2], qkv_bias=True) for _ in range(decoder[1])))
+        self.norm, self.decoder_norm = nn.LayerNorm(width), nn.LayerNorm(decoder[0])
+        self.embed, self.pred = nn.Linear(width, decoder[0]), nn.Linear(decoder[0], p * p * 3)
+
+    def forward(self, images):
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        B, L, D = x.shape
+        shuffle = torch.rand(B, L, device=x.device).argsort(1)
+        restore, kept = shuffle.argsort(1), L // 4
+        x = x.gather(1, shuffle[:, :kept, None].expand(-1, -1, D))
+        x = self.norm(self.blocks(torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1), x], 1)))
+        x = self.embed(x)
+        hidden = self.mask_token.expand(B, L - kept, -1).to(x.dtype)
+        patches = torch.cat([x[:, 1:], hidden], 1).gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
+        pred = self.pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
+        target = common.patchify(images, self.p)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        return (((pred - target) ** 2).mean(-1) * (restore >= kept)).sum() / (B * (L - kept))
+
+
+def our_step(images, amp, **values):
+    """(function of one update, function of one forward pass) of mae_mff.py."""
+    cfg = mae_mff.Config(amp=amp, batch_size=len(images), **values)
+    run = common.Run(cfg, "mae_mff")
+    plan = common.make_plan(10 * len(images), cfg, 1)
+    mean, std = common.normalisation(cfg)
+    model = mae_mff.MaskedAutoencoder(cfg, mean, std).to(DEVICE)
+    optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
+    common.set_lr(optimizer, 1e-4)
+    scaler, to_images = torch.amp.GradScaler(DEVICE.type, enabled=False), common.Normalise(mean, std, DEVICE)
+    noise = torch.rand(len(images), len(model.pos_embed[0]) - 1)
+    batch = {"image": images, "flip": torch.arange(len(images)) % 2 == 0, "draw": noise, "index": torch.arange(len(images))}
+
+    def forward():
+        with common.autocast(DEVICE, run.amp_dtype):
+            return model(to_images(batch), noise.to(DEVICE))[0]
+
+    return lambda: mae_mff.train_step(model, iter([batch]), to_images, optimizer, scaler, 0, cfg, plan, run), forward
+
+
+def peer_step(model, images, amp, loss):
+    model.to(DEVICE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    images = images.to(DEVICE) / 255
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE.type, torch.bfloat16) if amp == "bf16" else nullcontext():
+            value = loss(model(images))
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+def flops(forward):
+    """Of one forward and backward pass; attention written as products is counted, the CPU's fused kernel would not be."""
+    with FlopCounterMode(display=False) as counter:
+        forward().backward()
+    return counter.get_total_flops()
+
+
+GROUPS = {  # of operators, by a part of their name
+    "matrix products of linear layers": ("aten::mm", "aten::addmm", "convolution"),
+    "attention": ("aten::bmm", "softmax", "scaled_dot_product"),
+    "GELU and LayerNorm": ("gelu", "layer_norm"),
+    "optimizer, gradient norm": ("adamw", "vector_norm", "foreach"),
+    "copies, casts, gathers": ("aten::copy_", "aten::cat", "gather", "scatter", "aten::empty", "aten::fill_", "aten::index"),
+}
+
+
+def profile(step):
+    """{group: share of the time} of one update."""
+    activities = [torch.profiler.ProfilerActivity.CUDA if DEVICE.type == "cuda" else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+    seconds = dict.fromkeys([*GROUPS, "everything else"], 0.0)
+    for event in profiler.key_averages():
+        group = next((g for g, parts in GROUPS.items() if any(part in event.key for part in parts)), "everything else")
+        seconds[group] += event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
+    return {group: value / sum(seconds.values()) for group, value in seconds.items()}
+
+
+def bench_step(args):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8)
+    n = 2048 if DEVICE.type == "cpu" else 8192
+    ours = {"mae_mff.py, MAE": {"fuse_layers": (11,)}, "mae_mff.py, MFF": {}}
+    counts = {kind: flops(our_step(images, "bf16", **values)[1]) for kind, values in ours.items()}
+    mae, out, shares = counts["mae_mff.py, MAE"], [], {}
+    for precision, amp in PRECISIONS.items():
+        rivals = {kind: our_step(images, amp, **values)[0] for kind, values in ours.items()}
+        rivals["transformers ViTMAEForPreTraining"] = peer_step(
+            ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True)), images, amp, lambda output: output.loss)
+        rivals["MAE of timm's blocks"] = peer_step(TimmMAE(), images, amp, lambda value: value)
+        a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if amp == "bf16" else torch.float32) for _ in range(2))
+        seconds = turns(rivals | {"product": lambda a=a, b=b: [a @ b for _ in range(4)]}, args.rounds)
+        peak = 4 * 2 * n**3 / seconds.pop("product")
+        best = min(seconds[name] for name in list(rivals)[2:])
+        for name, value in seconds.items():
+            used = counts.get(name, mae) / value
+            out.append([precision, name, f"{args.batch / value:.2f}", f"{best / value:.2f}", f"{used / peak:.0%}"])
+        shares[precision] = profile(rivals["mae_mff.py, MAE"])
+        out.append([precision, f"(matrix product of {n} x {n}: {peak / 1e9:,.0f} GFLOP/s)", "", "", "100%"])
+    parts = [[group, *(f"{share[group]:.0%}" for share in shares.values())] for group in [*GROUPS, "everything else"]]
+    gflop = f"{mae / args.batch / 1e9:.1f} GFLOP per image"
+    setting = f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns; {gflop}"
+    return [setting, "",
+            *table(["precision", "update", "images/s", "against the best peer", "of the matrix-product speed"], out),
+            "Where our time goes (MAE, one profiled update):", "", *table(["share of the time", *shares], parts)]
+
+
+# ---- loader
+
+
+def bench_loader(args):
+    paths = common.list_images(args.data)[: args.images]
+    source, n, batch = common.ImageFiles(paths, [-1] * len(paths), None, 3), len(paths), 16
+    crop = common.RandomResizedCrop((224, 224))
+    published = transforms.Compose([
+        transforms.RandomResizedCrop(224, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize(common.IMAGENET_MEAN, common.IMAGENET_STD)])
+
+    def batches():
+        return (range(start, min(start + batch, n)) for start in range(0, n, batch))
+
+    def views(draw):
+        data = common.Views(source, crop, 0, 2, draw)
+        return lambda: [common.collate([data[0, i] for i in part]) for part in batches()]
+
+    def pillow(i):
+        with open(paths[i], "rb") as file:
+            return Image.open(file).convert("RGB")
+
+    rivals = {
+        "MAE's published pipeline": lambda: [torch.stack([published(pillow(i)) for i in part]) for part in batches()],
+        "decoding alone, Pillow": lambda: [pillow(i) for i in range(n)],
+        "decoding alone, torchvision": lambda: [decode_image(p, ImageReadMode.RGB, apply_exif_orientation=True) for p in paths],
+        "ours": views(lambda: torch.rand(196)),
+        "ours without the masks' noise": views(None),
+        "ours without noise, keys, bookkeeping": lambda: [
+            torch.stack([crop(source.read(i)[0]).permute(1, 2, 0) for i in part]) for part in batches()],
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = turns(rivals, 3 * args.rounds)
+    torch.set_num_threads(threads)
+    decode, peer = seconds["decoding alone, torchvision"], seconds["MAE's published pipeline"]
+    rows = [[name, f"{1e3 * value / n:.3f}", f"{n / value:,.0f}", f"{peer / value:.2f}", f"{decode / value:.0%}"]
+            for name, value in seconds.items()]
+    return [f"{n} photographs, one core, no worker process, batches of {batch}, median of {3 * args.rounds} turns.", "",
+            *table(["", "ms per image", "images/s", "x the published pipeline", "of torchvision's decoding alone"], rows)]
+
+
+# ---- wait
+
+
+def bench_wait(args):
+    """A small model fed by one worker: data_wait as logged, and 1 - (rate with the loader) / (rate without it)."""
+    paths, steps, batch, rows = common.list_images(args.data), 40, 32, []
+    source = common.ImageFiles(paths, [-1] * len(paths), None, 3)
+    for model in ("nano", "small"):
+        values = {"model": model, "patch_size": 16, "workers": 1, "log_every": 1000}
+        cfg = mae_mff.Config(batch_size=batch, epochs=1e3, amp="off", **values)
+        step = our_step(torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), "off", **values)[0]
+        run = common.Run(cfg, "wait")
+        views = common.Views(source, common.RandomResizedCrop((224, 224)), 0, 2, lambda: torch.rand(196))
+        keys = common.KeyedBatches(common.make_plan(len(source), cfg, 1), 0, run, 0)
+        loader = run.timed(common.make_loader(views, keys, run))
+        for _ in range(8):  # what was loaded ahead
+            next(loader)
+        torch.set_num_threads(1)
+        step()
+        run.waited, begin = 0.0, time.perf_counter()
+        for _ in range(steps):
+            next(loader)
+            step()
+        together, waited = time.perf_counter() - begin, run.waited
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
+        alone = time.perf_counter() - begin
+        torch.set_num_threads(os.cpu_count())
+        rows.append([f"ViT-{model}", f"{steps * batch / alone:.0f}", f"{steps * batch / together:.0f}",
+                     f"{waited / together:.0%}", f"{1 - alone / together:.0%}"])
+    return ["One training thread, one loader worker, 224 px photographs.", "",
+            *table(["model", "images/s without loading", "with loading", "data_wait as logged", "1 - with / without"], rows)]
+
+
+# ---- start
+
+
+def bench_start(args):
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(3):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", "import torch, torchvision.transforms.v2"], check=True)
+            imports, log = time.perf_counter() - begin, Path(folder, str(i), "log.jsonl")
+            begin = time.perf_counter()
+            run = subprocess.Popen([sys.executable, ROOT / "mae_mff.py", "--demo", "--log_every", "1", "--out", log.parent],
+                                   stdout=subprocess.DEVNULL)
+            moments = []
+            for line in (1, 10):
+                while not (log.exists() and log.read_text().count("\n") >= line):
+                    if run.poll() is not None:
+                        sys.exit("the demo failed to start")
+                    time.sleep(0.01)
+                moments.append(time.perf_counter() - begin)
+            run.kill()
+            run.wait()
+            rows.append([i + 1, f"{imports:.1f}", *(f"{moment:.1f}" for moment in moments)])
+    return table(["start", "importing torch and torchvision, s", "command to first update, s", "to the tenth, s"], rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="step,loader,wait,start", help="which, separated by commas (default all)")
+    parser.add_argument("--data", help="folder of photographs, for loader and wait")
+    parser.add_argument("--images", type=int, default=200, help="how many of them the loader part reads")
+    parser.add_argument("--batch", type=int, default=16, help="of the step part")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each rival")
+    parser.add_argument("--out", type=Path, default=Path("runs/throughput.md"), help="the table (default runs/throughput.md)")
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    if not args.data and {"loader", "wait"} & set(parts):
+        parser.error("--data FOLDER is needed for the parts loader and wait")
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+        if Path("/proc/cpuinfo").exists() else iter([]), platform.processor())
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    machine = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    lines = [f"{machine}, torch {torch.__version__}, commit {commit}", ""]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        part_lines = [f"### {part}", "", *globals()[f"bench_{part}"](args)]
+        print("\n".join(part_lines), flush=True)
+        lines += part_lines
+        args.out.write_text("\n".join(lines))
+    versions = {package: __import__(package).__version__ for package in ("transformers", "timm")} if "step" in parts else {}
+    lines += [json.dumps(versions)] if versions else []
+    args.out.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
