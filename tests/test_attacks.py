@@ -35,9 +35,9 @@ SCRIPTS = {
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def sabotaged(folder, command, method, code, when="True"):
-    """The command of a script in which `common.METHOD(...)`, once it is done, is followed by `code` if `when` holds. Both see
-    `self`, `args`, `first` (not restarted, not resumed) and `count` (calls so far)."""
+def sabotaged(folder, command, method, code, when="True", before=False):
+    """The command of a script in which each call of `common.METHOD(...)` is followed, or preceded, by `code` if `when` holds.
+    Both see `args` (without self), `rank` and `count` (calls so far)."""
     script, *flags = command
     path = folder / f"sabotaged_{script}"
     path.write_text(f"""
@@ -45,14 +45,15 @@ import os, resource, runpy, signal, sys, time
 import torch
 import common
 
-first = "--resume" not in sys.argv and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 rank, count, original = int(os.environ.get("RANK", 0)), 0, common.{method}
 
 def disturbed(self, *args):
     global count
     count += 1
+    if {before} and {when}:
+        {code}
     result = original(self, *args)
-    if {when}:
+    if {not before} and {when}:
         {code}
     return result
 
@@ -319,13 +320,8 @@ def test_one_non_finite_update_of_one_process_is_skipped_and_written_down_by_all
 
 def test_ten_in_a_row_end_the_run_with_code_3_and_a_way_past_them(unbroken, small_npz, tmp_path):
     command = [*SCRIPTS["mae_mff.py"], "--data", small_npz, "--out", "run"]
-    poison = "next(iter(common.Run.model.parameters())).data.fill_(float('nan'))"
-    attack = sabotaged(tmp_path, command, "MODEL", poison)  # replaced below: the model must be at hand
-    attack[0].write_text(attack[0].read_text().replace("common.MODEL", "common.finish_update").replace(
-        "result = original(self, *args)",
-        "[g.mul_(float('nan')) for group in args[0].param_groups for p in group['params'] for g in [p.grad] if count > 6]\n"
-        "    result = original(self, *args)").replace(poison, "pass"))
-    output = run_script(attack, tmp_path, expect=3)
+    poison = "args[0].param_groups[0]['params'][0].grad.fill_(float('nan'))"
+    output = run_script(sabotaged(tmp_path, command, "finish_update", poison, "count > 6", before=True), tmp_path, expect=3)
     assert "up to step 16" in output and "last good checkpoint: run/last.pth" in output and "--clip_grad 1" in output
     weights = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
     assert all(torch.isfinite(value).all() for value in weights.values())
@@ -402,7 +398,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(unbroken, small_npz, tmp_pa
     assert_same_run(unbroken / "mae_mff.py", tmp_path / "run")
 
 
-def test_folders_that_are_not_what_they_should_be(folder, tmp_path, monkeypatch):
+def test_folders_that_are_not_what_they_should_be(folder, tmp_path):
     command = ["mae_mff.py", *TWENTY, "--batch_size", 20, "--epochs", 10]
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

@@ -1,12 +1,16 @@
 """Data chapter of common.py: what is read, and that randomness depends on (seed, epoch, sample) alone."""
 
 import os
+import struct
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from scipy import stats
+from torchvision.transforms import v2
 
 import common
 from common import Refused
@@ -242,6 +246,39 @@ def test_awkward_files(real_data, monkeypatch, decoder):
         with Image.open(robustness / name) as image:
             pillow = np.array(ImageOps.exif_transpose(image).convert("RGB"))
         torch.testing.assert_close(readable[name].permute(1, 2, 0).float(), torch.from_numpy(pillow).float(), atol=2, rtol=0)
+
+
+def test_jpeg_header_gives_the_size_and_stops_bombs(real_data, tmp_path):
+    paths = [path for path in common.list_images(real_data) if path.endswith(".jpg")]
+    assert len(paths) > 200
+    for path in paths:
+        with Image.open(path) as image:
+            assert common.jpeg_pixels(Path(path).read_bytes()) == image.width * image.height
+    Image.new("RGB", (640, 480)).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    place = data.index(struct.pack(">HH", 480, 640))
+    (tmp_path / "a.jpg").write_bytes(data[:place] + struct.pack(">HH", 65500, 65500) + data[place + 4 :])
+    with pytest.raises(Image.DecompressionBombError):
+        common.read_image(str(tmp_path / "a.jpg"), 3)
+    for length in range(2, place):  # cut anywhere: no answer, no crash
+        assert common.jpeg_pixels(data[:length]) == 0
+
+
+def test_random_resized_crop_is_torchvisions():
+    ours, theirs = common.RandomResizedCrop((24, 32)), v2.RandomResizedCrop((24, 32), (0.2, 1.0), interpolation=3)
+    image = torch.randint(0, 256, (3, 90, 70), dtype=torch.uint8)
+    names = ("top", "left", "height", "width")
+    boxes = np.array([ours.box(90, 70) for _ in range(3000)])
+    expected = np.array([[params[name] for name in names] for params in (theirs.make_params([image]) for _ in range(3000))])
+    for statistic in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
+        assert stats.ks_2samp(statistic(boxes), statistic(expected)).pvalue > 0.01
+    for top, left, height, width in boxes[:20]:
+        ours.box = lambda *_, box=(top, left, height, width): box
+        crop = v2.functional.resized_crop(image, top, left, height, width, (24, 32), v2.InterpolationMode.BICUBIC)
+        assert torch.equal(ours(image), crop)
+    for shape in ((3, 50, 400), (3, 400, 50)):  # no box of the whole area fits: the largest centred one
+        params = v2.RandomResizedCrop((24, 32), (1.0, 1.0)).make_params([torch.zeros(shape)])
+        assert common.RandomResizedCrop((24, 32), (1.0, 1.0)).box(*shape[1:]) == tuple(params[name] for name in names)
 
 
 def test_check_data_counts_and_lists(real_data, capsys):
