@@ -1394,7 +1394,8 @@ class Run:
             raise Refused(f"--resume: {wrong}; {hint}")
         for name, value in state.items():
             value.load_state_dict(content[name])
-        self.bad_files.known, self.kept, step = content["bad_files"], content["kept"], content["step"]
+        self.bad_files.known, step = content["bad_files"], content["step"]
+        self.kept |= content["kept"]
         self.print(f"resumed from {path}: step {step}, epoch {self.plan.epoch(step):.2f}, "
                    f"sample {step * self.plan.batch_size % self.plan.n} of the pass")
         return step
