@@ -97,9 +97,9 @@ def run_command(arguments, cwd, processes=1, expect=0, launcher=()):
     """The very command line: `python SCRIPT ...`, or torchrun (with more flags: `launcher`) if processes > 1."""
     script, *flags = arguments
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *launcher]
-    launcher = torchrun if processes > 1 else []
+    launcher, threads = (torchrun, {"OMP_NUM_THREADS": "1"}) if processes > 1 else ([], {})
     result = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True, timeout=300,
-                            env=os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            env=os.environ | threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == expect, result.stdout
     return result.stdout
 
