@@ -238,9 +238,9 @@ def bench_loader(args):
 
 def bench_wait(args):
     """A small model fed by one worker: data_wait as logged, and 1 - (rate with the loader) / (rate without it)."""
-    paths, steps, batch, rows = common.list_images(args.data), 40, 32, []
+    paths, steps, batch, rows = common.list_images(args.data), 30, 32, []
     source = common.ImageFiles(paths, [-1] * len(paths), None, 3)
-    for model in ("nano", "small"):
+    for model in ("nano", "tiny"):
         values = {"model": model, "patch_size": 16, "workers": 1, "log_every": 1000}
         cfg = mae_mff.Config(batch_size=batch, epochs=1e3, amp="off", **values)
         step = our_step(torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), "off", **values)[0]
