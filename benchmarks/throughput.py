@@ -236,22 +236,34 @@ def bench_loader(args):
 # ---- wait
 
 
+class Slow:
+    """A crop that takes longer by `pause` seconds: a slow disk."""
+
+    def __init__(self, crop, pause):
+        self.crop, self.pause = crop, pause
+
+    def __call__(self, image):
+        time.sleep(self.pause)
+        return self.crop(image)
+
+
 def bench_wait(args):
     """A small model fed by one worker: data_wait as logged, and 1 - (rate with the loader) / (rate without it)."""
     paths, steps, batch, rows = common.list_images(args.data), 30, 32, []
     source = common.ImageFiles(paths, [-1] * len(paths), None, 3)
-    for model in ("nano", "tiny"):
-        values = {"model": model, "patch_size": 16, "workers": 1, "log_every": 1000}
-        cfg = mae_mff.Config(batch_size=batch, epochs=1e3, amp="off", **values)
-        step = our_step(torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), "off", **values)[0]
+    values = {"model": "nano", "patch_size": 16, "workers": 1}
+    cfg = mae_mff.Config(batch_size=batch, epochs=1e3, amp="off", **values)
+    step = our_step(torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), "off", **values)[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for pause in (0.0, 0.01, 0.02, 0.05):
         run = common.Run(cfg, "wait")
-        views = common.Views(source, common.RandomResizedCrop((224, 224)), 0, 2, lambda: torch.rand(196))
+        views = common.Views(source, Slow(common.RandomResizedCrop((224, 224)), pause), 0, 2, lambda: torch.rand(196))
         keys = common.KeyedBatches(common.make_plan(len(source), cfg, 1), 0, run, 0)
         loader = run.timed(common.make_loader(views, keys, run))
         for _ in range(8):  # what was loaded ahead
             next(loader)
-        torch.set_num_threads(1)
-        step()
+            step()
         run.waited, begin = 0.0, time.perf_counter()
         for _ in range(steps):
             next(loader)
@@ -261,11 +273,11 @@ def bench_wait(args):
         for _ in range(steps):
             step()
         alone = time.perf_counter() - begin
-        torch.set_num_threads(os.cpu_count())
-        rows.append([f"ViT-{model}", f"{steps * batch / alone:.0f}", f"{steps * batch / together:.0f}",
+        rows.append([f"{1e3 * pause:.0f} ms", f"{steps * batch / alone:.0f}", f"{steps * batch / together:.0f}",
                      f"{waited / together:.0%}", f"{1 - alone / together:.0%}"])
-    return ["One training thread, one loader worker, 224 px photographs.", "",
-            *table(["model", "images/s without loading", "with loading", "data_wait as logged", "1 - with / without"], rows)]
+    torch.set_num_threads(threads)
+    head = ["pause per image", "images/s without loading", "with loading", "data_wait as logged", "1 - with / without"]
+    return ["ViT-nano, 224 px photographs, one training thread, one loader worker slowed by a pause.", "", *table(head, rows)]
 
 
 # ---- start
@@ -280,7 +292,7 @@ def bench_start(args):
             imports, log = time.perf_counter() - begin, Path(folder, str(i), "log.jsonl")
             begin = time.perf_counter()
             run = subprocess.Popen([sys.executable, ROOT / "mae_mff.py", "--demo", "--log_every", "1", "--out", log.parent],
-                                   stdout=subprocess.DEVNULL)
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             moments = []
             for line in (1, 10):
                 while not (log.exists() and log.read_text().count("\n") >= line):
