@@ -13,6 +13,7 @@ import difflib
 import faulthandler
 import functools
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
@@ -1212,7 +1213,14 @@ class Run:
             torch.set_float32_matmul_precision("high")
         if "RANK" in os.environ:
             backend, bound = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
-            dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=bound)
+            limit = timedelta(minutes=10)
+            store, *_ = next(dist.rendezvous("env://", timeout=limit))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node (several count their restarts separately)
+                # torchrun keeps its store when it restarts: without a name of their own, new processes would take the
+                # addresses of the dead ones for each other's, and wait.
+                store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit,
+                                    device_id=bound)
         for number in STOP_SIGNALS if plan else ():
             signal.signal(number, self._on_signal)
         if hasattr(faulthandler, "register"):  # kill -USR2: where does it hang?
@@ -1249,8 +1257,10 @@ class Run:
         if not dist.is_initialized():
             return model
         # Buffers are constants, or BatchNorm statistics, which stay each process's own: no broadcast in every step.
+        known = inspect.signature(DistributedDataParallel).parameters
+        broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}  # the new name first
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=devices, **broadcast)
 
     def seed(self, step, micro_step):
         """Re-seed the generators at a micro-step's start, so that a resumed run needs no stored generator state."""
