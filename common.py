@@ -1258,9 +1258,9 @@ class Run:
             return model
         # Buffers are constants, or BatchNorm statistics, which stay each process's own: no broadcast in every step.
         known = inspect.signature(DistributedDataParallel).parameters
-        broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}  # the new name first
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # new name, old name
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, **broadcast)
+        return DistributedDataParallel(model, device_ids=devices, **{name: False})
 
     def seed(self, step, micro_step):
         """Re-seed the generators at a micro-step's start, so that a resumed run needs no stored generator state."""
