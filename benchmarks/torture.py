@@ -35,15 +35,26 @@ def start(out, *flags):
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
-def state(out):
-    """What must be the same: the checkpoint and the log, without the timings."""
-    content = torch.load(out / "last.pth", weights_only=True)
+def log(out):
+    """Lines of a run's log without the timings."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    log = [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-    return {name: content[name] for name in ("model", "optimizer", "step", "kept")}, log
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def state(out):
+    """All that must be the same at the end of two runs that differ only in what happened to them: {name: value}."""
+    content = {"log": log(out)}
+    for path in out.glob("*.pth"):
+        if path.name != "previous.pth":
+            saved = torch.load(path, weights_only=True)
+            content |= {f"{path.name} {name}": value for name, value in saved.items() if name != "config"}  # has --out in it
+    return content
 
 
 def same(a, b):
+    """Whether two values of nested plain types and tensors are equal to the last bit."""
+    if type(a) is not type(b):
+        return False
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):

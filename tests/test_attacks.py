@@ -14,19 +14,19 @@ import signal
 import sys
 import time
 import types
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, Started, run_command, run_script
 from torch import nn
+from torture import family, log, same, state
 
 import common
 import finetune
 
 TWENTY = ["--demo", "--amp", "off", "--workers", 0, "--log_every", 3, "--epochs", 1.92, "--batch_size", 24, "--save_minutes", 0]
-TIMINGS = ("images_per_second", "data_wait", "peak_memory")
 SCRIPTS = {
     "mae_mff.py": ["mae_mff.py", *TWENTY],
     "finetune.py": ["finetune.py", *TWENTY, "--weights", "none", "--augment", "full", "--mixup", 0.8, "--erasing", 0.25,
@@ -63,36 +63,15 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
     return [path, *flags]
 
 
-def log(out):
-    """Lines of the log without the timings."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
 def losses(out):
     return [line["train/loss"] for line in log(out) if "train/loss" in line]
 
 
-def assert_same(a, b):
-    """Two values of nested plain types and tensors, equal to the last bit."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        a, b = [a[key] for key in a], [b[key] for key in a]
-    if isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def assert_same_run(a, b, of=("model", "optimizer", "ema", "kept", "step")):
-    """Weights, optimizer, moving average, counts, log."""
-    first, second = (torch.load(out / "last.pth", weights_only=True) for out in (a, b))
-    for name in set(of) & (first.keys() | second.keys()):
-        assert_same(first[name], second[name])
-    assert log(a) == log(b)  # no line twice, none missing
+def assert_same_run(a, b):
+    """Weights, optimizer, moving average, best and exported weights, counts, log: no line twice, none missing."""
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not same(first[name], second[name])] == []
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +201,7 @@ def test_resume_refuses_other_settings(unbroken, small_npz, tmp_path):
     output = run_script([*SCRIPTS["mae_mff.py"], "--data", small_npz, "--out", "run", "--resume", "--batch_size", 48,
                          "--clip_grad", 1], tmp_path, expect=2)
     assert "batch_size 24, not 48; clip_grad 0.0, not 1.0: repeat its flags" in output.splitlines()[-1]
+    assert (tmp_path / "run/config.json").read_bytes() == (unbroken / "mae_mff.py/config.json").read_bytes()
 
 
 # ---- processes
@@ -432,16 +412,6 @@ def test_an_unreadable_folder(folder, tmp_path, monkeypatch):
 # ---- processes of the loader
 
 
-def children(pid):
-    """Process ids of the children of a process (Linux)."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # ended meanwhile
-            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                found.add(int(path.parent.name))
-    return found
-
-
 def gone(pids, within=20):
     """Whether all of these have ended; a zombie has."""
     deadline = time.monotonic() + within
@@ -464,7 +434,7 @@ def test_loader_workers_live_through_all_passes_and_end_with_the_run(small_npz, 
         while not (path.exists() and path.read_text().count("\n") >= step):
             assert run.returncode() is None and time.monotonic() < deadline, run.wait()
             time.sleep(0.002)
-        seen.append(children(run.pid))
+        seen.append(family(run.pid).keys() - {run.pid})
         if step == 30:
             break
     assert len(seen[0]) == 2 and all(pids == seen[0] for pids in seen)  # in three passes the same two
