@@ -152,6 +152,11 @@ def resize_pos_embed(table, old_grid, new_grid):
     return torch.cat([cls_row, patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
+def take_tokens(x, ids):
+    """(B, N, D), (B, n) int64 -> (B, n, D): token ids[b, j] of image b."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 class PatchEmbed(nn.Module):
     """(B, C, H, W) -> (B, L, D): one linear map per patch, written as a convolution."""
 
@@ -816,6 +821,12 @@ def collate(samples):
     return {**batch, "image": batch["image"].permute(0, 3, 1, 2), "bad": bad}
 
 
+def picture_batch(source, cfg, draw):
+    """--pictures images, evenly spaced, uncropped and not flipped, with the same `draw()` every time; None for 0."""
+    views = Views(source, EvalCrop(cfg.img_size), cfg.seed, len(source), draw, flip=False)
+    return collate([views[-1, i * len(source) // cfg.pictures] for i in range(cfg.pictures)]) if cfg.pictures else None
+
+
 @dataclasses.dataclass
 class Plan:
     """One run in numbers: n images, `batch_size` per update over all processes, `steps` updates."""
@@ -1367,6 +1378,14 @@ class Run:
         late = time.monotonic() - self.last_save > 60 * self.cfg.save_minutes
         return self.plan.ends_epoch(step) or late or self.stopping
 
+    def picture_due(self, step):
+        """Path of the picture to draw after the `step`-th update; None if none is due, or if another process draws it."""
+        if not (self.is_main and self.cfg.pictures and self.plan.ends_epoch(step)):
+            return None
+        passes = self.plan.passes(step)
+        number = passes + (passes == self.plan.passes(step - 1))  # a last partial pass counts
+        return self.out / f"pictures/epoch_{number:04}.png"
+
     def _checkpoints(self):
         return [path for path in (self.out / "last.pth", self.out / "previous.pth") if path.exists()]
 
@@ -1432,6 +1451,15 @@ class Run:
         if self.is_main:
             content = {"model": {key: value.detach().cpu() for key, value in weights.items()}, "meta": meta}
             write_atomically(self.out / name, lambda file: torch.save(content, file))
+
+
+def fill_from_visible(values, mask, grid):
+    """A statistic of each patch (B, L, S) -> what the visible patches around suggest for it, weighted by exp(-distance^2 / 2):
+    un-normalises predictions with no look at what is hidden. mask (B, L), 1 = hidden."""
+    position = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32, device=values.device) for n in grid))
+    score = -torch.cdist(position, position).square() / 2
+    weight = score.masked_fill(mask[:, None].bool(), -torch.inf).softmax(-1)  # (B, L, L), from visible patches only
+    return weight @ values
 
 
 def save_pictures(path, rows, titles, caption):

@@ -45,7 +45,6 @@ from torchvision.transforms import InterpolationMode, v2
 from common import (
     VIT_SIZES,
     Block,
-    EvalCrop,
     KeyedBatches,
     Normalise,
     RandomResizedCrop,
@@ -56,8 +55,8 @@ from common import (
     adamw,
     autocast,
     check_data,
-    collate,
     cover,
+    fill_from_visible,
     finish_update,
     gradient_sync,
     launch,
@@ -70,9 +69,11 @@ from common import (
     parameter_groups,
     patch_grid,
     patchify,
+    picture_batch,
     save_pictures,
     set_lr,
     sincos_pos_embed,
+    take_tokens,
     unpatchify,
     warmup_cosine,
 )
@@ -215,8 +216,7 @@ class MaskedAutoencoder(ViT):
     def encode(self, images, ids_keep):
         """Visible patches through all blocks: fused, normalised tokens (B, 1 + len_keep, D)."""
         x = self.embed(images)
-        x = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        x = self.prepend_cls(x)
+        x = self.prepend_cls(take_tokens(x, ids_keep))
         outputs = {}
         for i, block in enumerate(self.blocks):
             x = block(x)  # the chain goes on from x, never from a projection
@@ -239,8 +239,7 @@ class MaskedAutoencoder(ViT):
         x = self.decoder_embed(latent)
         B, L = ids_restore.shape
         hidden = self.mask_token.to(x.dtype).expand(B, L - (x.shape[1] - 1), -1)
-        patches = torch.cat([x[:, 1:], hidden], dim=1)
-        patches = patches.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # undo the shuffle
+        patches = take_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)  # undo the shuffle
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
@@ -300,23 +299,15 @@ def train_step(model, batches, to_images, optimizer, scaler, step, cfg, plan, ru
     return finish_update(run, optimizer, scaler, total, cfg.clip_grad), samples
 
 
-def unnormalise(pred, images, mask, p, grid):
-    """Predicted normalised patches -> pixels, with no look at what is hidden: a hidden patch takes the mean and deviation of
-    the visible patches around it, weighted by exp(-distance^2 / 2)."""
-    patches = patchify(images, p)
-    position = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32, device=pred.device) for n in grid))
-    score = -torch.cdist(position, position).square() / 2
-    weight = score.masked_fill(mask[:, None].bool(), -torch.inf).softmax(-1)  # (B, L, L), from visible patches only
-    return pred * (weight @ patches.std(-1, keepdim=True)) + weight @ patches.mean(-1, keepdim=True)
-
-
 @torch.no_grad()
 def draw_pictures(path, model, batch, to_images, cfg):
     """PNG with original, masked input, prediction, and the prediction pasted into the visible patches."""
     images, noise = to_images(batch), batch["draw"].to(to_images.device)
     pred, mask = model.predict(images, noise)
     if cfg.target != "raw":
-        pred = unnormalise(pred, images, mask, model.patch_size, model.grid)
+        patches = patchify(images, model.patch_size)
+        mean, deviation = (fill_from_visible(f(-1, keepdim=True), mask, model.grid) for f in (patches.mean, patches.std))
+        pred = pred * deviation + mean
     pred = unpatchify(pred, model.patch_size, model.grid)
     hidden = unpatchify(mask[..., None].expand(-1, -1, model.patch_size**2), model.patch_size, model.grid)
     columns = [to_images.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]
@@ -349,8 +340,7 @@ def train(cfg, run):
     views = Views(source, crop, cfg.seed, run.bad_files.allow(len(source)), noise)
     batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))
     to_images = Normalise(mean, std, run.device)
-    fixed = Views(source, EvalCrop(cfg.img_size), cfg.seed, len(source), noise, flip=False)
-    fixed = collate([fixed[-1, i * len(source) // cfg.pictures] for i in range(cfg.pictures)]) if cfg.pictures else None
+    fixed = picture_batch(source, cfg, noise)
     meta = {"method": "mae_mff", "model": cfg.model, "img_size": cfg.img_size, "patch_size": cfg.patch_size,
             "in_chans": cfg.in_chans, "mean": mean, "std": std}
 
@@ -360,9 +350,8 @@ def train(cfg, run):
         stats, samples = train_step(ddp, batches, to_images, optimizer, scaler, step, cfg, plan, run)
         run.end_update(step + 1, stats, now, samples)
         with run.off_the_clock():
-            if run.is_main and fixed and plan.ends_epoch(step + 1):
-                number = plan.passes(step + 1) + (plan.passes(step + 1) == plan.passes(step))  # a last partial pass counts
-                draw_pictures(run.out / f"pictures/epoch_{number:04}.png", model, fixed, to_images, cfg)
+            if path := run.picture_due(step + 1):
+                draw_pictures(path, model, fixed, to_images, cfg)
             if run.save_due(step + 1):
                 meta["epoch"] = plan.epoch(step + 1)
                 run.export("encoder.pth", model.trunk_state(), meta)
