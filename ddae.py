@@ -27,7 +27,7 @@ The paper's ablations
     Table 7   --beta_init 0 or -0.1,-0.3,-0.5,-0.7 ...; --no-learn_beta keeps it
 
 Not in the paper, our choice or our reading
-    mask      "blockwise" read as BootMAE's two stages (--mask two_stage); exact count for every image
+    mask      "blockwise" read as BootMAE's two stages (--mask two_stage), but for its putting up to 3 blocked patches back
     w         the maximum is held fixed in the gradient (through it all weights of a level shrink, and beta runs away); the loss
               of a level is sum_j w_j mse_j / N over the N hidden patches, so uniform weights give exactly MAE's
     eq. (6)   on h, which sums to 1, not on w; times sqrt(N), as the norm of one image hardly depends on beta (--reg literal)
@@ -458,7 +458,7 @@ def train(cfg, run):
     model = DeepDynamicAutoEncoder(cfg)
     if cfg.init:
         load_weights(model, cfg.init, allow_missing=("pixel_decoder.", "feature_decoder.", "teacher.", "beta"),
-                     ignore=("head.", "fc_norm.", "decoder", "mask_token", "teacher."))
+                     ignore=("head.", "fc_norm.", "decoder", "mask_token", "fuse_", "teacher."))
         model.update_teacher(0.0)
     lr = cfg.base_lr * cfg.batch_size / 256
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")

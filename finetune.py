@@ -336,7 +336,7 @@ def train(cfg, run):
     torch.manual_seed(cfg.seed)
     model = Classifier(cfg, len(source.classes))
     if cfg.weights != "none":
-        unused = ["decoder", "mask_token", "fuse_", "head.", "fc_norm."]
+        unused = ["decoder", "mask_token", "fuse_", "pixel_decoder", "feature_decoder", "teacher", "beta", "head.", "fc_norm."]
         unused += ["norm."] if cfg.mode == "finetune" and cfg.pool == "avg" else []
         load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm."), ignore=unused)
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")

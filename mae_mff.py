@@ -108,7 +108,7 @@ class Config(RunConfig):
     micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that fits, up to 256")
     base_lr: float = opt(1.5e-4, "learning rate per 256 images")
     min_lr: float = opt(0.0, "where the cosine ends")
-    warmup_epochs: float = opt(40.0, "linear warm-up")
+    warmup_epochs: float | None = opt(None, "linear warm-up; default a fifth of the epochs, at most the papers' 40")
     weight_decay: float = opt(0.05, "AdamW")
     betas: tuple[float, float] = opt((0.9, 0.95), "AdamW")
     clip_grad: float = opt(0.0, "largest gradient norm; 0 = no clipping")
@@ -124,6 +124,7 @@ class Config(RunConfig):
             given or matched for given, matched in zip(
                 (self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads), DECODERS[self.model], strict=True))
         self.fuse_layers = self.fuse_layers or tuple(sorted({i * (depth - 1) // 5 for i in range(6)}))
+        self.warmup_epochs = min(40.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
         self.crop = self.crop or ("src" if self.target == "pixmim" else "rrc")
         layers = list(self.fuse_layers)
         if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != depth - 1:

@@ -3,8 +3,9 @@
 step     One pre-training update of ViT-B/16 at 224 px: ours (from the 8-bit batch to the optimizer, with all checks) against
          transformers' ViTMAEForPreTraining and an MAE of timm's blocks (ready float batch, fused AdamW); with the share of the
          machine's matrix-product speed, measured in the same run, and where our time goes.
+methods  One update of each of our methods with that encoder, against MAE's: measured, and expected from the FLOPs of its parts.
 loader   Images per second and core on a folder of photographs (--data): ours against MAE's published pipeline (Pillow,
-         RandomResizedCrop bicubic, flip, ToTensor, Normalize) and against decoding alone.
+         RandomResizedCrop bicubic, flip, ToTensor, Normalize) and against decoding alone; what DDAE's masks cost.
 wait     Is `data_wait` honest? A loader that is too slow for its model: the logged share against one computed from rates.
 start    From the command `python mae_mff.py --demo` to its first and its tenth update.
 
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402  (found through the line above)
+import ddae  # noqa: E402
 import mae_mff  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,24 +99,55 @@ class TimmMAE(nn.Module):
         return (((pred - target) ** 2).mean(-1) * (restore >= kept)).sum() / (B * (L - kept))
 
 
-def our_step(images, amp, **values):
-    """(function of one update, function of one forward pass) of mae_mff.py."""
-    cfg = mae_mff.Config(amp=amp, batch_size=len(images), **values)
-    run = common.Run(cfg, "mae_mff")
-    plan = common.make_plan(10 * len(images), cfg, 1)
+def our_model(script, images, amp, **values):
+    """(model, draws of a batch like `images`, settings, what one update of it is called with)"""
+    cfg = script.Config(amp=amp, batch_size=len(images), **values)
+    run, plan = common.Run(cfg, script.__name__), common.make_plan(10 * len(images), cfg, 1)
     mean, std = common.normalisation(cfg)
-    model = mae_mff.MaskedAutoencoder(cfg, mean, std).to(DEVICE)
+    if script is ddae:
+        model, draw = ddae.DeepDynamicAutoEncoder(cfg), ddae.mask_source(cfg)
+    else:
+        model, draw = mae_mff.MaskedAutoencoder(cfg, mean, std), lambda: torch.rand(len(model.pos_embed[0]) - 1)
+    model.to(DEVICE)
     optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
     common.set_lr(optimizer, 1e-4)
     scaler, to_images = torch.amp.GradScaler(DEVICE.type, enabled=False), common.Normalise(mean, std, DEVICE)
-    noise = torch.rand(len(images), len(model.pos_embed[0]) - 1)
-    batch = {"image": images, "flip": torch.arange(len(images)) % 2 == 0, "draw": noise, "index": torch.arange(len(images))}
+    batch = {"image": images, "flip": torch.arange(len(images)) % 2 == 0, "draw": torch.stack([draw() for _ in images]),
+             "index": torch.arange(len(images))}
+    return model, batch, to_images, (optimizer, scaler, 0, cfg, plan, run)
 
-    def forward():
-        with common.autocast(DEVICE, run.amp_dtype):
-            return model(to_images(batch), noise.to(DEVICE))[0]
 
-    return lambda: mae_mff.train_step(model, iter([batch]), to_images, optimizer, scaler, 0, cfg, plan, run), forward
+def our_step(script, images, amp, **values):
+    """Function of one update of mae_mff.py or ddae.py."""
+    model, batch, to_images, rest = our_model(script, images, amp, **values)
+    models = (model, model) if script is ddae else (model,)
+    return lambda: script.train_step(*models, iter([batch]), to_images, *rest)
+
+
+def our_flops(script, images, **values):
+    """{part of the model: FLOPs of its forward and, where it learns, backward pass on the batch}"""
+    model, batch, to_images, _ = our_model(script, images, "bf16", **values)
+    images, draw, parts = to_images(batch), batch["draw"].to(DEVICE), {}
+
+    def count(part, function):
+        with FlopCounterMode(display=False) as counter, torch.autocast(DEVICE.type, torch.bfloat16):
+            output = function()
+            if output.requires_grad:
+                output.sum().backward()
+        parts[part] = counter.get_total_flops()
+        return output.detach().requires_grad_()
+
+    if script is ddae:
+        ids_restore = model.encode(images, draw)[1]
+        latent = count("encoder", lambda: model.encode(images, draw)[0])
+        count("pixel decoder, all levels", lambda: model.decode(model.pixel_decoder, latent, ids_restore))
+        count("feature decoder, all levels", lambda: model.decode(model.feature_decoder, latent, ids_restore))
+        count("momentum encoder, whole image", lambda: model.feature_target(images))
+    else:
+        ids_keep, ids_restore, _ = mae_mff.random_masking(draw, 0.75)
+        latent = count("encoder", lambda: model.encode(images, ids_keep))
+        count("decoder", lambda: model.decode(latent, ids_restore))
+    return parts
 
 
 def peer_step(model, images, amp, loss):
@@ -130,13 +163,6 @@ def peer_step(model, images, amp, loss):
         optimizer.step()
 
     return step
-
-
-def flops(forward):
-    """Of one forward and backward pass; attention written as products is counted, the CPU's fused kernel would not be."""
-    with FlopCounterMode(display=False) as counter:
-        forward().backward()
-    return counter.get_total_flops()
 
 
 GROUPS = {  # of operators, by a part of their name
@@ -166,10 +192,10 @@ def bench_step(args):
     images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8)
     n = 2048 if DEVICE.type == "cpu" else 8192
     ours = {"mae_mff.py, MAE": {"fuse_layers": (11,)}, "mae_mff.py, MFF": {}}
-    counts = {kind: flops(our_step(images, "bf16", **values)[1]) for kind, values in ours.items()}
+    counts = {kind: sum(our_flops(mae_mff, images, **values).values()) for kind, values in ours.items()}
     mae, out, shares = counts["mae_mff.py, MAE"], [], {}
     for precision, amp in PRECISIONS.items():
-        rivals = {kind: our_step(images, amp, **values)[0] for kind, values in ours.items()}
+        rivals = {kind: our_step(mae_mff, images, amp, **values) for kind, values in ours.items()}
         rivals["transformers ViTMAEForPreTraining"] = peer_step(
             ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True)), images, amp, lambda output: output.loss)
         rivals["MAE of timm's blocks"] = peer_step(TimmMAE(), images, amp, lambda value: value)
@@ -188,6 +214,29 @@ def bench_step(args):
     return [setting, "",
             *table(["precision", "update", "images/s", "against the best peer", "of the matrix-product speed"], out),
             "Where our time goes (MAE, one profiled update):", "", *table(["share of the time", *shares], parts)]
+
+
+# ---- methods
+
+
+def bench_methods(args):
+    images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8)
+    methods = {"MAE": (mae_mff, {"fuse_layers": (11,)}), "DDAE": (ddae, {})}
+    parts = {name: our_flops(script, images, **values) for name, (script, values) in methods.items()}
+    total = {name: sum(counts.values()) for name, counts in parts.items()}
+    per_part = [[name, part, f"{count / args.batch / 1e9:.1f}", f"{count / total['MAE']:.2f}"]
+                for name, counts in parts.items() for part, count in counts.items()]
+    measured = []
+    for precision, amp in PRECISIONS.items():
+        seconds = turns({name: our_step(script, images, amp, **values) for name, (script, values) in methods.items()},
+                        args.rounds)
+        for name in list(methods)[1:]:
+            expected, found = total[name] / total["MAE"], seconds[name] / seconds["MAE"]
+            measured.append([name, precision, f"{args.batch / seconds['MAE']:.2f}", f"{args.batch / seconds[name]:.2f}",
+                             f"{found:.2f}", f"{expected:.2f}", f"{found / expected - 1:+.0%}"])
+    return [f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns.", "",
+            *table(["method", "part", "GFLOP per image", "of MAE's update"], per_part),
+            *table(["method", "precision", "MAE, images/s", "method, images/s", "cost, MAE = 1", "from FLOPs", "off by"], measured)]
 
 
 # ---- loader
@@ -213,11 +262,13 @@ def bench_loader(args):
         with open(paths[i], "rb") as file:
             return Image.open(file).convert("RGB")
 
+    ddae_draw = ddae.mask_source(ddae.Config())
     rivals = {
         "MAE's published pipeline": lambda: [torch.stack([published(pillow(i)) for i in part]) for part in batches()],
         "decoding alone, Pillow": lambda: [pillow(i) for i in range(n)],
         "decoding alone, torchvision": lambda: [decode_image(p, ImageReadMode.RGB, apply_exif_orientation=True) for p in paths],
         "ours": views(lambda: torch.rand(196)),
+        "ours, DDAE's masks and distance maps": views(ddae_draw),
         "ours without the masks' noise": views(None),
         "ours without noise, keys, bookkeeping": lambda: [
             torch.stack([crop(source.read(i)[0]).permute(1, 2, 0) for i in part]) for part in batches()],
@@ -225,12 +276,18 @@ def bench_loader(args):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = turns(rivals, 3 * args.rounds)
+    masks = [ddae.block_mask((14, 14), 147, 120) for _ in range(1000)]
+    draws = turns({"mask": lambda: [ddae.block_mask((14, 14), 147, 120) for _ in masks],
+                   "map": lambda: [ddae.distance_map(mask) for mask in masks]}, args.rounds)
     torch.set_num_threads(threads)
+    image = seconds["ours, DDAE's masks and distance maps"] / n
+    drawn = "; ".join(f"{name} {1e3 * value:.0f} us, {value / 1000 / image:.1%}" for name, value in draws.items())
     decode, peer = seconds["decoding alone, torchvision"], seconds["MAE's published pipeline"]
     rows = [[name, f"{1e3 * value / n:.3f}", f"{n / value:,.0f}", f"{peer / value:.2f}", f"{decode / value:.0%}"]
             for name, value in seconds.items()]
     return [f"{n} photographs, one core, no worker process, batches of {batch}, median of {3 * args.rounds} turns.", "",
-            *table(["", "ms per image", "images/s", "x the published pipeline", "of torchvision's decoding alone"], rows)]
+            *table(["", "ms per image", "images/s", "x the published pipeline", "of torchvision's decoding alone"], rows),
+            f"DDAE's draw, timed alone, as a share of the loader's time per image: {drawn}.", ""]
 
 
 # ---- wait
@@ -253,7 +310,7 @@ def bench_wait(args):
     source = common.ImageFiles(paths, [-1] * len(paths), None, 3)
     values = {"model": "nano", "patch_size": 16, "workers": 1}
     cfg = mae_mff.Config(batch_size=batch, epochs=1e3, amp="off", **values)
-    step = our_step(torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), "off", **values)[0]
+    step = our_step(mae_mff, torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), "off", **values)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for pause in (0.0, 0.01, 0.02, 0.05):
@@ -308,7 +365,7 @@ def bench_start(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="step,loader,wait,start", help="which, separated by commas (default all)")
+    parser.add_argument("--parts", default="step,methods,loader,wait,start", help="which, separated by commas (default all)")
     parser.add_argument("--data", help="folder of photographs, for loader and wait")
     parser.add_argument("--images", type=int, default=200, help="how many of them the loader part reads")
     parser.add_argument("--batch", type=int, default=16, help="of the step part")

@@ -29,6 +29,7 @@ import finetune
 TWENTY = ["--demo", "--amp", "off", "--workers", 0, "--log_every", 3, "--epochs", 1.92, "--batch_size", 24, "--save_minutes", 0]
 SCRIPTS = {
     "mae_mff.py": ["mae_mff.py", *TWENTY],
+    "ddae.py": ["ddae.py", *TWENTY],
     "finetune.py": ["finetune.py", *TWENTY, "--weights", "none", "--augment", "full", "--mixup", 0.8, "--erasing", 0.25,
                     "--drop_path", 0.1, "--ema", 0.9, "--warmup_epochs", 0.5],
 }
@@ -92,6 +93,7 @@ def unbroken(tmp_path_factory, small_npz):
     ("mae_mff.py", [3, 7], []),  # twice in one pass
     ("mae_mff.py", [14], ["--save_minutes", 10]),  # the only checkpoint is that of the end of the first pass
     ("mae_mff.py", [14, 19], ["--workers", 1]),  # in the second pass
+    ("ddae.py", [7, 14], ["--workers", 1]),
     ("finetune.py", [4, 13], ["--workers", 1]),
 ])
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, small_npz, tmp_path, script, kills, flags):
@@ -207,10 +209,12 @@ def test_resume_refuses_other_settings(unbroken, small_npz, tmp_path):
 # ---- processes
 
 
-@pytest.mark.parametrize("processes, micro_batch", [(1, 4), (2, 12), (2, 3), (3, 8)])
-def test_any_split_of_the_batch_gives_the_same_losses(unbroken, small_npz, tmp_path, processes, micro_batch):
-    run_script([*SCRIPTS["mae_mff.py"], "--data", small_npz, "--out", "run", "--micro_batch", micro_batch], tmp_path, processes)
-    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken / "mae_mff.py"), rel=1e-5)
+@pytest.mark.parametrize("script, processes, micro_batch", [
+    ("mae_mff.py", 1, 4), ("mae_mff.py", 2, 12), ("mae_mff.py", 2, 3), ("mae_mff.py", 3, 8), ("ddae.py", 2, 6),
+])
+def test_any_split_of_the_batch_gives_the_same_losses(unbroken, small_npz, tmp_path, script, processes, micro_batch):
+    run_script([*SCRIPTS[script], "--data", small_npz, "--out", "run", "--micro_batch", micro_batch], tmp_path, processes)
+    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken / script), rel=1e-5)
 
 
 def test_two_processes_then_one_after_a_stop(unbroken, small_npz, tmp_path):
