@@ -236,7 +236,7 @@ def bench_methods(args):
                              f"{found:.2f}", f"{expected:.2f}", f"{found / expected - 1:+.0%}"])
     return [f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns.", "",
             *table(["method", "part", "GFLOP per image", "of MAE's update"], per_part),
-            *table(["method", "precision", "MAE, images/s", "method, images/s", "cost, MAE = 1", "from FLOPs", "off by"], measured)]
+            *table(["method", "precision", "MAE, images/s", "its images/s", "MAE's cost x", "expected", "off by"], measured)]
 
 
 # ---- loader
