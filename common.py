@@ -822,7 +822,7 @@ def collate(samples):
 
 
 def picture_batch(source, cfg, draw):
-    """--pictures images, evenly spaced, uncropped and not flipped, with the same `draw()` every time; None for 0."""
+    """--pictures images, evenly spaced, cropped as for evaluation, with the same `draw()` every time; None for 0."""
     views = Views(source, EvalCrop(cfg.img_size), cfg.seed, len(source), draw, flip=False)
     return collate([views[-1, i * len(source) // cfg.pictures] for i in range(cfg.pictures)]) if cfg.pictures else None
 
@@ -1089,7 +1089,7 @@ class RunConfig:
     compile: bool = opt(False, "compile the model with torch.compile")
     save_minutes: float = opt(10.0, "minutes between checkpoints (also written at each epoch's end and on SIGTERM)")
     log_every: int = opt(20, "updates between two log lines")
-    demo: bool = opt(False, "small values for everything: drawn shapes, a tiny model, under two minutes on two CPU cores")
+    demo: bool = opt(False, "small values for everything: drawn shapes, a tiny model, about two minutes on two CPU cores")
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -1,27 +1,30 @@
 """DDAE: deep dynamic supervision and deep self-distillation for masked image modelling.
 
-DDAE    Mao et al., Deep Dynamic AutoEncoder for Vision BERT Pretraining; built on
-BootMAE Dong et al., Bootstrapped Masked Autoencoders for Vision BERT Pretraining, ECCV 2022, arXiv 2207.07116
+DDAE     Chen et al., DDAE: Towards Deep Dynamic Vision BERT Pretraining, AAAI 2024, doi 10.1609/aaai.v38i2.27864
+         Equations, tables and appendix are those of its first version, Deep Dynamic AutoEncoder for Vision BERT Pretraining
+         (openreview.net/forum?id=k4p382L0bw). No code by the authors is known to us.
+BootMAE  Dong et al., Bootstrapped Masked Autoencoders for Vision BERT Pretraining, ECCV 2022, arXiv 2207.07116: its basis
 
 Idea. A hidden patch next to a visible one asks for local perception, one far from all of them for semantic reasoning. So
 weigh the loss by that distance, let the network learn how (beta), and do so at several depths: every third block's output must
 reconstruct the pixels, and what a slow copy of the encoder, which sees the whole image, has at that depth.
 
-Data flow, in the order of the code (paper's symbol, its name here and its shape on the right)
-    m                 BEiT's blocks, then single patches: 147 of 196 hidden     mask          (B, L), 1 = hidden
-    D(m)              distance of each hidden patch to the nearest visible one  distance      (B, L), 0 = visible
-    h_i = exp(D^beta_i) / sum over hidden patches of exp(D^beta_i)      eq. (2) h             (K, B, L)
-    w_i = h_i / max(h_i)                                                        weight        (K, B, L)
-    f^(g_i)(x_visible), g_i = B i / K   encoder's output after block g_i        latent        (K, B, 1 + len_keep, D)
-    d_p(f^(g_i)) against x              every level against the pixels  eq. (3) pixel_decoder (K, B, L, p*p*C)
-    d_d(f^(g_i)) against f'^(g_i)(x)    level to level, whole image     eq. (5) feature_decoder, teacher (K, B, L, D)
-    loss = sum_i lambda_i (eq. 3 + eq. 5)_i + 0.5 sum_i sqrt(N) ||h_i||_2       eq. (6)
-    theta' <- m theta' + (1 - m) theta                                  eq. (4) update_teacher
+Data flow, in the order of the code (source, the paper's symbol; its name here and its shape on the right)
+    sec. 3.1  m            BEiT's blocks, then single patches: 147 of 196      mask             (B, L), 1 = hidden
+    sec. 3.2  D(m)         from a hidden patch to the nearest visible one      distance         (B, L), 0 = visible
+    eq. (2)   h_i          exp(D^beta_i) / its sum over the hidden patches     h                (K, B, L)
+    sec. 3.2  w_i          h_i / max h_i                                       w                (K, B, L)
+    sec. 3.2  f^(g_i)      encoder's output after block g_i = B i / K          latent           (K, B, 1 + len_keep, D)
+    eq. (3)   d_p(f^(g_i)) each level against the pixels of x                  pixel_decoder    (K, B, L, p*p*C)
+    eq. (5)   d_d(f^(g_i)) each level against the teacher's, of the whole x    feature_decoder  (K, B, L, D)
+    eq. (6)   loss = sum_i lambda_i (eq. 3 + eq. 5)_i + 0.5 sum_i sqrt(N) ||h_i||_2
+    eq. (4)   theta' <- m theta' + (1 - m) theta                               update_teacher
 lambda_i is .75, and 1 for the last level. encoder.pth is a plain ViT: the student, final LayerNorm included.
 
 The paper's ablations
     Table 2   DDS on MAE: --no-distill --decoder mae. (On BEiT-v2: not built.)
     Table 3   deep only, DS-MAE: the same with --no-dynamic; dynamic only, D-MAE: with --num_levels 1; plain MAE: with both
+              (MAE's own masks: --mask random)
     Table 4   --dds both|pixel|feature|none: which loss is deep and dynamic; the other uses the last block, uniform weights
     Table 6   --num_levels 1|2|4|6
     Table 7   --beta_init 0 or -0.1,-0.3,-0.5,-0.7 ...; --no-learn_beta keeps it
