@@ -11,35 +11,41 @@ reconstruct the pixels, and what a slow copy of the encoder, which sees the whol
 
 Data flow, in the order of the code (source, the paper's symbol; its name here and its shape on the right)
     sec. 3.1  m            BEiT's blocks, then single patches: 147 of 196      mask             (B, L), 1 = hidden
-    sec. 3.2  D(m)         from a hidden patch to the nearest visible one      distance         (B, L), 0 = visible
+    sec. 3.2  D(m)         from a hidden patch to the nearest visible one      distance         (B, L), in patches, 0 = visible
     eq. (2)   h_i          exp(D^beta_i) / its sum over the hidden patches     h                (K, B, L)
-    sec. 3.2  w_i          h_i / max h_i                                       w                (K, B, L)
-    sec. 3.2  f^(g_i)      encoder's output after block g_i = B i / K          latent           (K, B, 1 + len_keep, D)
+    sec. 3.2               h_i / max h_i                                       weight           (K, B, L)
+    sec. 3.2  f^(g_i)      encoder's output after block g_i = depth * i / K    latent           (K, B, 1 + len_keep, D)
     eq. (3)   d_p(f^(g_i)) each level against the pixels of x                  pixel_decoder    (K, B, L, p*p*C)
     eq. (5)   d_d(f^(g_i)) each level against the teacher's, of the whole x    feature_decoder  (K, B, L, D)
-    eq. (6)   loss = sum_i lambda_i (eq. 3 + eq. 5)_i + 0.5 sum_i sqrt(N) ||h_i||_2
+    eq. (6)   loss = sum_i lambda_i (eq. 3 + eq. 5)_i + 0.5 sum_i sqrt(n_masked) mean ||h_i||_2
     eq. (4)   theta' <- m theta' + (1 - m) theta                               update_teacher
 lambda_i is .75, and 1 for the last level. encoder.pth is a plain ViT: the student, final LayerNorm included.
 
-The paper's ablations
+The paper's ablations (100 epochs; ViT-B in tables 2 and 4, ViT-S in table 3)
     Table 2   DDS on MAE: --no-distill --decoder mae. (On BEiT-v2: not built.)
     Table 3   deep only, DS-MAE: the same with --no-dynamic; dynamic only, D-MAE: with --num_levels 1; plain MAE: with both
               (MAE's own masks: --mask random)
-    Table 4   --dds both|pixel|feature|none: which loss is deep and dynamic; the other uses the last block, uniform weights
+    Table 4   --dds both|pixel|feature|none: which loss is deep and dynamic
     Table 6   --num_levels 1|2|4|6
     Table 7   --beta_init 0 or -0.1,-0.3,-0.5,-0.7 ...; --no-learn_beta keeps it
 
 Not in the paper, our choice or our reading
-    mask      "blockwise" read as BootMAE's two stages (--mask two_stage), but for its putting up to 3 blocked patches back
-    w         the maximum is held fixed in the gradient (through it all weights of a level shrink, and beta runs away); the loss
-              of a level is sum_j w_j mse_j / N over the N hidden patches, so uniform weights give exactly MAE's
-    eq. (6)   on h, which sums to 1, not on w; times sqrt(N), as the norm of one image hardly depends on beta (--reg literal)
+    mask      "blockwise" read as BootMAE's two stages (--mask two_stage) without its last step, which makes up to three blocked
+              patches visible again (mean distance 2.1 in place of 1.94)
+    weight    softmax and maximum per image; the maximum is held fixed in the gradient (through it all weights of a level
+              shrink, and beta runs away); a level's loss is sum_j weight_j mse_j / n_masked, mse the mean squared error of a
+              patch's values, so that uniform weights give exactly MAE's
+    eq. (6)   on h, which sums to 1, not on the weights; times sqrt(n_masked), as the norm of one image hardly depends on beta
+              (--reg literal)
     beta      one per level, for both losses, without weight decay, at the full learning rate
-    decoders  2 plain blocks each between a projection and a LayerNorm with a linear head; 16 heads at width 512; the levels
-              pass the encoder's one final LayerNorm before them
+    --dds     the other loss is that of the last block, with uniform weights
+    decoders  2 plain blocks each, visible patches with positions too, between a projection and a LayerNorm with a linear head;
+              16 heads at width 512; the levels pass the encoder's one final LayerNorm before them; MAE's initial values
     targets   pixels normalised per patch and channel (BootMAE's; --target); features under a LayerNorm without parameters, on
               both sides (BootMAE's; --feature_norm none is eq. 5 to the letter)
-    training  AdamW with betas .9, .95 for "Adam"; momentum .999 to .9999 over 100 epochs and to .99999 at epoch 400
+    training  AdamW with betas .9, .95 for "Adam"; the appendix's momentum (not sec. 3.3's constant .9999), with BootMAE's
+              corner at epoch 100; cosine down to 0, no ramp of the feature loss, ImageNet's mean and std (BootMAE: 1e-4,
+              a quarter of the epochs, .5)
 
     python ddae.py --demo                                              two minutes on a CPU
     torchrun --nproc_per_node 4 ddae.py --epochs 800                   the paper's run, images in data/imagenet
@@ -106,10 +112,10 @@ class Config(RunConfig):
     patch_size: int | None = opt(None, "pixels; default 16, 14 for huge")
     decoder: Literal["ddae", "mae"] = opt("ddae", "pixel decoder and its target: 2 blocks, or MAE's 8 (table 2)")
     decoder_embed_dim: int | None = opt(None, "pixel decoder's width; default 512, less for nano and tiny")
-    decoder_depth: int | None = opt(None, "blocks of both decoders; default 2, or 8 and 2 with --decoder mae")
+    decoder_depth: int | None = opt(None, "blocks of both decoders, default 2; with --decoder mae of the pixel decoder, 8")
     decoder_num_heads: int | None = opt(None, "its heads; default 16, less for nano and tiny")
     # method
-    mask_ratio: float = opt(0.75, "share of hidden patches")
+    mask_ratio: float = opt(0.75, "share of hidden patches: int(L * mask_ratio) of L")
     mask: Literal["two_stage", "block", "random"] = opt("two_stage", "hide blocks then patches, blocks alone, patches alone")
     num_levels: int = opt(4, "K, supervised block outputs (table 6)")
     dynamic: bool = opt(True, "weigh hidden patches by eq. (2); --no-dynamic: all alike (table 3)")
@@ -122,7 +128,7 @@ class Config(RunConfig):
         None, "pixels normalised per patch and channel, per patch, or not at all; default: channel, mae with --decoder mae")
     feature_norm: Literal["layer", "none"] = opt("layer", "LayerNorm without parameters on features and their target")
     momentum: tuple[float, float, float] = opt((0.999, 0.9999, 0.99999), "teacher's, at epochs 0, 100, 400; linear between")
-    # optimisation: appendix A
+    # optimisation: appendix A, but for min_lr, betas, clip_grad
     epochs: float = opt(800.0, "passes over the data")
     batch_size: int = opt(4096, "images per update, over all processes")
     micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that fits, up to 256")
@@ -147,8 +153,11 @@ class Config(RunConfig):
         self.warmup_epochs = min(40.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
         if depth % self.num_levels:
             raise ValueError(f"--num_levels {self.num_levels} does not divide the {depth} blocks of --model {self.model}")
+        if self.beta_init and (self.dds == "none" or not self.dynamic):
+            raise ValueError("--beta_init has no use without a dynamic loss (--no-dynamic, --dds none)")
         self.beta_init = self.beta_init or (-0.5,)
-        self.beta_init *= self.num_levels if len(self.beta_init) == 1 else 1
+        if len(self.beta_init) == 1:
+            self.beta_init *= self.num_levels
         if len(self.beta_init) != self.num_levels:
             raise ValueError(f"--beta_init has {len(self.beta_init)} values, --num_levels is {self.num_levels}")
         if self.dds == "feature" and not self.distill:
@@ -156,13 +165,21 @@ class Config(RunConfig):
         if self.decoder_embed_dim % 4 or self.decoder_embed_dim % self.decoder_num_heads:
             raise ValueError(f"--decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of "
                              f"--decoder_num_heads {self.decoder_num_heads}")
-        L = math.prod(patch_grid(self.img_size, self.patch_size))
-        if not 0 < int(L * self.mask_ratio) < L:
+        L = math.prod(self.grid)
+        if not 0 < self.n_masked < L:
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
+
+    @property
+    def grid(self):
+        return patch_grid(self.img_size, self.patch_size)
+
+    @property
+    def n_masked(self):
+        return int(math.prod(self.grid) * self.mask_ratio)
 
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat patch has nothing left once its mean and deviation are taken out.
-# A teacher of a thousand updates must be faster than one of a quarter of a million.
+# The teacher of a run of a thousand updates must follow faster than that of a quarter of a million.
 DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "target": "raw", "num_levels": 2,
         "decoder_depth": 1, "momentum": (0.99,) * 3, "epochs": 1.75, "batch_size": 32, "base_lr": 1.2e-2, "warmup_epochs": 0.5,
         "log_every": 25}
@@ -180,18 +197,22 @@ def block_mask(grid, n_masked, n_block):
 
     Returns (h, w) bool, True = hidden. Of a rectangle the area is uniform between 16/196 and 60/196 of the grid (at most what
     is left to hide), the aspect log-uniform between .3 and 1/.3; one that is as high or as wide as the grid, hides nothing
-    new, or too much, is drawn again. Uses torch's default generator.
+    new, or too much, is drawn again. In a grid too thin for them rectangles are cut to fit. Uses torch's default generator.
     """
     h, w = grid
     mask, left, numbers = np.zeros(grid, bool), n_block, []
     smallest, largest = h * w * 16 / 196, h * w * 60 / 196
+    highest, widest = max(h - 1, 1), max(w - 1, 1)
+    thin = round(math.sqrt(smallest)) > min(highest, widest)
     while left:
         numbers = numbers or torch.rand(64).tolist()  # one call is as fast as one number
         u_area, u_aspect, u_top, u_left = (numbers.pop() for _ in range(4))
         side = math.sqrt(smallest + (min(largest, left) - smallest) * u_area)
         stretch = 0.3 ** (u_aspect - 0.5)  # root of the aspect
         height, width = round(side * stretch), round(side / stretch)
-        if not (0 < height < max(h, 2) and 0 < width < max(w, 2)):
+        if thin:
+            height, width = min(height, highest), min(width, widest)
+        if not (0 < height <= highest and 0 < width <= widest):
             continue
         top, start = int(u_top * (h - height + 1)), int(u_left * (w - width + 1))
         block = mask[top : top + height, start : start + width]
@@ -216,10 +237,8 @@ def draw_distance(grid, n_masked, n_block):
 
 def mask_source(cfg):
     """The function that draws one sample's distance map under --mask and --mask_ratio."""
-    grid = patch_grid(cfg.img_size, cfg.patch_size)
-    n_masked = int(math.prod(grid) * cfg.mask_ratio)
-    n_block = {"two_stage": round(n_masked * 120 / 147), "block": n_masked, "random": 0}[cfg.mask]
-    return functools.partial(draw_distance, grid, n_masked, n_block)
+    n_block = {"two_stage": round(cfg.n_masked * 120 / 147), "block": cfg.n_masked, "random": 0}[cfg.mask]
+    return functools.partial(draw_distance, cfg.grid, cfg.n_masked, n_block)
 
 
 # ---- weights, targets, losses ----------------------------------------------------------------------------------------
@@ -228,13 +247,13 @@ def mask_source(cfg):
 def dynamic_weights(distance, beta):
     """h, eq. (2): distance (B, L), 0 = visible; beta (K,). Returns (K, B, L) float32: softmax of D^beta over an image's hidden
     patches, 0 on visible ones."""
-    D = distance.float().clamp(min=1)  # 1 where visible: 0^beta gives a NaN gradient even behind a mask
-    scores = D.pow(beta.view(-1, 1, 1))
+    above_0 = distance.float().clamp(min=1)  # 1 where visible: 0^beta gives a NaN gradient even behind a mask
+    scores = above_0.pow(beta.view(-1, 1, 1))
     return scores.masked_fill(distance == 0, -torch.inf).softmax(-1)  # softmax subtracts the largest: exp(11^5) overflows
 
 
 def rescale(h):
-    """w: h (K, B, L) divided by each image's maximum, which counts as a constant in the gradient; in [0, 1]."""
+    """Weights: h (K, B, L) divided by each image's maximum, which counts as a constant in the gradient; in [0, 1]."""
     return h / h.detach().amax(-1, keepdim=True)
 
 
@@ -342,7 +361,7 @@ class DeepDynamicAutoEncoder(ViT):
 
     def encode(self, images, distance):
         """Visible patches through the student: latent (K, B, 1 + len_keep, D), normalised; ids_restore (B, L)."""
-        len_keep = distance.shape[1] - int(distance.shape[1] * self.cfg.mask_ratio)
+        len_keep = distance.shape[1] - self.cfg.n_masked
         ids_shuffle = (distance > 0).byte().argsort(dim=1, stable=True)  # visible patches first
         x = self.prepend_cls(take_tokens(self.embed(images), ids_shuffle[:, :len_keep]))
         return self.norm(self.outputs(self, x)), ids_shuffle.argsort(dim=1)
@@ -363,7 +382,7 @@ class DeepDynamicAutoEncoder(ViT):
         return self.decode(self.pixel_decoder, latent[-1:], ids_restore)[0]
 
     def weights(self, distance):
-        """h and w of each level, (K, B, L); h None and w uniform if the loss is not dynamic."""
+        """h and weight of each level, (K, B, L); h None and all weights alike if the loss is not dynamic."""
         if not hasattr(self, "beta"):
             return None, (distance > 0).float().expand(self.cfg.num_levels, -1, -1)
         h = dynamic_weights(distance, self.beta)
@@ -380,11 +399,11 @@ class DeepDynamicAutoEncoder(ViT):
             teacher = self.feature_target(images)[-len(features):]
         with torch.autocast(images.device.type, enabled=False):  # targets and losses in float32
             mask = (distance > 0).float()
-            h, w = self.weights(distance)
+            h, weight = self.weights(distance)
 
             def level_loss(pred, target, name):
                 deep = cfg.dds in ("both", name)
-                per_level = weighted_mse(pred.float(), target, w if deep else mask[None], mask)
+                per_level = weighted_mse(pred.float(), target, weight if deep else mask[None], mask)
                 return (self.level_weight[-len(per_level):] * per_level).sum()
 
             target = pixel_target(images.float(), self.patch_size, cfg.target)
@@ -434,7 +453,7 @@ def draw_pictures(path, model, batch, to_images):
     statistics = patch_statistics(patchify(images, p), cfg.target, cfg.in_chans)
     mean, deviation = (fill_from_visible(values, mask, grid) for values in statistics)
     pred = unpatchify(model.predict(images, distance) * deviation + mean, p, grid)
-    _, w = model.weights(distance)
+    _, weight = model.weights(distance)
 
     def shown(values):
         return unpatchify(values[..., None].expand(-1, -1, p * p), p, grid)
@@ -442,7 +461,7 @@ def draw_pictures(path, model, batch, to_images):
     hidden = shown(mask)
     columns = [to_images.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]
     columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
-    columns[2:2] = [shown(1 - distance / distance.amax(1, keepdim=True)), *(shown(level) for level in w)]
+    columns[2:2] = [shown(1 - distance / distance.amax(1, keepdim=True)), *(shown(level) for level in weight)]
     titles = ["original", "masked", "distance", *(f"weight {i}" for i in model.levels), "prediction", "pasted"]
     betas = ", ".join(f"{value:.3f}" for value in model.beta.tolist()) if hasattr(model, "beta") else "none"
     units = "raw pixels" if cfg.target == "raw" else "un-normalised with the statistics of visible patches only"
@@ -460,8 +479,9 @@ def train(cfg, run):
     torch.manual_seed(cfg.seed)
     model = DeepDynamicAutoEncoder(cfg)
     if cfg.init:
+        ignored = ("head.", "fc_norm.", "decoder", "mask_token", "fuse_", "teacher.", "beta")
         load_weights(model, cfg.init, allow_missing=("pixel_decoder.", "feature_decoder.", "teacher.", "beta"),
-                     ignore=("head.", "fc_norm.", "decoder", "mask_token", "fuse_", "teacher."))
+                     ignore=ignored if cfg.distill else (*ignored, "feature_decoder."))
         model.update_teacher(0.0)
     lr = cfg.base_lr * cfg.batch_size / 256
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")

@@ -29,6 +29,8 @@ def main():
             panel.plot(*zip(*points, strict=True), label=key.removeprefix("train/"))
         panel.set_title(title, fontsize=9)
         panel.grid(alpha=0.3)
+    for panel in panels.flat[len(args.runs) :]:
+        panel.set_axis_off()
     panels[0, 0].legend(fontsize=7)
     for panel in panels[-1]:
         panel.set_xlabel("update")

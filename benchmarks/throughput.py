@@ -276,8 +276,8 @@ def bench_loader(args):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = turns(rivals, 3 * args.rounds)
-    masks = [ddae.block_mask((14, 14), 147, 120) for _ in range(1000)]
-    draws = turns({"mask": lambda: [ddae.block_mask((14, 14), 147, 120) for _ in masks],
+    masks = [ddae.block_mask(*ddae_draw.args) for _ in range(1000)]
+    draws = turns({"mask": lambda: [ddae.block_mask(*ddae_draw.args) for _ in masks],
                    "map": lambda: [ddae.distance_map(mask) for mask in masks]}, args.rounds)
     torch.set_num_threads(threads)
     image = seconds["ours, DDAE's masks and distance maps"] / n

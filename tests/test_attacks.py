@@ -29,7 +29,7 @@ import finetune
 TWENTY = ["--demo", "--amp", "off", "--workers", 0, "--log_every", 3, "--epochs", 1.92, "--batch_size", 24, "--save_minutes", 0]
 SCRIPTS = {
     "mae_mff.py": ["mae_mff.py", *TWENTY],
-    "ddae.py": ["ddae.py", *TWENTY],
+    "ddae.py": ["ddae.py", *TWENTY, "--momentum", "0.9,0.99,0.999"],
     "finetune.py": ["finetune.py", *TWENTY, "--weights", "none", "--augment", "full", "--mixup", 0.8, "--erasing", 0.25,
                     "--drop_path", 0.1, "--ema", 0.9, "--warmup_epochs", 0.5],
 }
@@ -215,6 +215,9 @@ def test_resume_refuses_other_settings(unbroken, small_npz, tmp_path):
 def test_any_split_of_the_batch_gives_the_same_losses(unbroken, small_npz, tmp_path, script, processes, micro_batch):
     run_script([*SCRIPTS[script], "--data", small_npz, "--out", "run", "--micro_batch", micro_batch], tmp_path, processes)
     assert losses(tmp_path / "run") == pytest.approx(losses(unbroken / script), rel=1e-5)
+    weights = [torch.load(out / "last.pth", weights_only=True)["model"] for out in (unbroken / script, tmp_path / "run")]
+    for name, value in weights[0].items():  # teacher and beta too
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_two_processes_then_one_after_a_stop(unbroken, small_npz, tmp_path):

@@ -38,7 +38,7 @@ def test_every_mask_hides_exactly_its_share(kind, img_size, n_masked):
     assert len(masks.unique(dim=0)) > 1900
 
 
-@pytest.mark.parametrize("grid", [(1, 14), (2, 2), (3, 40), (32, 32)])
+@pytest.mark.parametrize("grid", [(1, 14), (2, 2), (3, 40), (32, 32), (2, 64), (4, 128), (100, 1)])
 def test_blocks_fit_into_any_grid(grid):
     for n_masked in {1, math.prod(grid) // 2, math.prod(grid) - 1}:
         for n_block in (0, n_masked):
@@ -57,6 +57,15 @@ def test_blocks_have_the_distances_of_bootmaes_generator():
         distance = ddae.distance_map(mask).numpy()[mask.ravel()]
         rows.append((distance.mean(), (distance == 1).mean(), distance.max()))
     assert np.mean(rows, axis=0) == pytest.approx([1.94, 0.38, 4.7], rel=0.02)
+
+
+def test_two_stages_lie_between_blocks_and_patches():
+    means = []
+    for kind in ("block", "two_stage", "random"):
+        draw = ddae.mask_source(Config(mask=kind))
+        distance = torch.stack([draw() for _ in range(1000)])
+        means.append(distance[distance > 0].mean().item())
+    assert means == pytest.approx([2.65, 2.1, 1.25], rel=0.03)
 
 
 def test_masks_depend_on_seed_epoch_and_image_alone():
@@ -220,7 +229,7 @@ def test_the_whole_loss_against_its_parts_written_out():
     for i in range(4):
         x, full = model.blocks[i](x), model.teacher.blocks[i](full)
         h = ddae.dynamic_weights(distance, model.beta[i : i + 1])[0]
-        w = h / h.amax(1, keepdim=True)
+        w = h / h.amax(1, keepdim=True).detach()
         error = ((model.pixel_decoder(model.norm(x), restore) - pixels) ** 2).mean(-1)
         feature = F.layer_norm(model.feature_decoder(model.norm(x), restore), (128,), eps=1e-6)
         error = error + ((feature - F.layer_norm(full[:, 1:], (128,), eps=1e-6)) ** 2).mean(-1)  # level to level
@@ -228,6 +237,8 @@ def test_the_whole_loss_against_its_parts_written_out():
     loss, terms = model(images, distance)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert loss == terms["loss"] == terms["eq3_pixel"] + terms["eq5_distill"] + terms["eq6_reg"]
+    gradients = [torch.autograd.grad(value, model.beta)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=0)
     assert [terms[f"beta/{i}"] for i in (1, 2, 3, 4)] == model.beta.tolist()
 
 
@@ -325,6 +336,27 @@ def test_dds_says_which_loss_is_deep_and_dynamic():
         terms[dds] = model(*data)[1]
     assert terms["both"]["eq3_pixel"] == terms["pixel"]["eq3_pixel"] > terms["feature"]["eq3_pixel"] == terms["none"]["mse"]
     assert terms["both"]["eq5_distill"] == terms["feature"]["eq5_distill"] > terms["pixel"]["eq5_distill"]
+    assert terms["pixel"]["eq5_distill"] == terms["none"]["eq5_distill"]
+    model.beta.data.zero_()  # uniform: only the depth is left of what --dds changes
+    model.cfg.dds, model.level_weight = "both", torch.tensor([0.0, 0.0, 0.0, 1.0])
+    uniform = model(*data)[1]
+    assert uniform["eq5_distill"].item() == pytest.approx(terms["none"]["eq5_distill"].item(), rel=1e-6)
+
+
+def test_literal_readings():
+    torch.manual_seed(0)
+    model = build()
+    data, terms = batch(model), {}
+    for name, value in (("reg", "sqrt"), ("reg", "literal"), ("feature_norm", "none")):
+        setattr(model.cfg, name, value)
+        terms[value] = model(*data)[1]
+    assert terms["sqrt"]["eq6_reg"].item() == pytest.approx(48**0.5 * terms["literal"]["eq6_reg"].item(), rel=1e-5)
+    weight, mask = model.weights(data[1])[1], (data[1] > 0).float()
+    latent, ids_restore = model.encode(*data)
+    error = model.decode(model.feature_decoder, latent, ids_restore) - model.feature_target(data[0])
+    expected = sum(factor * (error[i].square().mean(-1) * weight[i]).sum() / mask.sum()
+                   for i, factor in enumerate((0.75, 0.75, 0.75, 1.0)))
+    torch.testing.assert_close(terms["none"]["eq5_distill"], expected.detach())
 
 
 def test_paper_settings():
@@ -333,13 +365,14 @@ def test_paper_settings():
         "base", 800, 4096, 1.5e-4, 0.05, 4, (-0.5,) * 4)
     assert (cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads, cfg.mask_ratio) == (512, 2, 16, 0.75)
     assert (cfg.warmup_epochs, Config(epochs=100.0).warmup_epochs) == (40, 20)
+    assert (cfg.momentum, cfg.betas, cfg.mask, cfg.min_lr) == ((0.999, 0.9999, 0.99999), (0.9, 0.95), "two_stage", 0)
     assert Config(decoder="mae").decoder_depth == 8 and Config(decoder="mae").target == "mae"
 
 
 @pytest.mark.parametrize("values, words", [
     ({"num_levels": 5}, "--num_levels 5 does not divide the 12 blocks"), ({"mask_ratio": 0.001}, "hides none or all"),
     ({"beta_init": (0.0, 1.0)}, "--beta_init has 2 values"), ({"distill": False, "dds": "feature"}, "--dds feature needs"),
-    ({"decoder_num_heads": 7}, "--decoder_num_heads 7"),
+    ({"dynamic": False, "beta_init": (0.0,)}, "--beta_init has no use"), ({"decoder_num_heads": 7}, "--decoder_num_heads 7"),
 ])
 def test_settings_that_cannot_be_are_refused(values, words):
     with pytest.raises(ValueError, match=words):
@@ -370,3 +403,18 @@ def test_its_files_go_into_finetune_and_init(small_npz, tmp_path):
         results.append((tmp_path / name / "log.jsonl").read_text())
         run_script([*command, "--init", f"run/{name}", "--out", f"again_{name}"], tmp_path)
     assert results[0] == results[1]
+    output = run_script([*command, "--init", "run/last.pth", "--no-distill", "--beta_init", 0.3, "--no-learn_beta",
+                         "--out", "less"], tmp_path)
+    assert "ignored: beta, feature_decoder, teacher" in output
+    assert torch.load(tmp_path / "less/last.pth", weights_only=True)["model"]["beta"].tolist() == pytest.approx([0.3, 0.3])
+
+
+@pytest.mark.parametrize("flags", [{}, {"in_chans": 1, "img_size": (32, 64)}, {"dynamic": False, "target": "channel"}], ids=str)
+def test_pictures_of_any_shape(flags, tmp_path):
+    model = build(**flags)
+    images, distance = batch(model, 2)
+    to_images = common.Normalise((0.5,) * len(images[0]), (0.25,) * len(images[0]), torch.device("cpu"))
+    data = {"image": torch.rand_like(images), "flip": torch.zeros(2).bool(), "draw": distance}
+    ddae.draw_pictures(tmp_path / "x.png", model, data, to_images)
+    with Image.open(tmp_path / "x.png") as picture:  # nine columns, two rows
+        assert picture.width == 9 * 132 and picture.height > 2 * model.cfg.img_size[0] * 128 // max(model.cfg.img_size)
