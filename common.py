@@ -8,6 +8,7 @@ Shapes: B images, C channels, H x W pixels, patches of p x p pixels on a grid (h
 
 import argparse
 import atexit
+import ctypes
 import dataclasses
 import difflib
 import faulthandler
@@ -1190,6 +1191,15 @@ def write_atomically(path, save, keep=None):
         raise Refused(f"cannot write {path} ({reason(error)}); what was there before is untouched", code=1) from None
 
 
+def keep_freed_memory():
+    """Let glibc keep the memory of freed tensors for the next ones (elsewhere nothing happens). By default it returns blocks of
+    more than 32 MB to the system at once and gets them back page by page: on a CPU up to half of an update's time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks only by 2 GB
+
+
 class Run:
     """One run of one script: its process, its folder, its log. It holds no loop; the scripts do.
 
@@ -1204,6 +1214,8 @@ class Run:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         self.amp_dtype = amp_dtype(cfg.amp, self.device)
+        if not cuda:
+            keep_freed_memory()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.workers = min(8, share) if cfg.workers is None else cfg.workers

@@ -205,8 +205,8 @@ def block_mask(grid, n_masked, n_block):
     highest, widest = max(h - 1, 1), max(w - 1, 1)
     thin = round(math.sqrt(smallest)) > min(highest, widest)
     while left:
-        numbers = numbers or torch.rand(64).tolist()  # one call is as fast as one number
-        u_area, u_aspect, u_top, u_left = (numbers.pop() for _ in range(4))
+        numbers = numbers or torch.rand(32, 4).tolist()  # one call is as fast as one number
+        u_area, u_aspect, u_top, u_left = numbers.pop()
         side = math.sqrt(smallest + (min(largest, left) - smallest) * u_area)
         stretch = 0.3 ** (u_aspect - 0.5)  # root of the aspect
         height, width = round(side * stretch), round(side / stretch)
