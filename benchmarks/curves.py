@@ -18,7 +18,7 @@ def main():
     parser.add_argument("--out", required=True, help="the picture (PNG)")
     args = parser.parse_args()
     rows = -(-len(args.runs) // args.columns)
-    figure, panels = plt.subplots(rows, args.columns, sharex=True, sharey=True, squeeze=False,
+    figure, panels = plt.subplots(rows, args.columns, sharex=True, sharey="row", squeeze=False,
                                   figsize=(4 * args.columns, 2.6 * rows), layout="constrained")
     for panel, entry in zip(panels.flat, args.runs, strict=False):
         title, path = entry.rsplit("=", 1)
