@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.resnet import Bottleneck
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -92,7 +93,8 @@ def refuse(method, error):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Blocks: the Vision Transformer, with timm's and MAE's parameter names so that released weights map one to one
+# Blocks: the Vision Transformer, with timm's and MAE's parameter names, and ResNet-50, with torchvision's, so that released
+# weights map one to one
 # ----------------------------------------------------------------------------------------------------------------------
 
 VIT_SIZES = {  # embed_dim, depth, num_heads
@@ -279,8 +281,35 @@ class ViT(nn.Module):
         return self.norm(x)
 
 
-def read_file(path):
-    """A .pth with weights_only=True (Namespace allowed, as in MAE's files) or a .safetensors; Refused if it is neither."""
+class ResNet50(nn.Module):
+    """torchvision's ResNet-50 without its classifier, of any width: 64 is the plain one, with torchvision's names, initial
+    values and outputs; 128 and 256 are the x2 and x4 of SimCLR, whose every layer is wider; in_chans as the images have."""
+
+    def __init__(self, width=64, in_chans=3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = width
+        for i, blocks in enumerate((3, 4, 6, 3)):
+            inner, stride = width * 2**i, 1 if i == 0 else 2
+            shortcut = nn.Sequential(nn.Conv2d(channels, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner))
+            stage = [Bottleneck(channels, inner, stride, shortcut)]
+            stage += [Bottleneck(4 * inner, inner) for _ in range(blocks - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+            channels = 4 * inner
+        self.embed_dim = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images):
+        """(B, C, H, W) -> (B, 32 * width, H / 32, W / 32)"""
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def check_file(path):
+    """The path as a Path; Refused if nothing is there, or if it is a folder, a download log or a web page."""
     path = Path(path)
     if path.is_dir():
         raise Refused(f"{path} is a folder, not a file of weights; to continue the run in it: --resume --out {path}")
@@ -289,16 +318,23 @@ def read_file(path):
     try:
         with open(path, "rb") as file:
             head = file.read(2)
-        if head.startswith((b"--", b"<")):
-            raise Refused(f"{path} is a download log or a web page, not weights: fetch it again (wget -O, not -o)")
+    except OSError as error:
+        raise Refused(f"cannot read {path}: {error}") from None
+    if head.startswith((b"--", b"<")):
+        raise Refused(f"{path} is a download log or a web page, not weights: fetch it again (wget -O, not -o)")
+    return path
+
+
+def read_file(path):
+    """A .pth with weights_only=True (Namespace allowed, as in MAE's files) or a .safetensors; Refused if it is neither."""
+    path = check_file(path)
+    try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # optional: only files from elsewhere need it
 
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Refused:
-        raise
     except ImportError:
         raise Refused(f"reading {path} needs: pip install safetensors") from None
     except Exception as error:  # zip, pickle and storage errors, by kind of damage
@@ -306,17 +342,19 @@ def read_file(path):
         raise Refused(f"cannot read {path} safely: {telling[0][:200] if telling else reason(error)}") from None
 
 
-def load_weights(model, path, allow_missing=(), ignore=()):
-    """Copy weights into `model` by name (ours, official MAE, timm).
+def load_weights(model, path, allow_missing=(), ignore=(), part=()):
+    """Copy weights into `model` by name (ours, official MAE, timm, torchvision).
 
-    Names in the file that start with a prefix in `ignore` are left out; position tables are resized to the model's grid.
+    If names in the file start with a prefix in `part`, only these count, without it. Names that start with a prefix in
+    `ignore` are left out; position tables are resized to the model's grid.
     Refused if a name has no place in the model, if the model lacks one that starts with no prefix in `allow_missing`, or if
     shapes differ. Prints what was done.
     """
     content = read_file(path)
     meta, weights = content.get("meta", {}), content.get("model", content)
     weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
-    own = model.state_dict()
+    parts = {name.removeprefix(prefix): weights[name] for prefix in part for name in weights if name.startswith(prefix)}
+    weights, own = parts or weights, model.state_dict()
     for name in [name for name in weights if name.endswith("pos_embed") and name in own]:
         L, patch_size, size = weights[name].shape[1] - 1, meta.get("patch_size"), meta.get("img_size")
         old = patch_grid(size, patch_size) if size else (math.isqrt(L),) * 2
@@ -1103,9 +1141,9 @@ class RunConfig:
 
 # What may differ when a run is resumed, because it does not change what is computed.
 FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes",
-                  "log_every", "demo", "micro_batch", "init", "weights", "pictures"}
+                  "log_every", "demo", "micro_batch", "init", "generator_init", "tokenizer", "weights", "pictures"}
 # What may differ after non-finite updates as well, to get past them.
-FREE_AFTER_NAN = {"amp", "precision", "clip_grad", "base_lr"}
+FREE_AFTER_NAN = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1234,7 +1272,7 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        if "RANK" in os.environ:
+        if "RANK" in os.environ and not dist.is_initialized():
             backend, bound = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
             limit = timedelta(minutes=10)
             store, *_ = next(dist.rendezvous("env://", timeout=limit))
@@ -1244,8 +1282,8 @@ class Run:
                 store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit,
                                     device_id=bound)
-        for number in STOP_SIGNALS if plan else ():
-            signal.signal(number, self._on_signal)
+        if plan:
+            self.catch_signals()
         if hasattr(faulthandler, "register"):  # kill -USR2: where does it hang?
             faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
         try:
@@ -1263,6 +1301,11 @@ class Run:
         if plan:
             self.print(f"{plan.n} images, {plan.steps} updates; batch {plan.batch_size} = {self.world_size} processes x "
                        f"{plan.micro_batch} x {plan.accum_steps}; {lr_line}")
+
+    def catch_signals(self):
+        """From now on this run is the one that SIGTERM, SIGINT and SIGUSR1 stop."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, _):
         if self.stop_requested and number == signal.SIGINT:  # Ctrl-C twice: now
@@ -1326,7 +1369,7 @@ class Run:
             good = next((path for path in self._checkpoints()), "none yet")
             raise Refused(f"ten non-finite updates (or thirty overflows) in a row up to step {step}, lr {lr:.2g}; last good "
                           f"checkpoint: {good}; see nonfinite_{step}.json; --resume with --amp off, --clip_grad 1 or half the "
-                          "--base_lr may get past this", code=3)
+                          "learning rate may get past this", code=3)
         if step % self.cfg.log_every and step < self.plan.steps:
             return self._show(step, stats["loss"]) if self.live else None
         elapsed, window = time.monotonic() - self.window_start, kept["window"]

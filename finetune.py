@@ -1,4 +1,4 @@
-"""Fine-tuning, linear probing and kNN of a pre-trained Vision Transformer.
+"""Fine-tuning, linear probing and kNN of a pre-trained Vision Transformer or ResNet-50.
 
 finetune  the whole network, AdamW, layer-wise learning-rate decay, drop path, mixup / cutmix, RandAugment, random erasing,
           label smoothing, moving average. Defaults: MFF appendix, table 3. Head on the mean of the last block's patch tokens
@@ -7,9 +7,10 @@ linear    frozen network, BatchNorm without affine parameters + linear layer, LA
           table 2. `--augment none` computes the features once, which makes the probe a matter of seconds.
 knn       frozen network, vote of the k nearest training features (cosine, weights exp(similarity / temperature)).
 
-`--weights` takes encoder.pth or last.pth of any script here, official MAE files, timm's, or `none` (the baseline to
-compare with). Model, size and normalisation come from the file where it says them. Number of classes: from the data, which
-needs train/ and val/ (or an .npz with `split`, or shapes, cifar10, cifar100, stl10, cars).
+`--weights` takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's ResNet-50, `none`
+(the baseline to compare with). Model, size and normalisation come from the file where it says them. Number of classes: from
+the data, which needs train/ and val/ (or an .npz with `split`, or shapes, cifar10, cifar100, stl10, cars). A ResNet is read out
+by the mean over its last map, without layer-wise decay (CIM table 15) and, so far, without drop path.
 
 Differences from MAE's recipe (not in the papers, our choice): RandAugment has torchvision's operations (two, each with
 probability 0.5, magnitude 9 of 10 without noise); random erasing draws one box per image without retries; mixup and cutmix
@@ -24,7 +25,7 @@ pair each image with its neighbour in the batch.
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ from common import (
     Normalise,
     RandomResizedCrop,
     Refused,
+    ResNet50,
     RunConfig,
     Views,
     ViT,
@@ -67,9 +69,10 @@ class Config(RunConfig):
     # model
     mode: Literal["finetune", "linear", "knn"] = opt("finetune", "what to do with the weights")
     weights: str | None = opt(None, "file of weights, or none for random ones")
-    model: VitSize = opt("base", "ViT; default: what the file says")
+    model: Literal[*get_args(VitSize), "resnet50"] = opt("base", "ViT, or resnet50; default: what the file says")
     patch_size: int = opt(16, "pixels; likewise")
-    pool: Literal["avg", "cls"] | None = opt(None, "patch mean or class token; default avg to fine-tune, cls to probe")
+    resnet_width: int = opt(64, "ResNet: channels of its stem; likewise")
+    pool: Literal["avg", "cls"] | None = opt(None, "patch mean or class token; default avg to fine-tune, cls to probe a ViT")
     drop_path: float = opt(0.1, "stochastic depth of the last block (fine-tuning)")
     # optimisation; defaults by mode (MODES)
     epochs: float = opt(100.0, "passes over the data")
@@ -98,8 +101,12 @@ class Config(RunConfig):
         super().__post_init__()
         if self.weights is None and not self.check_data:
             raise ValueError("--weights FILE is needed; --weights none is the baseline with random weights")
-        patch_grid(self.img_size, self.patch_size)  # ValueError unless they fit
-        self.pool = self.pool or ("avg" if self.mode == "finetune" else "cls")
+        resnet = self.model == "resnet50"
+        if not resnet:
+            patch_grid(self.img_size, self.patch_size)  # ValueError unless they fit
+        self.pool = self.pool or ("avg" if self.mode == "finetune" or resnet else "cls")
+        if resnet and (self.pool == "cls" or self.layer_decay != 1 or self.drop_path):
+            raise ValueError("--pool cls, --layer_decay and --drop_path are for ViTs")
         if self.ema and self.mode != "finetune":
             raise ValueError("--ema is for --mode finetune")
 
@@ -125,12 +132,21 @@ def presets(flags):
         values |= {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4} | DEMO[flags.mode]
     if flags.weights not in (None, "none"):
         content = read_file(flags.weights)
-        values |= {k: content["meta"][k] for k in ("model", "img_size", "patch_size", "in_chans", "mean", "std")
+        values |= {k: content["meta"][k] for k in ("model", "img_size", "patch_size", "resnet_width", "in_chans", "mean", "std")
                    if k in content.get("meta", {})}
+    if "resnet50" in (flags.model, values.get("model")):
+        values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def init_head(linear, probe):
+    """Initial values of the classifier; `probe`: with BatchNorm without affine parameters in front of it (MAE's protocol)."""
+    nn.init.trunc_normal_(linear.weight, std=0.01 if probe else 2e-5)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear) if probe else linear
 
 
 class Classifier(ViT):
@@ -143,11 +159,8 @@ class Classifier(ViT):
         self.head = nn.Linear(self.embed_dim, num_classes)
         self.init_weights()
         self.requires_grad_(not self.probe)
-        nn.init.trunc_normal_(self.head.weight, std=0.01 if self.probe else 2e-5)
-        nn.init.zeros_(self.head.bias)
-        if self.probe:
-            self.head = nn.Sequential(nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6), self.head.requires_grad_())
-        elif self.pool == "avg":
+        self.head = init_head(self.head.requires_grad_(), self.probe)
+        if self.pool == "avg" and not self.probe:
             self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.embed_dim, eps=1e-6)
 
     def features(self, images):
@@ -158,6 +171,27 @@ class Classifier(ViT):
 
     def forward(self, images):
         return self.head(self.features(images))
+
+
+class ResNetClassifier(ResNet50):
+    """The same for a ResNet-50, under torchvision's names: `fc` on the mean over the last map's positions."""
+
+    def __init__(self, cfg, num_classes):
+        super().__init__(cfg.resnet_width, cfg.in_chans)
+        self.requires_grad_(cfg.mode == "finetune")
+        self.fc = init_head(nn.Linear(self.embed_dim, num_classes), cfg.mode != "finetune")
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def head(self):
+        return self.fc
+
+    def features(self, images):
+        """(B, C, H, W) -> (B, D)"""
+        return super().forward(images).mean((2, 3))
+
+    def forward(self, images):
+        return self.fc(self.features(images))
 
 
 def layer_id(name, depth):
@@ -334,11 +368,13 @@ def train(cfg, run):
         raise Refused("mixup, cutmix and BatchNorm need two images per forward pass: raise --batch_size or --micro_batch")
     lr = cfg.base_lr * cfg.batch_size / 256
     torch.manual_seed(cfg.seed)
-    model = Classifier(cfg, len(source.classes))
+    resnet = cfg.model == "resnet50"
+    model = (ResNetClassifier if resnet else Classifier)(cfg, len(source.classes))
     if cfg.weights != "none":
-        unused = ["decoder", "mask_token", "fuse_", "pixel_decoder", "feature_decoder", "teacher", "beta", "head.", "fc_norm."]
+        unused = ["decoder", "mask_token", "fuse_", "pixel_decoder", "feature_decoder", "teacher", "beta", "head.", "fc_norm.",
+                  "fc."]
         unused += ["norm."] if cfg.mode == "finetune" and cfg.pool == "avg" else []
-        load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm."), ignore=unused)
+        load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=unused, part=("enhancer.",))
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     model.to(run.device)
 
@@ -368,7 +404,7 @@ def train(cfg, run):
         optimizer = LARS(model.head.parameters(), cfg.weight_decay)
     else:
         groups = parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token"),
-                                  lambda name: layer_id(name, model.depth), cfg.layer_decay)
+                                  None if resnet else lambda name: layer_id(name, model.depth), cfg.layer_decay)
         optimizer = adamw(groups, cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"ema": ema} if ema else {})
@@ -390,7 +426,8 @@ def train(cfg, run):
         batches = run.timed(make_loader(views, keys, run))
     ddp = run.prepare(net)
     meta = {"method": "finetune", "weights": cfg.weights, "model": cfg.model, "img_size": cfg.img_size,
-            "patch_size": cfg.patch_size, "in_chans": cfg.in_chans, "mean": mean, "std": std, "classes": list(source.classes)}
+            "patch_size": cfg.patch_size, "resnet_width": cfg.resnet_width, "in_chans": cfg.in_chans, "mean": mean, "std": std,
+            "classes": list(source.classes)}
 
     learner = model.head if cfg.mode == "linear" else model
     learner.train()
@@ -405,6 +442,8 @@ def train(cfg, run):
         elif ema:
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - cfg.ema)
+                for averaged, buffer in zip(ema.buffers(), model.buffers(), strict=True):  # BatchNorm's are averages already
+                    averaged.copy_(buffer)
         run.end_update(step + 1, stats, now, samples)
         epoch = plan.epoch(step + 1)
         with run.off_the_clock():
