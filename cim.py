@@ -42,7 +42,8 @@ Not in the paper, our choice or our reading
     sharing   class tokens, positions and all but patch embedding and two blocks are each network's own
     ResNet    1 x 1 convolution and pixel shuffle to tokens or pixels; BatchNorm's statistics are each process's own, as in
               BEiT's code base; its generator has width 384 and shares nothing
-    training  absolute learning rate, down to 1e-5; BEiT's initial values; no weight decay for positions and class tokens
+    training  absolute learning rate, down to 1e-5; BEiT's initial values; no weight decay for positions and class tokens; with
+              --pos_init sincos a short run is spared the hundreds of updates that it takes to learn which patches are near
     Table 10  an MAE with its own decoder hides exactly half; its RGB is drawn from a Gaussian of deviation --rgb_std around its
               prediction of raw pixels
     tokenizer --train_tokenizer: DALL-E's loss (convert_dalle.py), in far fewer updates
@@ -115,6 +116,7 @@ class Config(RunConfig):
     generator: Literal["beit", "mae"] = opt("beit", "what fills the hidden patches: visual tokens or pixels (table 10)")
     generator_depth: int | None = opt(None, "its blocks (table 5); default 4, of an MAE those of --model")
     share: bool = opt(True, "patch embedding and two blocks serve both networks (table 5), if two ViTs learn together")
+    pos_init: Literal["beit", "sincos"] = opt("beit", "first values of the learnable positions (sincos: for short runs)")
     tokenizer: str | None = opt(None, "file of convert_dalle.py or --train_tokenizer; --demo trains its own")
     # method
     objective: Literal["respix", "revdet", "none"] = opt("respix", "restore pixels, detect tokens, or train no enhancer")
@@ -266,14 +268,15 @@ def pixel_loss(pred, target):
 # ---- generator and enhancer ------------------------------------------------------------------------------------------
 
 
-def beit_init(model):
-    """BEiT's initial values: normal of deviation .02, cut at that; branches of block l (from 1) divided by sqrt(2 l)."""
+def beit_init(model, pos_init="beit"):
+    """BEiT's initial values: normal of deviation .02, cut at that; branches of block l (from 1) divided by sqrt(2 l).
+    pos_init "sincos" leaves the position table at the values that it has."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
             nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name.endswith(("cls_token", "mask_token", "pos_embed")):
+        if name in ("cls_token", "mask_token") or (name == "pos_embed" and pos_init == "beit"):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
     for number, block in enumerate(getattr(model, "blocks", ()), start=1):
         for linear in (block.attn.proj, block.mlp.fc2):
@@ -289,7 +292,7 @@ class BEiTGenerator(ViT):
         self.pos_embed.requires_grad_()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.head = nn.Linear(self.embed_dim, vocab_size)
-        beit_init(self)
+        beit_init(self, cfg.pos_init)
 
     def forward(self, images, mask, positions):
         """(B, C, H, W), mask (B, L) bool, positions (B, n) -> logits (B, n, V) there"""
@@ -333,7 +336,7 @@ class ViTEnhancer(ViT):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
         self.pos_embed.requires_grad_()
         self.head = nn.Linear(self.embed_dim, cfg.patch_size**2 * cfg.in_chans if cfg.objective == "respix" else 1)
-        beit_init(self)
+        beit_init(self, cfg.pos_init)
 
     def forward(self, corrupted):
         """(B, C, H, W) -> an image (B, C, H, W) or logits (B, 1, h, w): one linear layer on every patch token"""

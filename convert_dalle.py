@@ -18,6 +18,7 @@ import pickle
 import sys
 import tarfile
 import types
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -176,6 +177,8 @@ def draw_tokenizer(path, tokenizer, batch, to_pixels):
 class StandIn:
     """What is left of a module in the file: its attributes, no behaviour."""
 
+    dump_patches = False  # torch's older format compares sources, and looks here
+
     def __init__(self, *_, **__):
         pass
 
@@ -219,7 +222,8 @@ def read_pickle(path):
     try:
         if tarfile.is_tarfile(path):  # torch's oldest format: DALL-E is younger
             raise pickle.UnpicklingError("it is a tar archive")
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=RESTRICTED)
+        with warnings.catch_warnings(action="ignore"):  # the source of its classes is not this file's
+            content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=RESTRICTED)
         found = tensors(content) if isinstance(content, StandIn) else dict(content)
     except Exception as error:  # pickles fail in many ways
         raise Refused(f"{path} is not one of DALL-E's files: {reason(error)}; nothing in it was run") from None
