@@ -1,8 +1,7 @@
 """CIM: corrupted image modelling, one objective for Vision Transformers and for ResNets.
 
-CIM      Fang et al., Corrupted Image Modeling for Self-Supervised Visual Pre-Training, ICLR 2023, arXiv 2202.03382 (numbers of
-         equations, tables and sections are its own). No code by the authors is known to us; what it takes over from BEiT
-         (arXiv 2106.08254) and the tokenizer of DALL-E (arXiv 2102.12092) follows their papers and released code.
+CIM      Fang et al., Corrupted Image Modeling for Self-Supervised Visual Pre-Training, ICLR 2023, arXiv 2202.03382. No code by
+         the authors is known to us. It builds on BEiT (arXiv 2106.08254) and the tokenizer of DALL-E (arXiv 2102.12092).
 
 Idea. A network for images should never see [MASK] tokens: a ResNet cannot, and a ViT will not once it is fine-tuned. So let a
 small BEiT, the generator, fill the hidden patches with plausible visual tokens, and a frozen decoder turn all tokens back into
@@ -18,7 +17,7 @@ Data flow, in the order of the code (source, the paper's symbol; its name here a
     eq. (2)  x^sampled       one draw from p_BEiT per hidden position                   sample
     eq. (2)  x^corrupted     golden ids, the sampled ones at m                          ids        (B, L)
     A.3      I^corrupted     tokenizer's decoder, resized, normalised                   corrupted  (B, C, H, W)
-    2.2      ResPix          every pixel, normalised in the 8 x 8 window around it      window_normalise, pixel_loss
+    2.2      ResPix          every pixel, normalised in the 8 x 8 window around it      pixel_statistics, pixel_loss
     2.2      RevDet          ids != g, at every position                                replaced   (B, L), 1 = replaced
     Table 13 loss = L_gen + w L_enh, w = 10 for ResPix, 1 for RevDet
 encoder.pth is the enhancer: a plain ViT, or a ResNet-50 under torchvision's names, without classifier.
@@ -30,8 +29,7 @@ The paper's ablations (300 epochs of ResPix, ViT-B)
     Table 7   --sampling uniform|argmax|softmax
     Table 8   --enhancer resnet50 --resnet_width 128 (x2), 256 (x4)
     Table 10  --generator mae; not built: the VQGAN tokenizer, and the random erasing of sec. 3.3
-    A.1       --objective none (the generator alone; BEiT with --generator_depth 12); then --generator_init FILE
-              --freeze_generator. Table 11's second row with 1.8x is a misprint for 300 epochs.
+    A.1       --objective none (the generator alone), then --generator_init FILE --freeze_generator
 
 Not in the paper, our choice or our reading
     k         the same for all images of an update, drawn from (seed, step); on other grids the same shares
@@ -46,7 +44,6 @@ Not in the paper, our choice or our reading
               --pos_init sincos a short run is spared the hundreds of updates that it takes to learn which patches are near
     Table 10  an MAE with its own decoder hides exactly half; its RGB is drawn from a Gaussian of deviation --rgb_std around its
               prediction of raw pixels
-    tokenizer --train_tokenizer: DALL-E's loss (convert_dalle.py), in far fewer updates
 
     python cim.py --demo                                                four minutes on a CPU, tokenizer included
     python cim.py --demo --objective revdet --enhancer resnet50         a ResNet
@@ -161,7 +158,7 @@ class Config(RunConfig):
         if not 0 < low <= high < L:
             raise ValueError(f"--num_masked {low},{high} does not lie between 1 and {L - 1}, of {L} patches")
         if mae and (low != high or self.objective == "revdet" or self.sampling != "softmax"):
-            raise ValueError("--generator mae has no tokens: it needs one --num_masked, no --objective revdet, no --sampling")
+            raise ValueError("--generator mae has no tokens: one --num_masked, no --objective revdet, no --sampling")
         if not 1 + self.share <= self.generator_depth <= depth:
             raise ValueError(f"--generator_depth {self.generator_depth} must be {1 + self.share} to {depth}, or add --no-share")
         if self.freeze_generator and (self.objective == "none" or not self.generator_init):
@@ -185,11 +182,8 @@ DEMO_TOKENIZER = {"epochs": 0.8, "batch_size": 32, "lr": 3e-3, "warmup_epochs": 
 
 
 def presets(flags):
-    values = TOKENIZER if flags.train_tokenizer else {}
-    if flags.demo:
-        values = values | DEMO | (DEMO_RESNET if flags.enhancer == "resnet50" else {})
-        values |= DEMO_TOKENIZER if flags.train_tokenizer else {}
-    return values
+    demo = DEMO | (DEMO_RESNET if flags.enhancer == "resnet50" else {}) if flags.demo else {}
+    return demo | (TOKENIZER | (DEMO_TOKENIZER if flags.demo else {}) if flags.train_tokenizer else {})
 
 
 # ---- masking, sampling, targets, losses ------------------------------------------------------------------------------
@@ -202,8 +196,7 @@ def block_order(grid):
     is the number of its first block, plus its place in the grid as a fraction. Uses torch's default generator.
     """
     h, w = grid
-    order = torch.full(grid, torch.inf)
-    place, number = torch.arange(h * w).view(grid) / (h * w), 0
+    order, place, number = torch.full(grid, torch.inf), torch.arange(h * w).view(grid) / (h * w), 0
     while order.isinf().any():
         area, aspect, top, left = torch.rand(4).tolist()
         area, aspect = h * w * (16 + 44 * area) / 196, math.exp(math.log(0.3) * (1 - 2 * aspect))
@@ -217,8 +210,7 @@ def block_order(grid):
 
 def draw_num_masked(step, cfg):
     """k of eq. (1): uniform between both --num_masked, the same in all processes and micro-steps."""
-    low, high = cfg.num_masked
-    return low + stable_seed(cfg.seed, step) % (high - low + 1)
+    return cfg.num_masked[0] + stable_seed(cfg.seed, step) % (cfg.num_masked[1] - cfg.num_masked[0] + 1)
 
 
 def token_loss(logits, golden, weight):
@@ -261,8 +253,7 @@ def pixel_statistics(images, cfg):
 
 def pixel_loss(pred, target):
     """ResPix: l1 + l2 over all pixels: mean |e| + mean e^2."""
-    error = pred - target
-    return error.abs().mean() + error.square().mean()
+    return F.l1_loss(pred, target) + F.mse_loss(pred, target)
 
 
 # ---- generator and enhancer ------------------------------------------------------------------------------------------
@@ -381,9 +372,7 @@ class CorruptedImageModel(nn.Module):
 
     def corrupt(self, pixels, noise, n_masked, tokenizer):
         """Eqs. (1) and (2). pixels (B, C, H, W) in [0, 1]; noise (B, L): smallest are hidden; n_masked: k, a scalar tensor.
-
-        Returns the corrupted image in [0, 1], without gradient; mask and replaced (B, L) bool; the generator's loss and terms.
-        """
+        Returns the corrupted image in [0, 1], no gradient; mask and replaced (B, L) bool; the generator's loss and terms."""
         images, n = self.normalise(pixels), self.cfg.num_masked[1]
         order = noise.argsort(1)
         mask = order.argsort(1) < n_masked
@@ -399,11 +388,13 @@ class CorruptedImageModel(nn.Module):
         targets, counts = golden.gather(1, positions), torch.arange(n, device=noise.device) < n_masked
         loss = token_loss(logits, targets, counts.float())
         with torch.no_grad():
-            sampled = torch.where(counts, sample(logits, self.cfg.sampling), targets)
-            ids = golden.scatter(1, positions, sampled)
-            correct = ((logits.argmax(-1) == targets) * counts).sum() / (len(ids) * n_masked)
+            correct = ((logits.argmax(-1) == targets) * counts).sum() / (len(golden) * n_masked)
+            terms = {"generator_loss": loss, "generator_accuracy": correct}
+            if self.cfg.objective == "none" and self.training:
+                return None, mask, None, loss, terms
+            ids = golden.scatter(1, positions, torch.where(counts, sample(logits, self.cfg.sampling), targets))
             corrupted = F.interpolate(tokenizer.pixels(ids), pixels.shape[2:], mode="bilinear")
-        return corrupted, mask, ids != golden, loss, {"generator_loss": loss, "generator_accuracy": correct}
+        return corrupted, mask, ids != golden, loss, terms
 
     def forward(self, pixels, noise, n_masked, tokenizer):
         """Returns the loss (table 13) and its terms; `replaced`: share of replaced tokens."""
@@ -451,8 +442,7 @@ def train_step(model, batches, to_pixels, settings, optimizer, scaler, step, cfg
 
 @torch.no_grad()
 def draw_pictures(path, model, batch, to_pixels, tokenizer):
-    """PNG as the paper's figs. 2 to 4: original, masked, four corrupted samples of one mask; then for ResPix the template of
-    sliding windows and the enhancer's output, for RevDet which tokens were replaced and its verdict."""
+    """PNG as the paper's figs. 2 to 4: original, masked, four samples; ResPix: template, output; RevDet: replaced, verdict."""
     cfg, pixels, noise = model.cfg, to_pixels(batch), batch["draw"].to(to_pixels.device)
     n_masked = torch.tensor(sum(cfg.num_masked) // 2, device=noise.device)
     torch.manual_seed(cfg.seed)
@@ -482,12 +472,12 @@ def draw_pictures(path, model, batch, to_pixels, tokenizer):
 
 def train_demo_tokenizer(cfg, run):
     """--demo without --tokenizer: train one into OUT/tokenizer, or finish that, and load it; None if stopped meanwhile."""
-    stage = {**dataclasses.asdict(cfg), **TOKENIZER, **DEMO_TOKENIZER, "train_tokenizer": True, "resume": True}
-    stage = Config(**{**stage, "out": f"{run.out}/tokenizer"})
+    out, values = f"{run.out}/tokenizer", TOKENIZER | DEMO_TOKENIZER
+    stage = dataclasses.replace(cfg, train_tokenizer=True, resume=True, out=out, **values)
     stage_run = Run(stage, "cim")
     train(stage, stage_run)
-    run.catch_signals()
-    cfg.tokenizer = f"{stage.out}/tokenizer.pth"
+    run.catch_signals()  # the tokenizer's run had them
+    cfg.tokenizer = f"{out}/tokenizer.pth"
     return None if stage_run.stopping else load_tokenizer(cfg.tokenizer, cfg.grid, cfg.in_chans, run.device)
 
 
@@ -500,9 +490,11 @@ def train(cfg, run):
     torch.manual_seed(cfg.seed)
     if cfg.train_tokenizer:
         model, tokenizer = DVAE(cfg.grid, cfg.vocab_size, cfg.tokenizer_width, cfg.in_chans), None
+        name, exported = "tokenizer.pth", model.state_dict
     else:
         tokenizer = load_tokenizer(cfg.tokenizer, cfg.grid, cfg.in_chans, run.device) if cfg.tokenizer else None
         model = CorruptedImageModel(cfg, tokenizer.vocab_size if tokenizer else cfg.vocab_size, mean, std)
+        name, exported = "encoder.pth", getattr(model, "enhancer", model.generator).trunk_state
         if cfg.init:
             ignored = ("head.", "fc.", "fc_norm.", "decoder", "mask_token", "generator.")
             load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=ignored, part=("enhancer.",))
@@ -513,6 +505,7 @@ def train(cfg, run):
         tokenizer = train_demo_tokenizer(cfg, run)
         if tokenizer is None:
             return
+    draw = draw_tokenizer if cfg.train_tokenizer else functools.partial(draw_pictures, tokenizer=tokenizer)
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token")), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
@@ -541,23 +534,16 @@ def train(cfg, run):
         run.end_update(step + 1, stats, now, samples)
         with run.off_the_clock():
             if path := run.picture_due(step + 1):
-                if cfg.train_tokenizer:
-                    draw_tokenizer(path, model, fixed, to_pixels)
-                else:
-                    draw_pictures(path, model, fixed, to_pixels, tokenizer)
+                draw(path, model, fixed, to_pixels)
             if run.save_due(step + 1):
                 meta["epoch"] = plan.epoch(step + 1)
-                if cfg.train_tokenizer:
-                    run.export("tokenizer.pth", model.state_dict(), meta)
-                else:
-                    run.export("encoder.pth", getattr(model, "enhancer", model.generator).trunk_state(), meta)
+                run.export(name, exported(), meta)
                 run.save(step + 1, state, meta)
         if run.stopping:
             return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
     demo = "--demo --mode linear" if cfg.demo else f"--data {cfg.data}"
-    run.print(f"done: {run.out}/tokenizer.pth, for --tokenizer" if cfg.train_tokenizer else
-              f"done: {run.out}/last.pth, encoder.pth, pictures/; next:\n"
-              f"  python finetune.py {demo} --weights {run.out}/encoder.pth")
+    run.print(f"done: {run.out}/{name}" + ("" if cfg.train_tokenizer else
+              f", last.pth, pictures/; next:\n  python finetune.py {demo} --weights {run.out}/encoder.pth"))
 
 
 if __name__ == "__main__":
