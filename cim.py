@@ -259,16 +259,18 @@ def pixel_loss(pred, target):
 # ---- generator and enhancer ------------------------------------------------------------------------------------------
 
 
-def beit_init(model, pos_init="beit"):
-    """BEiT's initial values: normal of deviation .02, cut at that; branches of block l (from 1) divided by sqrt(2 l).
-    pos_init "sincos" leaves the position table at the values that it has."""
+def beit_init(model, cfg):
+    """BEiT's initial values: normal of deviation .02 (ours for widths below the paper's 384: .02 sqrt(768 / width)), cut at that;
+    branches of block l (from 1) divided by sqrt(2 l). --pos_init sincos leaves the position table at the values it has."""
+    width = VIT_SIZES[cfg.model][0]
+    std = 0.02 if width >= 384 else 0.02 * math.sqrt(768 / width)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+            nn.init.trunc_normal_(module.weight, std=std, a=-std, b=std)
             nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
-        if name in ("cls_token", "mask_token") or (name == "pos_embed" and pos_init == "beit"):
-            nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
+        if name in ("cls_token", "mask_token") or (name == "pos_embed" and cfg.pos_init == "beit"):
+            nn.init.trunc_normal_(parameter, std=std, a=-std, b=std)
     for number, block in enumerate(getattr(model, "blocks", ()), start=1):
         for linear in (block.attn.proj, block.mlp.fc2):
             linear.weight.data.div_(math.sqrt(2 * number))
@@ -283,7 +285,7 @@ class BEiTGenerator(ViT):
         self.pos_embed.requires_grad_()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.head = nn.Linear(self.embed_dim, vocab_size)
-        beit_init(self, cfg.pos_init)
+        beit_init(self, cfg)
 
     def forward(self, images, mask, positions):
         """(B, C, H, W), mask (B, L) bool, positions (B, n) -> logits (B, n, V) there"""
@@ -327,7 +329,7 @@ class ViTEnhancer(ViT):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
         self.pos_embed.requires_grad_()
         self.head = nn.Linear(self.embed_dim, cfg.patch_size**2 * cfg.in_chans if cfg.objective == "respix" else 1)
-        beit_init(self, cfg.pos_init)
+        beit_init(self, cfg)
 
     def forward(self, corrupted):
         """(B, C, H, W) -> an image (B, C, H, W) or logits (B, 1, h, w): one linear layer on every patch token"""
@@ -340,7 +342,7 @@ class ResNetEnhancer(ResNet50):
         super().__init__(cfg.resnet_width, cfg.in_chans)
         self.scale, channels = (32, cfg.in_chans) if cfg.objective == "respix" else (32 // cfg.patch_size, 1)
         self.head = nn.Conv2d(self.embed_dim, channels * self.scale**2, 1)
-        beit_init(self.head)
+        beit_init(self.head, cfg)
         self.to(memory_format=torch.channels_last)
 
     def trunk_state(self):

@@ -1027,13 +1027,13 @@ def autocast(device, dtype):
 
 
 def parameter_groups(model, weight_decay, no_decay=(), layer_id=None, layer_decay=1.0):
-    """AdamW groups: no weight decay for tensors of fewer than two dimensions or with a name in `no_decay`; with `layer_id`
+    """AdamW groups: no weight decay for tensors of fewer than two dimensions or whose name ends in one of `no_decay`; with `layer_id`
     (name -> 0 ... last), `lr_scale` = layer_decay ** (last - id)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     ids = [layer_id(name) if layer_id else 0 for name, _ in named]
     groups = {}
     for (name, parameter), layer in zip(named, ids, strict=True):
-        decay = 0.0 if parameter.ndim < 2 or name in no_decay else weight_decay
+        decay = 0.0 if parameter.ndim < 2 or name.rsplit(".", 1)[-1] in no_decay else weight_decay
         scale = layer_decay ** (max(ids) - layer)
         group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
