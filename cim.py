@@ -3,31 +3,31 @@
 CIM      Fang et al., Corrupted Image Modeling for Self-Supervised Visual Pre-Training, ICLR 2023, arXiv 2202.03382. No code by
          the authors is known to us. It builds on BEiT (arXiv 2106.08254) and the tokenizer of DALL-E (arXiv 2102.12092).
 
-Idea. A network for images should never see [MASK] tokens: a ResNet cannot, and a ViT will not once it is fine-tuned. So let a
-small BEiT, the generator, fill the hidden patches with plausible visual tokens, and a frozen decoder turn all tokens back into
-an image. The enhancer, which is what we are after, sees this corrupted image and restores the pixels of the true one (ResPix),
-or says which tokens were replaced (RevDet). Both networks learn together; the enhancer's gradient never reaches the generator.
+Idea. A ResNet cannot see [MASK] tokens, and a ViT will not once it is fine-tuned. So let a small BEiT, the generator, fill the
+hidden patches with plausible visual tokens, and a frozen decoder make an image of them all. The enhancer, our aim, sees this
+corrupted image and restores the true one's pixels (ResPix), or says which tokens were replaced (RevDet). Both networks learn
+together; the enhancer's gradient never reaches the generator.
 
 Data flow, in the order of the code (source, the paper's symbol; its name here and its shape on the right)
     A.3      g               tokenizer's encoder on the image at (8h, 8w) px, argmax    golden     (B, L) ids
     eq. (1)  m               k positions without replacement, 100 <= k <= 120 of 196    mask       (B, L), 1 = hidden
     eq. (1)  x^masked        patch embeddings, [MASK] at m                                          (B, L, D)
     A.3      p_BEiT          generator at the hidden positions                          logits     (B, n, vocabulary)
-             L_gen           -log p_BEiT(g | x^masked), mean over hidden positions      token_loss
+             L_gen           -log p_BEiT(g | x^masked), mean over hidden positions      generator_loss
     eq. (2)  x^sampled       one draw from p_BEiT per hidden position                   sample
     eq. (2)  x^corrupted     golden ids, the sampled ones at m                          ids        (B, L)
     A.3      I^corrupted     tokenizer's decoder, resized, normalised                   corrupted  (B, C, H, W)
-    2.2      ResPix          every pixel, normalised in the 8 x 8 window around it      pixel_statistics, pixel_loss
+    2.2      ResPix          every pixel, normalised in the 8 x 8 window around it      pixel_statistics
     2.2      RevDet          ids != g, at every position                                replaced   (B, L), 1 = replaced
     Table 13 loss = L_gen + w L_enh, w = 10 for ResPix, 1 for RevDet
 encoder.pth is the enhancer: a plain ViT, or a ResNet-50 under torchvision's names, without classifier.
 
-The paper's ablations (300 epochs of ResPix, ViT-B)
+The paper's ablations (300 epochs; ResPix and ViT-B but for table 8)
     Table 4   --mask block; --num_masked 78, 98 or 118: 40, 50 and 60 % of 196
     Table 5   --generator_depth 4 ... 8, --no-share
     Table 6   --pixel_norm none|patch|window
     Table 7   --sampling uniform|argmax|softmax
-    Table 8   --enhancer resnet50 --resnet_width 128 (x2), 256 (x4)
+    Table 8   --objective revdet --enhancer resnet50 --resnet_width 128 (x2), 256 (x4); table 9: --model large
     Table 10  --generator mae; not built: the VQGAN tokenizer, and the random erasing of sec. 3.3
     A.1       --objective none (the generator alone), then --generator_init FILE --freeze_generator
 
@@ -35,15 +35,12 @@ Not in the paper, our choice or our reading
     k         the same for all images of an update, drawn from (seed, step); on other grids the same shares
     images    the tokenizer sees the network's view of the crop, resized (bicubic, antialiased), and its own image is resized
               bilinearly to that size; crops of 8 to 100 % of the area and flips (BEiT's)
-    ResPix    mean |e| + mean e^2; windows at offsets -3 ... +4, reflected at borders, all channels together (or
-              --window_per_channel), biased variance, eps 1e-6; --pixel_norm patch: MAE's, unbiased
-    sharing   class tokens, positions and all but patch embedding and two blocks are each network's own
-    ResNet    1 x 1 convolution and pixel shuffle to tokens or pixels; BatchNorm's statistics are each process's own, as in
-              BEiT's code base; its generator has width 384 and shares nothing
-    training  absolute learning rate, down to 1e-5; BEiT's initial values; no weight decay for positions and class tokens; with
-              --pos_init sincos a short run is spared the hundreds of updates that it takes to learn which patches are near
-    Table 10  an MAE with its own decoder hides exactly half; its RGB is drawn from a Gaussian of deviation --rgb_std around its
-              prediction of raw pixels
+    ResPix    mean |e| + mean e^2; windows at offsets -3 ... +4, reflected at borders, all channels together, biased variance,
+              eps 1e-6 (--pixel_norm patch: MAE's, unbiased)
+    ResNet    1 x 1 convolution and pixel shuffle to tokens or pixels; BatchNorm's statistics: each process's own (BEiT's code)
+    training  absolute learning rate, down to 1e-5; BEiT's initial values; no weight decay for positions and class tokens;
+              --pos_init sincos spares short runs the hundreds of updates that it takes to learn which patches are near
+    Table 10  an MAE hides exactly half; its RGB is drawn from a Gaussian of deviation --rgb_std around its prediction
 
     python cim.py --demo                                                four minutes on a CPU, tokenizer included
     python cim.py --demo --objective revdet --enhancer resnet50         a ResNet
@@ -63,6 +60,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
+    BESIDE_TRUNK,
     VIT_SIZES,
     Block,
     KeyedBatches,
@@ -91,6 +89,7 @@ from common import (
     patch_grid,
     patchify,
     picture_batch,
+    read_file,
     save_pictures,
     set_lr,
     sincos_pos_embed,
@@ -106,13 +105,12 @@ from convert_dalle import DVAE, draw_tokenizer, load_tokenizer, schedule
 class Config(RunConfig):
     # model
     enhancer: Literal["vit", "resnet50"] = opt("vit", "the network that is pre-trained")
-    model: VitSize | None = opt(None, "ViT enhancer; its width is the generator's too; default base. With a ResNet: the "
-                                      "generator's width alone, default small (384)")
+    model: VitSize | None = opt(None, "ViT enhancer, and the generator's width; default base, with a ResNet small (384)")
     patch_size: int = opt(16, "pixels")
     resnet_width: int = opt(64, "ResNet: channels of its stem; 64 is x1, 128 x2, 256 x4, less is narrow")
     generator: Literal["beit", "mae"] = opt("beit", "what fills the hidden patches: visual tokens or pixels (table 10)")
     generator_depth: int | None = opt(None, "its blocks (table 5); default 4, of an MAE those of --model")
-    share: bool = opt(True, "patch embedding and two blocks serve both networks (table 5), if two ViTs learn together")
+    share: bool = opt(True, "patch embedding and two blocks serve both networks (table 5), if two ViTs start together")
     pos_init: Literal["beit", "sincos"] = opt("beit", "first values of the learnable positions (sincos: for short runs)")
     tokenizer: str | None = opt(None, "file of convert_dalle.py or --train_tokenizer; --demo trains its own")
     # method
@@ -123,14 +121,13 @@ class Config(RunConfig):
     pixel_norm: Literal["window", "patch", "none"] = opt("window", "ResPix's target (table 6)")
     window_per_channel: bool = opt(False, "a window's mean and deviation per channel")
     rgb_std: float = opt(0.1, "deviation of an MAE's colours, of values in [0, 1]")
-    generator_init: str | None = opt(None, "generator from this checkpoint (ours; an MAE's full file for --generator mae)")
-    freeze_generator: bool = opt(False, "and leave it as it is (A.1); shares nothing")
+    generator_init: str | None = opt(None, "generator from last.pth of --objective none or of a raw-pixel MAE; not shared")
+    freeze_generator: bool = opt(False, "and leave it as it is (A.1)")
     # training a tokenizer
     train_tokenizer: bool = opt(False, "train a tokenizer on --data, write tokenizer.pth and stop")
     vocab_size: int = opt(1024, "its visual tokens; DALL-E's has 8192")
     tokenizer_width: int = opt(64, "its channels at full resolution; DALL-E's has 256")
-    temperature: tuple[float, float] = opt((1.0, 0.0625), "of the Gumbel-softmax, first and last")
-    kl_weight: float = opt(6.6, "of the KL divergence from uniform use of the tokens, per 64 pixels")
+    kl_weight: float = opt(6.6, "of the KL divergence from uniform use of the tokens; more keeps more of them in use")
     # optimisation: table 13
     epochs: float = opt(300.0, "passes over the data")
     batch_size: int = opt(2048, "images per update, over all processes")
@@ -150,7 +147,7 @@ class Config(RunConfig):
         self.model = self.model or ("base" if self.enhancer == "vit" else "small")
         mae, depth = self.generator == "mae", VIT_SIZES[self.model][1]
         self.generator_depth = self.generator_depth or (depth if mae else min(4, depth))
-        self.share &= not (mae or self.freeze_generator) and self.enhancer == "vit" and self.objective != "none"
+        self.share &= not (mae or self.generator_init) and self.enhancer == "vit" and self.objective != "none"
         self.warmup_epochs = min(10.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
         L = math.prod(self.grid)
         self.num_masked = self.num_masked or tuple(round(n * L / 196) for n in ((98, 98) if mae else (100, 120)))
@@ -160,14 +157,14 @@ class Config(RunConfig):
         if mae and (low != high or self.objective == "revdet" or self.sampling != "softmax"):
             raise ValueError("--generator mae has no tokens: one --num_masked, no --objective revdet, no --sampling")
         if not 1 + self.share <= self.generator_depth <= depth:
-            raise ValueError(f"--generator_depth {self.generator_depth} must be {1 + self.share} to {depth}, or add --no-share")
-        if self.freeze_generator and (self.objective == "none" or not self.generator_init):
-            raise ValueError("--freeze_generator needs an enhancer to train and the generator's weights, --generator_init FILE")
+            raise ValueError(f"--generator_depth {self.generator_depth} must be 2 to {depth}, or from 1: --no-share")
+        if self.freeze_generator > bool(self.generator_init) or self.objective == "none" and (self.generator_init or self.init):
+            raise ValueError("--freeze_generator needs --generator_init; --objective none goes with neither this nor --init")
         if self.enhancer == "resnet50" and (any(n % 32 for n in self.img_size) or 32 % self.patch_size):
             raise ValueError("a ResNet needs an --img_size that 32 divides and a --patch_size that divides 32")
-        if not (self.tokenizer or mae or self.train_tokenizer or self.demo or self.check_data):
+        if not (self.tokenizer or mae or self.train_tokenizer or self.demo > bool(self.generator_init) or self.check_data):
             raise ValueError("--tokenizer FILE is needed: `python convert_dalle.py --help` makes one of OpenAI's files, "
-                             "--train_tokenizer one of your images; --demo needs none")
+                             "--train_tokenizer one of your images; --demo alone needs none")
 
     @property
     def grid(self):
@@ -189,21 +186,22 @@ def presets(flags):
 # ---- masking, sampling, targets, losses ------------------------------------------------------------------------------
 
 
-def block_order(grid):
-    """BEiT's blocks, for --mask block: (L,) in which the positions with the k smallest values are hidden blocks, whatever k.
+def block_order(grid, n):
+    """BEiT's blocks, for --mask block: (L,) in which the positions of the k smallest values are hidden blocks, for any k <= n.
 
-    Blocks of 16/196 to 60/196 of the grid, aspect .3 to 1/.3 (log-uniform), are laid until all is covered; a position's value
-    is the number of its first block, plus its place in the grid as a fraction. Uses torch's default generator.
+    Blocks of 16/196 to 60/196 of the grid, aspect .3 to 1/.3 (log-uniform), are laid until n positions are covered; the value
+    is the number of a position's first block, plus its place in the grid as a fraction. Uses torch's default generator.
     """
     h, w = grid
-    order, place, number = torch.full(grid, torch.inf), torch.arange(h * w).view(grid) / (h * w), 0
-    while order.isinf().any():
+    place, number = torch.arange(h * w).view(grid) / (h * w), 0
+    order = place + h * w  # not covered: last
+    while (order < h * w).sum() < n:
         area, aspect, top, left = torch.rand(4).tolist()
         area, aspect = h * w * (16 + 44 * area) / 196, math.exp(math.log(0.3) * (1 - 2 * aspect))
         height, width = min(h, max(1, round(math.sqrt(area * aspect)))), min(w, max(1, round(math.sqrt(area / aspect))))
         top, left = int(top * (h - height + 1)), int(left * (w - width + 1))
         box = (slice(top, top + height), slice(left, left + width))
-        order[box] = order[box].minimum(number + place[box])
+        order[box] = order[box].minimum(min(number, h * w - 1) + place[box])
         number += 1
     return order.flatten()
 
@@ -211,12 +209,6 @@ def block_order(grid):
 def draw_num_masked(step, cfg):
     """k of eq. (1): uniform between both --num_masked, the same in all processes and micro-steps."""
     return cfg.num_masked[0] + stable_seed(cfg.seed, step) % (cfg.num_masked[1] - cfg.num_masked[0] + 1)
-
-
-def token_loss(logits, golden, weight):
-    """-log p(golden), mean over positions of weight 1. logits (B, n, V), golden (B, n), weight (n,) float."""
-    loss = F.cross_entropy(logits.flatten(0, 1), golden.flatten(), reduction="none").view(golden.shape)
-    return (loss * weight).sum() / (len(golden) * weight.sum())
 
 
 def sample(logits, sampling):
@@ -251,16 +243,11 @@ def pixel_statistics(images, cfg):
     return (unpatchify(x.expand_as(patches), cfg.patch_size, cfg.grid) for x in (mean, deviation))
 
 
-def pixel_loss(pred, target):
-    """ResPix: l1 + l2 over all pixels: mean |e| + mean e^2."""
-    return F.l1_loss(pred, target) + F.mse_loss(pred, target)
-
-
 # ---- generator and enhancer ------------------------------------------------------------------------------------------
 
 
 def beit_init(model, cfg):
-    """BEiT's initial values: normal of deviation .02 (ours for widths below the paper's 384: .02 sqrt(768 / width)), cut at that;
+    """BEiT's initial values: normal of deviation .02 (.02 sqrt(768 / width) in ViTs narrower than the paper's), cut at that;
     branches of block l (from 1) divided by sqrt(2 l). --pos_init sincos leaves the position table at the values it has."""
     width = VIT_SIZES[cfg.model][0]
     std = 0.02 if width >= 384 else 0.02 * math.sqrt(768 / width)
@@ -303,7 +290,7 @@ class MAEGenerator(ViT):
     def __init__(self, cfg):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
         self.blocks = self.blocks[: cfg.generator_depth]
-        width, depth, heads = (512, 8, 16) if self.embed_dim > 192 else (self.embed_dim, 2, VIT_SIZES[cfg.model][2])
+        width, depth, heads = {"nano": (128, 1, 4), "tiny": (192, 4, 6), "small": (384, 8, 12)}.get(cfg.model, (512, 8, 16))
         self.decoder_embed, self.mask_token = nn.Linear(self.embed_dim, width), nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(width, self.grid), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -345,9 +332,6 @@ class ResNetEnhancer(ResNet50):
         beit_init(self.head, cfg)
         self.to(memory_format=torch.channels_last)
 
-    def trunk_state(self):
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("head.")}
-
     def forward(self, corrupted):
         """(B, C, H, W) -> an image (B, C, H, W) or logits (B, 1, h, w)"""
         return F.pixel_shuffle(self.head(super().forward(corrupted)), self.scale)
@@ -388,7 +372,8 @@ class CorruptedImageModel(nn.Module):
         golden, positions = tokenizer.ids(pixels), order[:, :n]  # as many positions whatever k, so that shapes are static
         logits = self.generator(images, mask, positions).float()
         targets, counts = golden.gather(1, positions), torch.arange(n, device=noise.device) < n_masked
-        loss = token_loss(logits, targets, counts.float())
+        token_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        loss = (token_loss * counts).sum() / (len(golden) * n_masked)
         with torch.no_grad():
             correct = ((logits.argmax(-1) == targets) * counts).sum() / (len(golden) * n_masked)
             terms = {"generator_loss": loss, "generator_accuracy": correct}
@@ -407,7 +392,8 @@ class CorruptedImageModel(nn.Module):
                 if self.cfg.objective == "respix":
                     images = self.normalise(pixels)
                     mean, deviation = pixel_statistics(images, self.cfg)
-                    enhancer_loss, weight = pixel_loss(pred.float(), (images - mean) / deviation), 10
+                    target, weight = (images - mean) / deviation, 10
+                    enhancer_loss = F.l1_loss(pred.float(), target) + F.mse_loss(pred.float(), target)
                 else:
                     verdict, truth, weight = pred.float().flatten(1), replaced.float(), 1
                     enhancer_loss = F.binary_cross_entropy_with_logits(verdict, truth)
@@ -421,11 +407,10 @@ class CorruptedImageModel(nn.Module):
 
 
 def train_step(model, batches, to_pixels, settings, optimizer, scaler, step, cfg, plan, run):
-    """One update from plan.accum_steps micro-batches; `settings`: what else `model` is called with. Returns {name: float, mean
-    over the update} and the sample numbers."""
+    """One update; `settings`: what else `model` is called with. Returns {name: mean over the update} and the sample numbers."""
     optimizer.zero_grad(set_to_none=True)
     total, samples = {}, []
-    statistics = [buffer.clone() for buffer in model.buffers()]
+    statistics = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's; put back if the update is skipped
     for micro_step in range(plan.accum_steps):
         batch = next(batches)
         run.seed(step, micro_step)
@@ -437,7 +422,7 @@ def train_step(model, batches, to_pixels, settings, optimizer, scaler, step, cfg
         total = {name: total.get(name, 0) + term / plan.accum_steps for name, term in terms.items()}
         samples += batch["index"].tolist()
     stats = finish_update(run, optimizer, scaler, total, cfg.clip_grad)
-    if stats["skipped"] and statistics:  # what was not finite is in BatchNorm's statistics already
+    if stats["skipped"] and statistics:
         torch._foreach_copy_(list(model.buffers()), statistics)
     return stats, samples
 
@@ -462,8 +447,9 @@ def draw_pictures(path, model, batch, to_pixels, tokenizer):
         template, (mean, deviation) = window_statistics(images, cfg.window_per_channel)[0], pixel_statistics(images, cfg)
         columns += [x * model.pixel_std + model.pixel_mean for x in (template.expand_as(images), output * deviation + mean)]
         titles += ["template", "output"]
-        caption += ("; template: the windows' means, which a normalised output of zero stands for; output: of the enhancer for "
-                    f"corrupted 1, --pixel_norm {cfg.pixel_norm}, shown with the original's own statistics (the paper's A.2)")
+        caption += "; template: mean of the window around each pixel (fig. 4); output: the enhancer's for corrupted 1"
+        if cfg.pixel_norm != "none":
+            caption += f", normalised by {cfg.pixel_norm}, shown with the original's own means and deviations (the paper's A.2)"
     elif cfg.objective == "revdet":
         columns += [shown(replaced), shown(model.enhancer(model.normalise(corrupted)).float().sigmoid().flatten(1))]
         titles += ["replaced", "verdict"]
@@ -473,14 +459,27 @@ def draw_pictures(path, model, batch, to_pixels, tokenizer):
 
 
 def train_demo_tokenizer(cfg, run):
-    """--demo without --tokenizer: train one into OUT/tokenizer, or finish that, and load it; None if stopped meanwhile."""
-    out, values = f"{run.out}/tokenizer", TOKENIZER | DEMO_TOKENIZER
-    stage = dataclasses.replace(cfg, train_tokenizer=True, resume=True, out=out, **values)
-    stage_run = Run(stage, "cim")
-    train(stage, stage_run)
-    run.catch_signals()  # the tokenizer's run had them
+    """--demo without --tokenizer: train one into OUT/tokenizer, unless it has served this run already; None if stopped."""
+    out, values = f"{run.out}/tokenizer", TOKENIZER | DEMO_TOKENIZER | {"batch_size": 32 // run.world_size * run.world_size}
     cfg.tokenizer = f"{out}/tokenizer.pth"
-    return None if stage_run.stopping else load_tokenizer(cfg.tokenizer, cfg.grid, cfg.in_chans, run.device)
+    if not (run.out / "last.pth").exists():
+        stage = dataclasses.replace(cfg, train_tokenizer=True, resume=True, out=out, micro_batch=None, **values)
+        stage_run = Run(stage, "cim")
+        train(stage, stage_run)
+        run.go_on_after(stage_run)
+        if stage_run.stopping:
+            return None
+    return load_tokenizer(cfg.tokenizer, cfg.grid, cfg.in_chans, run.device)
+
+
+def load_generator(generator, cfg, tokenizer):
+    """--generator_init: refused if it speaks another tokenizer's language, or predicts something else than raw pixels."""
+    content = read_file(cfg.generator_init)
+    if tokenizer and content.get("inputs", {}).get("tokenizer_sha256") not in (tokenizer.digest, None):
+        raise Refused(f"{cfg.generator_init} was trained with another tokenizer than {cfg.tokenizer}")
+    if content.get("config", {}).get("target", "raw") != "raw":
+        raise Refused(f"{cfg.generator_init} predicts normalised pixels: train it with --target raw")
+    load_weights(generator, cfg.generator_init, ignore=("enhancer.",), part=("generator.",))
 
 
 def train(cfg, run):
@@ -496,40 +495,38 @@ def train(cfg, run):
     else:
         tokenizer = load_tokenizer(cfg.tokenizer, cfg.grid, cfg.in_chans, run.device) if cfg.tokenizer else None
         model = CorruptedImageModel(cfg, tokenizer.vocab_size if tokenizer else cfg.vocab_size, mean, std)
-        name, exported = "encoder.pth", getattr(model, "enhancer", model.generator).trunk_state
+        name, exported = "encoder.pth", model.enhancer.trunk_state if cfg.objective != "none" else None
         if cfg.init:
-            ignored = ("head.", "fc.", "fc_norm.", "decoder", "mask_token", "generator.")
-            load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=ignored, part=("enhancer.",))
+            load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=BESIDE_TRUNK, part=("enhancer.",))
         if cfg.generator_init:
-            load_weights(model.generator, cfg.generator_init, ignore=("enhancer.", "fuse_"), part=("generator.",))
+            load_generator(model.generator, cfg, tokenizer)
     run.start(plan, f"lr {cfg.lr:.3g}, whatever the batch")
-    if not (cfg.train_tokenizer or tokenizer or cfg.generator == "mae"):
-        tokenizer = train_demo_tokenizer(cfg, run)
-        if tokenizer is None:
-            return
+    needed = not (cfg.train_tokenizer or tokenizer or cfg.generator == "mae")
+    if needed and not (tokenizer := train_demo_tokenizer(cfg, run)):
+        return
     draw = draw_tokenizer if cfg.train_tokenizer else functools.partial(draw_pictures, tokenizer=tokenizer)
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token")), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run.inputs = {"tokenizer_sha256": tokenizer.digest} if tokenizer else {}
     start = run.load(state)
-    if tokenizer and run.kept.setdefault("tokenizer", tokenizer.digest) != tokenizer.digest:
-        raise Refused(f"--resume: --tokenizer {cfg.tokenizer} is another file than the one that this run began with")
 
-    noise = functools.partial(*((block_order, cfg.grid) if cfg.mask == "block" else (torch.rand, math.prod(cfg.grid))))
+    masks = {"random": (torch.rand, math.prod(cfg.grid)), "block": (block_order, cfg.grid, cfg.num_masked[1])}
+    noise = functools.partial(*masks[cfg.mask])
     crop = RandomResizedCrop(cfg.img_size, scale=(0.08, 1.0))
     views = Views(source, crop, cfg.seed, run.bad_files.allow(len(source)), noise)
     batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))
     to_pixels = Normalise((0.0,) * cfg.in_chans, (1.0,) * cfg.in_chans, run.device)  # the model normalises
     fixed = picture_batch(source, cfg, noise)
-    meta = {"method": "cim", "model": cfg.model if cfg.enhancer == "vit" else "resnet50", "img_size": cfg.img_size,
-            "patch_size": cfg.patch_size, "resnet_width": cfg.resnet_width, "in_chans": cfg.in_chans, "mean": mean, "std": std}
+    meta = {"method": "cim", "model": cfg.model if cfg.enhancer == "vit" else "resnet50", "resnet_width": cfg.resnet_width,
+            "img_size": cfg.img_size, "patch_size": cfg.patch_size, "in_chans": cfg.in_chans, "mean": mean, "std": std}
 
     for step in range(start, plan.steps):
         now = warmup_cosine(plan.epoch(step), cfg.lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
         set_lr(optimizer, now)
         if cfg.train_tokenizer:
-            settings = schedule(step / plan.steps, cfg.temperature, cfg.kl_weight, run.device)
+            settings = schedule(step / plan.steps, cfg.kl_weight, run.device)
         else:
             settings = {"n_masked": torch.full((), draw_num_masked(step, cfg), device=run.device), "tokenizer": tokenizer}
         stats, samples = train_step(ddp, batches, to_pixels, settings, optimizer, scaler, step, cfg, plan, run)
@@ -539,13 +536,15 @@ def train(cfg, run):
                 draw(path, model, fixed, to_pixels)
             if run.save_due(step + 1):
                 meta["epoch"] = plan.epoch(step + 1)
-                run.export(name, exported(), meta)
+                if exported:
+                    run.export(name, exported(), meta)
                 run.save(step + 1, state, meta)
         if run.stopping:
             return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
-    demo = "--demo --mode linear" if cfg.demo else f"--data {cfg.data}"
-    run.print(f"done: {run.out}/{name}" + ("" if cfg.train_tokenizer else
-              f", last.pth, pictures/; next:\n  python finetune.py {demo} --weights {run.out}/encoder.pth"))
+    run.print(f"done: {run.out}/last.pth, pictures/" + (f", {name}" if exported else ""))
+    if name == "encoder.pth" and exported:
+        demo = "--demo --mode linear" if cfg.demo else f"--data {cfg.data}"
+        run.print(f"next:\n  python finetune.py {demo} --weights {run.out}/encoder.pth")
 
 
 if __name__ == "__main__":

@@ -302,6 +302,10 @@ class ResNet50(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def trunk_state(self):
+        """The state dict without what a subclass adds."""
+        return {name: value for name, value in self.state_dict().items() if name.startswith(("conv1", "bn1", "layer"))}
+
     def forward(self, images):
         """(B, C, H, W) -> (B, 32 * width, H / 32, W / 32)"""
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
@@ -342,6 +346,11 @@ def read_file(path):
         raise Refused(f"cannot read {path} safely: {telling[0][:200] if telling else reason(error)}") from None
 
 
+# First names of what our scripts, and others' classifiers, keep beside the network that is taken elsewhere.
+BESIDE_TRUNK = ("decoder", "mask_token", "fuse_", "pixel_decoder", "feature_decoder", "teacher", "beta", "generator.", "head.",
+                "fc_norm.", "fc.")
+
+
 def load_weights(model, path, allow_missing=(), ignore=(), part=()):
     """Copy weights into `model` by name (ours, official MAE, timm, torchvision).
 
@@ -376,7 +385,7 @@ def load_weights(model, path, allow_missing=(), ignore=(), part=()):
     for name in own.keys() & weights.keys():
         if own[name].shape != weights[name].shape:
             raise Refused(f"{path}: {name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}: "
-                          "check --model, --patch_size and --in_chans")
+                          "check --model, --patch_size, --in_chans and what else sets the model's sizes")
     model.load_state_dict(weights, strict=False)
 
 
@@ -1027,7 +1036,7 @@ def autocast(device, dtype):
 
 
 def parameter_groups(model, weight_decay, no_decay=(), layer_id=None, layer_decay=1.0):
-    """AdamW groups: no weight decay for tensors of fewer than two dimensions or whose name ends in one of `no_decay`; with `layer_id`
+    """AdamW groups: no weight decay for tensors of fewer than two dimensions or with a last name in `no_decay`; with `layer_id`
     (name -> 0 ... last), `lr_scale` = layer_decay ** (last - id)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     ids = [layer_id(name) if layer_id else 0 for name, _ in named]
@@ -1128,7 +1137,7 @@ class RunConfig:
     compile: bool = opt(False, "compile the model with torch.compile")
     save_minutes: float = opt(10.0, "minutes between checkpoints (also written at each epoch's end and on SIGTERM)")
     log_every: int = opt(20, "updates between two log lines")
-    demo: bool = opt(False, "small values for everything: drawn shapes, a tiny model, about two minutes on two CPU cores")
+    demo: bool = opt(False, "small values for everything: drawn shapes, a tiny model, a few minutes on two CPU cores")
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -1242,7 +1251,7 @@ class Run:
     """One run of one script: its process, its folder, its log. It holds no loop; the scripts do.
 
     Attributes: rank, world_size, is_main, device, amp_dtype, workers, out (Path), stopping (all processes have agreed to stop),
-    kept (plain values that travel in the checkpoint).
+    kept (plain values that travel in the checkpoint), inputs ({name: value} that must be the same when the run is resumed).
     """
 
     def __init__(self, cfg, method):
@@ -1260,6 +1269,7 @@ class Run:
         self.out = Path(cfg.out or f"runs/{method}")
         self.stop_requested = self.stopping = False
         self.bad_files = BadFiles(cfg.max_bad, self.world_size)
+        self.inputs = {}
         self.kept = {"skipped_nonfinite": 0, "skipped_overflow": 0, "in_a_row": 0, "window": []}
         self.live = sys.stdout.isatty()
         self.last_save = self.window_start = time.monotonic()
@@ -1306,6 +1316,13 @@ class Run:
         """From now on this run is the one that SIGTERM, SIGINT and SIGUSR1 stop."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+
+    def go_on_after(self, stage):
+        """After the run `stage`, a part of this one: all processes wait for each other; signals stop this run again."""
+        self.catch_signals()
+        self.stop_requested |= stage.stop_requested
+        if dist.is_initialized():
+            dist.barrier()
 
     def _on_signal(self, number, _):
         if self.stop_requested and number == signal.SIGINT:  # Ctrl-C twice: now
@@ -1452,7 +1469,7 @@ class Run:
         content = {name: value.state_dict() for name, value in state.items()}
         content |= {"meta": meta, "method": self.method, "config": dataclasses.asdict(self.cfg), "n": self.plan.n, "step": step,
                     "epoch": self.plan.passes(step), "precision": str(self.amp_dtype), "bad_files": self.bad_files.known,
-                    "kept": self.kept}
+                    "kept": self.kept, "inputs": self.inputs}
         write_atomically(self.out / "last.pth", lambda file: torch.save(content, file), keep=self.out / "previous.pth")
 
     def load(self, state):
@@ -1492,8 +1509,8 @@ class Run:
             return None, str(error)
         if content.get("method") != self.method:
             return None, f"{path} is no checkpoint of {self.method} but of {content.get('method', 'something else')}"
-        before = content["config"] | {"images": content["n"], "precision": content["precision"]}
-        now = dataclasses.asdict(self.cfg) | {"images": self.plan.n, "precision": str(self.amp_dtype)}
+        before = content["config"] | {"images": content["n"], "precision": content["precision"]} | content.get("inputs", {})
+        now = dataclasses.asdict(self.cfg) | {"images": self.plan.n, "precision": str(self.amp_dtype)} | self.inputs
         changed = {key for key in now.keys() - FREE_ON_RESUME if before.get(key) != now[key]}
         if any(self.out.glob("nonfinite_*.json")):
             changed -= FREE_AFTER_NAN

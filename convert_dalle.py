@@ -18,7 +18,7 @@ import pickle
 import sys
 import tarfile
 import types
-import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -129,12 +129,11 @@ class DVAE(nn.Module):
         return loss, {name: value.detach() for name, value in terms.items()}
 
 
-def schedule(progress, temperatures, kl_weight, device):
-    """At a share `progress` of the run: temperature (half a cosine, over its first half), KL weight (linear, over its first
-    tenth). DALL-E goes from 1 to 1/16 and from 0 to 6.6 too, in a smaller share of a far longer run."""
-    first, last = temperatures
+def schedule(progress, kl_weight, device):
+    """At a share `progress` of the run: temperature (1 to 1/16, half a cosine over its first half), KL weight (from 0, linear
+    over its first tenth). DALL-E's values, there in a smaller share of a far longer run."""
     fall = (1 + math.cos(math.pi * min(1.0, 2 * progress))) / 2
-    values = {"temperature": last + (first - last) * fall, "kl_weight": kl_weight * min(1.0, 10 * progress)}
+    values = {"temperature": (1 + 15 * fall) / 16, "kl_weight": kl_weight * min(1.0, 10 * progress)}
     return {name: torch.full((), value, device=device) for name, value in values.items()}
 
 
@@ -148,15 +147,13 @@ def load_tokenizer(path, grid, in_chans, device="cpu"):
     is the file's SHA-256."""
     weights = read_file(path)
     weights = weights.get("model", weights)
-    try:
-        width, channels = weights["encoder.blocks.input.w"].shape[:2]
-        vocab_size, _ = len(weights["encoder.blocks.output.conv.w"]), weights["decoder.blocks.input.w"]
-    except (KeyError, AttributeError):
+    if not {"encoder.blocks.input.w", "encoder.blocks.output.conv.w", "decoder.blocks.input.w"} <= weights.keys():
         raise Refused(f"{path} is no tokenizer with encoder and decoder: give a file written by convert_dalle.py or by "
-                      "cim.py --train_tokenizer") from None
+                      "cim.py --train_tokenizer")
+    width, channels = weights["encoder.blocks.input.w"].shape[:2]
     if channels != in_chans:
         raise Refused(f"{path} is a tokenizer for images of {channels} channels, --in_chans is {in_chans}")
-    tokenizer = DVAE(grid, vocab_size, width, in_chans)
+    tokenizer = DVAE(grid, len(weights["encoder.blocks.output.conv.w"]), width, in_chans)
     load_weights(tokenizer, path)
     tokenizer.digest = sha256(path)
     return tokenizer.to(device).eval().requires_grad_(False)
@@ -177,26 +174,35 @@ def draw_tokenizer(path, tokenizer, batch, to_pixels):
 class StandIn:
     """What is left of a module in the file: its attributes, no behaviour."""
 
-    dump_patches = False  # torch's older format compares sources, and looks here
-
     def __init__(self, *_, **__):
         pass
 
+    def __setstate__(self, state):  # an attack on the class itself, in place of an instance, ends in a TypeError here
+        vars(self).update(state)
+
 
 ALLOWED = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor",
-           "torch._utils._rebuild_parameter", "torch.device", "torch.Size", "builtins.set", "__builtin__.set",
-           *(f"torch.{kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Bool", "Byte"))}
+           "torch._utils._rebuild_parameter", "torch.device", "torch.Size", "builtins.set", "__builtin__.set"}
 
 
 class TensorUnpickler(pickle.Unpickler):
     """Knows tensors and the containers around them; classes of dall_e and torch.nn become stand-ins, the rest is refused."""
 
-    def find_class(self, module, name):
+    def find_class(self, module, name):  # asked for every global; torch itself answers for its storages before
         if f"{module}.{name}" in ALLOWED:
             return super().find_class(module, name)
         if module.split(".")[0] == "dall_e" or module.startswith("torch.nn.modules."):
             return StandIn
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no tensor needs")
+        raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r}, which no tensor needs")
+
+    def __setattr__(self, name, value):
+        if name == "persistent_load":  # torch's also compares the sources of classes, and writes patches of them
+            load = value
+
+            def value(saved):
+                return load(saved) if saved[0] == "storage" else saved[1]
+
+        super().__setattr__(name, value)
 
 
 def restricted_load(file, **how):
@@ -222,11 +228,13 @@ def read_pickle(path):
     try:
         if tarfile.is_tarfile(path):  # torch's oldest format: DALL-E is younger
             raise pickle.UnpicklingError("it is a tar archive")
-        with warnings.catch_warnings(action="ignore"):  # the source of its classes is not this file's
-            content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=RESTRICTED)
+        if zipfile.is_zipfile(path) and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            raise pickle.UnpicklingError("it is a TorchScript archive, which is a program")
+        # A function as map_location: torch.jit.load, to which torch.load hands TorchScript on, refuses it before it reads.
+        content = torch.load(path, map_location=lambda storage, _: storage, weights_only=False, pickle_module=RESTRICTED)
         found = tensors(content) if isinstance(content, StandIn) else dict(content)
     except Exception as error:  # pickles fail in many ways
-        raise Refused(f"{path} is not one of DALL-E's files: {reason(error)}; nothing in it was run") from None
+        raise Refused(f"{path} is not one of DALL-E's files: {reason(error)}") from None
     if not found or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise Refused(f"{path} holds no weights")
     return found

@@ -34,6 +34,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
+    BESIDE_TRUNK,
     EvalCrop,
     KeyedBatches,
     Normalise,
@@ -371,9 +372,7 @@ def train(cfg, run):
     resnet = cfg.model == "resnet50"
     model = (ResNetClassifier if resnet else Classifier)(cfg, len(source.classes))
     if cfg.weights != "none":
-        unused = ["decoder", "mask_token", "fuse_", "pixel_decoder", "feature_decoder", "teacher", "beta", "head.", "fc_norm.",
-                  "fc."]
-        unused += ["norm."] if cfg.mode == "finetune" and cfg.pool == "avg" else []
+        unused = (*BESIDE_TRUNK, "norm.") if cfg.mode == "finetune" and cfg.pool == "avg" else BESIDE_TRUNK
         load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=unused, part=("enhancer.",))
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     model.to(run.device)

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import types
 from contextlib import nullcontext
@@ -25,11 +26,17 @@ from torture import family, log, same, state
 
 import common
 import finetune
+from convert_dalle import DVAE
 
 TWENTY = ["--demo", "--amp", "off", "--workers", 0, "--log_every", 3, "--epochs", 1.92, "--batch_size", 24, "--save_minutes", 0]
+FOLDER = tempfile.TemporaryDirectory()  # with a tokenizer for cim.py
+torch.save({"model": DVAE((8, 8), 32, 8).state_dict()}, f"{FOLDER.name}/tokenizer.pth")
+CIM = ["cim.py", *TWENTY, "--tokenizer", f"{FOLDER.name}/tokenizer.pth"]
+RESNET = ["--enhancer", "resnet50", "--resnet_width", 8, "--objective", "revdet"]
 SCRIPTS = {
     "mae_mff.py": ["mae_mff.py", *TWENTY],
     "ddae.py": ["ddae.py", *TWENTY, "--momentum", "0.9,0.99,0.999"],
+    "cim.py": CIM,
     "finetune.py": ["finetune.py", *TWENTY, "--weights", "none", "--augment", "full", "--mixup", 0.8, "--erasing", 0.25,
                     "--drop_path", 0.1, "--ema", 0.9, "--warmup_epochs", 0.5],
 }
@@ -94,6 +101,7 @@ def unbroken(tmp_path_factory, small_npz):
     ("mae_mff.py", [14], ["--save_minutes", 10]),  # the only checkpoint is that of the end of the first pass
     ("mae_mff.py", [14, 19], ["--workers", 1]),  # in the second pass
     ("ddae.py", [7, 14], ["--workers", 1]),
+    ("cim.py", [7, 14], ["--workers", 1]),
     ("finetune.py", [4, 13], ["--workers", 1]),
 ])
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, small_npz, tmp_path, script, kills, flags):
@@ -106,6 +114,30 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, small_npz, tmp
     output = run_script([*command, "--resume"], tmp_path)
     assert f"resumed from {tmp_path}/run/last.pth: step {before}" in output
     assert_same_run(unbroken / script, tmp_path / "run")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resnet_resumes_with_its_statistics_on_as_many_processes(small_npz, tmp_path, processes):
+    """CIM's samples differ with the number of processes, and BatchNorm's statistics are each process's own."""
+    command = [*CIM, *RESNET, "--data", small_npz, "--micro_batch", 12, "--out"]
+    run_script([*command, "whole"], tmp_path, processes)
+    attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", "os.kill(os.getpid(), signal.SIGTERM)", "args[0] == 9")
+    assert "stopped after step 10 of 20" in run_script(attack, tmp_path, processes)
+    run_script([*command, "run", "--resume"], tmp_path, processes)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_demo_stopped_in_its_tokenizers_training_goes_on_there(small_npz, tmp_path, processes):
+    command = [*CIM[:-2], "--data", small_npz, "--out"]
+    run_script([*command, "whole"], tmp_path, processes)
+    attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", "os.kill(os.getpid(), signal.SIGTERM)",
+                       "self.cfg.train_tokenizer and args[0] == 2")
+    assert "stopped after step 3 of 6" in run_script(attack, tmp_path, processes)
+    assert not (tmp_path / "run/last.pth").exists()
+    run_script([*command, "run", "--resume"], tmp_path, processes)
+    a, b = (torch.load(tmp_path / name / "tokenizer/tokenizer.pth", weights_only=True)["model"] for name in ("whole", "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_killed_between_two_micro_batches(small_npz, tmp_path):

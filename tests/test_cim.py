@@ -134,7 +134,7 @@ def test_tokenizer_loss_against_a_slow_version():
 
 
 def test_schedule_of_temperature_and_kl_weight():
-    values = [convert_dalle.schedule(p, (1.0, 0.0625), 6.6, "cpu") for p in (0, 0.05, 0.1, 0.25, 0.5, 0.9)]
+    values = [convert_dalle.schedule(progress, 6.6, "cpu") for progress in (0, 0.05, 0.1, 0.25, 0.5, 0.9)]
     assert [v["kl_weight"].item() for v in values] == pytest.approx([0, 3.3, 6.6, 6.6, 6.6, 6.6])
     assert [v["temperature"].item() for v in values][::3] == pytest.approx([1, (1 + 0.0625) / 2])
     assert [v["temperature"].item() for v in values][-2:] == pytest.approx([0.0625] * 2)
@@ -196,6 +196,61 @@ def test_conversion_reads_both_formats_without_the_library(dalle, dall_e, zipped
     assert "are they in this order?" in capsys.readouterr().err and not (tmp_path / "swapped.pth").exists()
 
 
+class Script(nn.Module):
+    """A TorchScript module that writes a file as it is loaded."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path: str = path
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.path, self.training = state
+        torch.save(torch.zeros(1), self.path)
+
+    def forward(self, x):
+        return x
+
+
+def test_a_torchscript_archive_is_refused_before_it_runs(tmp_path, monkeypatch):
+    path = tmp_path / "encoder.pkl"
+    torch.jit.script(Script(str(tmp_path / "written"))).save(str(path))
+    torch.jit.load(str(path))
+    assert (tmp_path / "written").exists()  # it would
+    (tmp_path / "written").unlink()
+    with pytest.raises(common.Refused, match="it is a TorchScript archive"):
+        convert_dalle.read_pickle(path)
+    monkeypatch.setattr(convert_dalle.zipfile, "is_zipfile", lambda _: False)  # an archive that Python reads in another way
+    with pytest.raises(common.Refused, match="map_location"):
+        convert_dalle.read_pickle(path)
+    assert not (tmp_path / "written").exists()
+
+
+def string(text):
+    """Pickle's opcode for a string."""
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+
+def test_a_stand_in_cannot_be_turned_into_a_weapon(tmp_path):
+    """torch's older format compares sources, and writes a file named after the class if the class says `dump_patches`."""
+    def load(body):
+        unpickler = convert_dalle.TensorUnpickler(io.BytesIO(b"\x80\x02" + body + b"."))
+        unpickler.persistent_load = lambda saved: pytest.fail("torch's own code was asked about a class")
+        return unpickler.load()
+
+    the_class = b"cdall_e\nE\n"
+    assert load(the_class) is convert_dalle.StandIn
+    state = b"}(" + string("dump_patches") + b"\x88" + string("__name__") + string(f"{tmp_path}/written") + b"u"
+    with pytest.raises(TypeError):  # BUILD: attributes for the class itself
+        load(the_class + b"N" + state + b"\x86b")
+    assert not hasattr(convert_dalle.StandIn, "dump_patches") and convert_dalle.StandIn.__name__ == "StandIn"
+    assert load(b"(" + string("module") + the_class + string("source") + string("text") + b"tQ") is convert_dalle.StandIn
+
+
 class Bomb:
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -211,7 +266,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(where, zipped, tmp_path):
     path = tmp_path / "encoder.pkl"
     torch.save(bomb if where == "whole" else collections.OrderedDict(w=torch.ones(1), x=bomb), path,
                _use_new_zipfile_serialization=zipped)
-    with pytest.raises(common.Refused, match=r"it asks for \w+\.system, .*nothing in it was run"):
+    with pytest.raises(common.Refused, match=r"it asks for '\w+\.system', which no tensor needs"):
         convert_dalle.read_pickle(path)
     assert not (tmp_path / "executed").exists()
 
@@ -252,7 +307,7 @@ def test_exactly_k_are_hidden(mask, values):
     model, (pixels, noise, _, tokenizer) = build(mask=mask, **({"model": "nano"} | values))
     cfg = model.cfg
     if mask == "block":
-        noise = torch.stack([cim.block_order(cfg.grid) for _ in noise])
+        noise = torch.stack([cim.block_order(cfg.grid, cfg.num_masked[1]) for _ in noise])
     seen = {cim.draw_num_masked(step, cfg) for step in range(2000)}
     low, high = cfg.num_masked
     assert seen == set(range(low, high + 1))
@@ -275,14 +330,14 @@ def test_num_masked_is_uniform_and_depends_on_seed_and_step_alone():
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (2, 20), (1, 3)])
 def test_blocks_are_laid_one_after_another(grid):
-    order = cim.block_order(grid)
+    order = cim.block_order(grid, math.prod(grid) - 1)
     assert len(order.unique()) == len(order) and order.isfinite().all()
     first = (order.floor() == 0).view(grid)
     rows, columns = first.any(1).nonzero(), first.any(0).nonzero()
     box = first[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     assert box.all() and first.sum() == box.numel()  # a full rectangle
     if grid == (14, 14):
-        sizes = [(cim.block_order(grid) < 1).sum().item() for _ in range(300)]
+        sizes = [(cim.block_order(grid, 120) < 1).sum().item() for _ in range(300)]
         assert min(sizes) >= 9 and max(sizes) <= 70 and 30 < sum(sizes) / 300 < 45
 
 
@@ -349,7 +404,7 @@ def test_window_normalisation_of_a_constant_image_is_zero():
     for value in (0.0, 1e-3, -2.117903, 1e4):
         mean, deviation = cim.window_statistics(torch.full((1, 3, 32, 32), value))
         normalised = (value - mean) / deviation
-        assert torch.isfinite(normalised).all() and normalised.abs().max() <= max(1e-3, 1e-4 * abs(value))
+        assert normalised.abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("kind", ["window", "patch", "none"])
@@ -442,7 +497,8 @@ def gradients(model, arguments, part):
     if part == "enhancer":
         images = model.normalise(pixels)
         mean, deviation = cim.window_statistics(images)
-        loss = 10 * cim.pixel_loss(model.enhancer(model.normalise(corrupted)), (images - mean) / deviation)
+        error = model.enhancer(model.normalise(corrupted)) - (images - mean) / deviation
+        loss = 10 * (error.abs().mean() + error.square().mean())
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -466,6 +522,26 @@ def test_shared_layers_appear_once_and_receive_both_gradients():
     for name, parameter in model.named_parameters():
         both = by_generator.get(name, 0) + by_enhancer.get(name, 0)
         torch.testing.assert_close(parameter.grad, both, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_and_class_tokens_have_no_weight_decay():
+    model, _ = build(share=False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = common.parameter_groups(model, 0.05, ("pos_embed", "cls_token"))
+    free = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert {f"{net}.{name}" for net in ("generator", "enhancer") for name in ("pos_embed", "cls_token", "norm.bias")} <= free
+    assert not free & {"generator.mask_token", "enhancer.head.weight", "generator.patch_embed.proj.weight"}
+
+
+@pytest.mark.parametrize("values", [{}, NARROW], ids=["ViT", "ResNet"])
+def test_bf16_is_close_to_float32(values):
+    model, arguments = build(**values)
+    losses = []
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(1)
+        with common.autocast(torch.device("cpu"), dtype):
+            losses.append(model(*arguments)[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.parametrize("values", [
@@ -495,8 +571,9 @@ def test_mae_generator_keeps_visible_pixels_and_draws_the_others_around_its_pred
     expected = (pred - common.patchify(pixels * 2 - 1, 4)).square()[mask].mean()
     torch.testing.assert_close(loss, expected)
     error = patches[mask] - (pred[mask] + 1) / 2
-    inside = (patches[mask] > 0) & (patches[mask] < 1)
-    assert error[inside].std().item() == pytest.approx(0.5 * 0.01 * 2 * 0.5 * 2, rel=0.1) or inside.sum() < 100
+    inside = (patches[mask] > 0.1) & (patches[mask] < 0.9)
+    assert inside.sum() > 1000 and error[inside].std().item() == pytest.approx(0.01, rel=0.1)
+    assert not corrupted.requires_grad
 
 
 # ---- networks
@@ -541,7 +618,10 @@ def test_vit_head_puts_every_patch_in_its_place():
 
 
 def test_beit_initial_values():
-    model, _ = build(model="tiny", share=False)
+    model, _ = build(model="small", share=False)
+    narrow = build(model="tiny")[0].enhancer.blocks[1].attn.qkv.weight.abs().max().item()
+    assert 0.039 < narrow <= 0.04 and torch.equal(build(pos_init="sincos")[0].enhancer.pos_embed.data,
+                                                  common.sincos_pos_embed(128, (8, 8)))
     for vit in (model.generator, model.enhancer):
         for number, block in enumerate(vit.blocks, start=1):
             for linear in (block.attn.proj, block.mlp.fc2):
@@ -565,7 +645,10 @@ def test_paper_settings():
 @pytest.mark.parametrize("values, words", [
     ({"tokenizer": None}, "--tokenizer FILE is needed"), ({"num_masked": (0, 5)}, "--num_masked 0,5 does not lie"),
     ({"num_masked": (5, 64)}, "of 64 patches"), ({"generator_depth": 9}, "--generator_depth 9 must be 2 to 4"),
-    ({"generator_depth": 1}, "or add --no-share"), ({"freeze_generator": True}, "--freeze_generator needs"),
+    ({"generator_depth": 1}, "or from 1: --no-share"),
+    ({"objective": "none", "init": "file"}, "goes with neither this nor --init"),
+    ({"tokenizer": None, "demo": True, "generator_init": "file"}, "--tokenizer FILE is needed"),
+    ({"freeze_generator": True}, "--freeze_generator needs"),
     ({"generator": "mae", "objective": "revdet"}, "--generator mae has no tokens"),
     ({**NARROW, "img_size": (72, 64)}, "that 32 divides"), ({**NARROW, "patch_size": 12, "img_size": (96, 96)}, "divides 32"),
 ])
@@ -592,14 +675,17 @@ def test_demo_trains_its_tokenizer_then_vit(tmp_path, small_npz):
     run = tmp_path / "runs/cim"
     lines = [json.loads(line) for line in (run / "tokenizer/log.jsonl").read_text().splitlines()]
     assert {"train/temperature", "train/kl_weight", "train/kl", "train/likelihood", "train/tokens_used"} <= lines[-1].keys()
-    assert "done: runs/cim/tokenizer/tokenizer.pth" in output
+    assert "done: runs/cim/tokenizer/last.pth, pictures/, tokenizer.pth" in output
     assert "python finetune.py --demo --mode linear --weights runs/cim/encoder.pth" in output
     common.ViT("nano", (32, 32), 4).load_state_dict(torch.load(run / "encoder.pth", weights_only=True)["model"])  # strict
     with Image.open(run / "pictures/epoch_0001.png") as picture:  # original, masked, four samples, template, output
         assert picture.width == 8 * 132 and picture.height > 8 * 128
     with Image.open(run / "tokenizer/pictures/epoch_0001.png") as picture:
         assert picture.width == 2 * 132
-    run_script([*QUICK, "--data", small_npz, "--epochs", 1.2, "--resume"], tmp_path)
+    for name in ("last.pth", "previous.pth"):
+        (run / name).unlink()
+    output = run_script([*QUICK, "--data", small_npz, "--epochs", 1.2, "--resume"], tmp_path)  # stopped before its first update
+    assert "resumed from runs/cim/tokenizer/last.pth" in output
 
 
 def test_resnet_demo_gives_torchvisions_weights_that_finetune_reads(tmp_path, small_npz, tokenizer_file):
@@ -642,10 +728,17 @@ def test_generator_first_then_frozen(tmp_path, small_npz, tokenizer_file):
     before, after = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in ("beit", "frozen"))
     kept = [name for name in before if name.startswith("generator.")]
     assert kept and all(torch.equal(before[name], after[name]) for name in kept)
-    run_script(["mae_mff.py", *QUICK[1:], "--data", small_npz, "--fuse_layers", 3, "--decoder_depth", 2,
-                "--decoder_embed_dim", 128, "--out", "mae"], tmp_path)
-    command = [*QUICK, "--data", small_npz, "--generator", "mae", "--generator_init", "mae/last.pth"]
-    run_script([*command, "--out", "with_mae"], tmp_path)
+    assert not (tmp_path / "beit/encoder.pth").exists()
+    torch.save({"model": DVAE((8, 8), 32, 8).state_dict()}, tmp_path / "other.pth")
+    refused = run_script([*command[:-1], "other.pth", "--generator_init", "beit/last.pth", "--out", "no"], tmp_path, expect=2)
+    assert "was trained with another tokenizer" in refused and not (tmp_path / "no").exists()
+    command = [*QUICK, "--data", small_npz, "--generator", "mae", "--generator_init"]
+    for target, code in (("raw", 0), ("mae", 2)):
+        run_script(["mae_mff.py", *QUICK[1:], "--data", small_npz, "--fuse_layers", 3, "--target", target, "--out", target],
+                   tmp_path)
+        output = run_script([*command, f"{target}/last.pth", "--out", f"with_{target}"], tmp_path, expect=code)
+        assert ("predicts normalised pixels" in output) == bool(code)
+    assert (tmp_path / "with_raw/encoder.pth").exists()
     assert (tmp_path / "with_mae/encoder.pth").exists()
 
 
@@ -654,7 +747,9 @@ def test_another_tokenizer_is_refused_on_resume(tmp_path, small_npz, tokenizer_f
     run_script([*command, "--tokenizer", tokenizer_file], tmp_path)
     other = tmp_path / "other.pth"
     torch.save({"model": DVAE((8, 8), 32, 8).state_dict()}, other)
-    assert "is another file than the one" in run_script([*command, "--tokenizer", other, "--resume"], tmp_path, expect=2)
+    before = (tmp_path / "run/config.json").read_text()
+    assert "has tokenizer_sha256" in run_script([*command, "--tokenizer", other, "--resume"], tmp_path, expect=2)
+    assert (tmp_path / "run/config.json").read_text() == before
     moved = tmp_path / "moved.pth"
     moved.write_bytes(tokenizer_file.read_bytes())
     assert "resumed from run/last.pth" in run_script([*command, "--tokenizer", moved, "--resume"], tmp_path)
@@ -688,5 +783,6 @@ def test_own_grey_rectangles_with_their_own_tokenizer(folder, tmp_path):
                       ("resnet", ["--enhancer", "resnet50", "--resnet_width", 8, "--model", "nano"])):
         run_script(["cim.py", *shape, *more, "--tokenizer", "tokenizer/tokenizer.pth", "--out", out], tmp_path)
         assert (tmp_path / out / "pictures/epoch_0001.png").exists()
-        run_script(["finetune.py", "--mode", "knn", "--data", folder, "--amp", "off", "--weights", f"{out}/encoder.pth",
-                    "--check_data"], tmp_path)
+        weights = torch.load(tmp_path / out / "encoder.pth", weights_only=True)["model"]
+        network = common.ViT("nano", (32, 64), 8, 1) if out == "vit" else common.ResNet50(8, 1)
+        network.load_state_dict(weights)  # strict
