@@ -39,11 +39,10 @@ Not in the paper, our choice or our reading
               eps 1e-6 (--pixel_norm patch: MAE's, unbiased)
     ResNet    1 x 1 convolution and pixel shuffle to tokens or pixels; BatchNorm's statistics: each process's own (BEiT's code)
     training  absolute learning rate, down to 1e-5; BEiT's initial values; no weight decay for positions and class tokens;
-              --pos_init sincos spares short runs the hundreds of updates that it takes to learn which patches are near
+              --initial mae spares short runs the hundreds of updates that it takes to learn which patches are near
     Table 10  an MAE hides exactly half; its RGB is drawn from a Gaussian of deviation --rgb_std around its prediction
 
-    python cim.py --demo                                                four minutes on a CPU, tokenizer included
-    python cim.py --demo --objective revdet --enhancer resnet50         a ResNet
+    python cim.py --demo [--objective revdet --enhancer resnet50]       four minutes on a CPU, tokenizer included
     python convert_dalle.py encoder.pkl decoder.pkl --out dalle.pth     OpenAI's tokenizer, once
     torchrun --nproc_per_node 4 cim.py --tokenizer dalle.pth            the paper's run, images in data/imagenet
     torchrun --nproc_per_node 4 cim.py --train_tokenizer --out runs/tokenizer     or one of your own
@@ -111,7 +110,7 @@ class Config(RunConfig):
     generator: Literal["beit", "mae"] = opt("beit", "what fills the hidden patches: visual tokens or pixels (table 10)")
     generator_depth: int | None = opt(None, "its blocks (table 5); default 4, of an MAE those of --model")
     share: bool = opt(True, "patch embedding and two blocks serve both networks (table 5), if two ViTs start together")
-    pos_init: Literal["beit", "sincos"] = opt("beit", "first values of the learnable positions (sincos: for short runs)")
+    initial: Literal["beit", "mae"] = opt("beit", "initial values of ViTs; mae: sine-cosine positions, Xavier, for short runs")
     tokenizer: str | None = opt(None, "file of convert_dalle.py or --train_tokenizer; --demo trains its own")
     # method
     objective: Literal["respix", "revdet", "none"] = opt("respix", "restore pixels, detect tokens, or train no enhancer")
@@ -246,19 +245,18 @@ def pixel_statistics(images, cfg):
 # ---- generator and enhancer ------------------------------------------------------------------------------------------
 
 
-def beit_init(model, cfg):
-    """BEiT's initial values: normal of deviation .02 (.02 sqrt(768 / width) in ViTs narrower than the paper's), cut at that;
-    branches of block l (from 1) divided by sqrt(2 l). --pos_init sincos leaves the position table at the values it has."""
-    width = VIT_SIZES[cfg.model][0]
-    std = 0.02 if width >= 384 else 0.02 * math.sqrt(768 / width)
+def init_weights(model, cfg):
+    """--initial: BEiT's, normal of deviation .02, cut at that, branches of block l (from 1) divided by sqrt(2 l); or MAE's."""
+    if cfg.initial == "mae":
+        return model.init_weights()
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=std, a=-std, b=std)
+            nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
             nn.init.zeros_(module.bias)
-    for name, parameter in model.named_parameters():
-        if name in ("cls_token", "mask_token") or (name == "pos_embed" and cfg.pos_init == "beit"):
-            nn.init.trunc_normal_(parameter, std=std, a=-std, b=std)
-    for number, block in enumerate(getattr(model, "blocks", ()), start=1):
+    for token in (getattr(model, name, None) for name in ("cls_token", "mask_token", "pos_embed")):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+    for number, block in enumerate(model.blocks, start=1):
         for linear in (block.attn.proj, block.mlp.fc2):
             linear.weight.data.div_(math.sqrt(2 * number))
 
@@ -272,7 +270,7 @@ class BEiTGenerator(ViT):
         self.pos_embed.requires_grad_()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.head = nn.Linear(self.embed_dim, vocab_size)
-        beit_init(self, cfg)
+        init_weights(self, cfg)
 
     def forward(self, images, mask, positions):
         """(B, C, H, W), mask (B, L) bool, positions (B, n) -> logits (B, n, V) there"""
@@ -316,7 +314,7 @@ class ViTEnhancer(ViT):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
         self.pos_embed.requires_grad_()
         self.head = nn.Linear(self.embed_dim, cfg.patch_size**2 * cfg.in_chans if cfg.objective == "respix" else 1)
-        beit_init(self, cfg)
+        init_weights(self, cfg)
 
     def forward(self, corrupted):
         """(B, C, H, W) -> an image (B, C, H, W) or logits (B, 1, h, w): one linear layer on every patch token"""
@@ -329,7 +327,6 @@ class ResNetEnhancer(ResNet50):
         super().__init__(cfg.resnet_width, cfg.in_chans)
         self.scale, channels = (32, cfg.in_chans) if cfg.objective == "respix" else (32 // cfg.patch_size, 1)
         self.head = nn.Conv2d(self.embed_dim, channels * self.scale**2, 1)
-        beit_init(self.head, cfg)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, corrupted):
@@ -441,7 +438,7 @@ def draw_pictures(path, model, batch, to_pixels, tokenizer):
         return F.interpolate(values.float().unflatten(1, (1, *cfg.grid)), pixels.shape[2:])
 
     columns = [pixels, torch.where(shown(mask) > 0, 0.5, pixels), *(image for image, *_ in samples)]
-    titles, caption = ["original", "masked", *[f"corrupted {i}" for i in range(1, 5)]], f"sampling {cfg.sampling}"
+    titles, caption = ["original", "masked", *(f"corrupted {i}" for i in range(1, 5))], f"sampling {cfg.sampling}"
     if cfg.objective == "respix":
         images, output = model.normalise(pixels), model.enhancer(model.normalise(corrupted)).float()
         template, (mean, deviation) = window_statistics(images, cfg.window_per_channel)[0], pixel_statistics(images, cfg)

@@ -4,6 +4,8 @@ step     One pre-training update of ViT-B/16 at 224 px: ours (from the 8-bit bat
          transformers' ViTMAEForPreTraining and an MAE of timm's blocks (ready float batch, fused AdamW); with the share of the
          machine's matrix-product speed, measured in the same run, and where our time goes.
 methods  One update of each of our methods with that encoder, against MAE's: measured, and expected from the FLOPs of its parts.
+cim      One update of CIM against one of a BEiT-B with the same tokenizer encoder (DALL-E's shape, random weights), as in the
+         paper's A.1: measured, with the time and the FLOPs of each part.
 loader   Images per second and core on a folder of photographs (--data): ours against MAE's published pipeline (Pillow,
          RandomResizedCrop bicubic, flip, ToTensor, Normalize) and against decoding alone; what DDAE's masks cost.
 wait     Is `data_wait` honest? A loader that is too slow for its model: the logged share against one computed from rates.
@@ -34,9 +36,11 @@ from torchvision.io import ImageReadMode, decode_image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402  (found through the line above)
+import cim  # noqa: E402  (found through the line above)
+import common  # noqa: E402
 import ddae  # noqa: E402
 import mae_mff  # noqa: E402
+from convert_dalle import DVAE  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = {"fp32": "off", "bf16": "bf16"}
@@ -239,6 +243,66 @@ def bench_methods(args):
             *table(["method", "precision", "MAE, images/s", "its images/s", "MAE's cost x", "expected", "off by"], measured)]
 
 
+# ---- CIM
+
+
+def bench_cim(args):
+    pixels = torch.rand(args.batch, 3, 224, 224, device=DEVICE)
+    batch = {"image": (255 * pixels).byte(), "flip": torch.zeros(args.batch).bool(), "draw": torch.rand(args.batch, 196),
+             "index": torch.arange(args.batch)}
+    to_pixels = common.Normalise((0.0,) * 3, (1.0,) * 3, DEVICE)
+    tokenizer = DVAE((14, 14)).to(DEVICE).requires_grad_(False)
+    settings = {"n_masked": torch.tensor(110, device=DEVICE), "tokenizer": tokenizer}
+    kinds = {"BEiT-B": {"objective": "none", "generator_depth": 12}, "CIM-ResPix": {}, "CIM-RevDet": {"objective": "revdet"}}
+    mask, positions = batch["draw"].to(DEVICE) < 0.5, batch["draw"].to(DEVICE).argsort(1)[:, :120]
+    logits, ids = torch.randn(args.batch, 120, 8192, device=DEVICE), torch.randint(8192, (args.batch, 196), device=DEVICE)
+
+    def run(function, learns, amp):
+        with torch.autocast(DEVICE.type, torch.bfloat16) if amp == "bf16" else nullcontext():
+            output = function()
+        if learns:
+            output.backward()
+
+    rows, parts_rows = [], []
+    for precision, amp in PRECISIONS.items():
+        steps, models = {}, {}
+        for kind, values in kinds.items():
+            cfg = cim.Config(amp=amp, batch_size=args.batch, tokenizer="random", **values)
+            model = cim.CorruptedImageModel(cfg, 8192, *common.normalisation(cfg)).to(DEVICE)
+            optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
+            common.set_lr(optimizer, 1e-4)
+            rest = (settings, optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), 0, cfg,
+                    common.make_plan(10 * args.batch, cfg, 1), common.Run(cfg, "cim"))
+            steps[kind] = lambda model=model, rest=rest: cim.train_step(model, iter([batch]), to_pixels, *rest)
+            models[kind] = model
+        seconds = turns(steps, args.rounds)
+        for kind in list(kinds)[1:]:
+            rows.append([kind, precision, *(f"{args.batch / seconds[name]:.2f}" for name in ("BEiT-B", kind)),
+                         f"{seconds[kind] / seconds['BEiT-B']:.2f}"])
+        beit, model = models["BEiT-B"], models["CIM-ResPix"]
+        parts = {  # name: what runs, and whether backward runs too
+            "tokenizer's encoder": (lambda: tokenizer.ids(pixels), False),
+            "generator, 4 blocks": (lambda model=model: model.generator(pixels, mask, positions).sum(), True),
+            "sampling": (lambda: cim.sample(logits, "softmax"), False),
+            "tokenizer's decoder": (lambda: tokenizer.pixels(ids), False),
+            "enhancer, 12 blocks": (lambda model=model: model.enhancer(pixels).sum(), True),
+            "(BEiT's 12 blocks)": (lambda beit=beit: beit.generator(pixels, mask, positions).sum(), True),
+        }
+        seconds = turns({name: lambda part=part, amp=amp: run(*part, amp) for name, part in parts.items()}, args.rounds)
+        flops = {}
+        for name, part in parts.items():
+            with FlopCounterMode(display=False) as counter:
+                run(*part, amp)
+            flops[name] = counter.get_total_flops() / args.batch
+        parts_rows += [[precision, name, f"{1000 * value / args.batch:.0f}", f"{flops[name] / 1e9:.1f}"]
+                       for name, value in seconds.items()]
+    beit = sum(flops[name] for name in ("tokenizer's encoder", "(BEiT's 12 blocks)"))
+    expected = sum(value for name, value in flops.items() if not name.startswith("(")) / beit
+    return [f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns. CIM's cost by FLOPs: {expected:.2f} x "
+            "BEiT's.", "", *table(["method", "precision", "BEiT-B, images/s", "its images/s", "BEiT's cost x"], rows),
+            *table(["precision", "part (with backward where it learns)", "ms per image", "GFLOP per image"], parts_rows)]
+
+
 # ---- loader
 
 
@@ -365,7 +429,7 @@ def bench_start(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="step,methods,loader,wait,start", help="which, separated by commas (default all)")
+    parser.add_argument("--parts", default="step,methods,cim,loader,wait,start", help="which, by commas (default all)")
     parser.add_argument("--data", help="folder of photographs, for loader and wait")
     parser.add_argument("--images", type=int, default=200, help="how many of them the loader part reads")
     parser.add_argument("--batch", type=int, default=16, help="of the step part")

@@ -618,10 +618,9 @@ def test_vit_head_puts_every_patch_in_its_place():
 
 
 def test_beit_initial_values():
-    model, _ = build(model="small", share=False)
-    narrow = build(model="tiny")[0].enhancer.blocks[1].attn.qkv.weight.abs().max().item()
-    assert 0.039 < narrow <= 0.04 and torch.equal(build(pos_init="sincos")[0].enhancer.pos_embed.data,
-                                                  common.sincos_pos_embed(128, (8, 8)))
+    model, _ = build(model="tiny", share=False)
+    mae = build(initial="mae")[0].enhancer
+    assert mae.pos_embed.requires_grad and torch.equal(mae.pos_embed.data, common.sincos_pos_embed(128, (8, 8)))
     for vit in (model.generator, model.enhancer):
         for number, block in enumerate(vit.blocks, start=1):
             for linear in (block.attn.proj, block.mlp.fc2):
@@ -739,7 +738,6 @@ def test_generator_first_then_frozen(tmp_path, small_npz, tokenizer_file):
         output = run_script([*command, f"{target}/last.pth", "--out", f"with_{target}"], tmp_path, expect=code)
         assert ("predicts normalised pixels" in output) == bool(code)
     assert (tmp_path / "with_raw/encoder.pth").exists()
-    assert (tmp_path / "with_mae/encoder.pth").exists()
 
 
 def test_another_tokenizer_is_refused_on_resume(tmp_path, small_npz, tokenizer_file):
