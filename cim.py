@@ -171,10 +171,12 @@ class Config(RunConfig):
 
 
 TOKENIZER = {"epochs": 30.0, "batch_size": 256, "lr": 1e-3, "weight_decay": 1e-4, "betas": (0.9, 0.999)}
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "resnet_width": 16, "vocab_size": 128,
-        "tokenizer_width": 16, "epochs": 1.5, "batch_size": 32, "lr": 1.5e-3, "warmup_epochs": 0.2, "log_every": 25}
+# Grey, as visual tokens of few updates are poor in colour; raw pixels, as drawn shapes are flat: normalised, they leave noise.
+DEMO = {"data": "shapes", "img_size": (32, 32), "in_chans": 1, "model": "nano", "patch_size": 4, "resnet_width": 16,
+        "generator_depth": 2, "initial": "mae", "num_masked": (46, 50), "pixel_norm": "none", "vocab_size": 128,
+        "tokenizer_width": 16, "kl_weight": 2.0, "epochs": 2.0, "batch_size": 32, "lr": 2e-3, "warmup_epochs": 0.2, "log_every": 25}
 DEMO_RESNET = {"img_size": (64, 64), "patch_size": 8}
-DEMO_TOKENIZER = {"epochs": 0.8, "batch_size": 32, "lr": 3e-3, "warmup_epochs": 0.05}
+DEMO_TOKENIZER = {"epochs": 0.55, "batch_size": 16, "lr": 4e-3, "warmup_epochs": 0.05}
 
 
 def presets(flags):
@@ -457,7 +459,7 @@ def draw_pictures(path, model, batch, to_pixels, tokenizer):
 
 def train_demo_tokenizer(cfg, run):
     """--demo without --tokenizer: train one into OUT/tokenizer, unless it has served this run already; None if stopped."""
-    out, values = f"{run.out}/tokenizer", TOKENIZER | DEMO_TOKENIZER | {"batch_size": 32 // run.world_size * run.world_size}
+    out, values = f"{run.out}/tokenizer", TOKENIZER | DEMO_TOKENIZER | {"batch_size": 16 // run.world_size * run.world_size}
     cfg.tokenizer = f"{out}/tokenizer.pth"
     if not (run.out / "last.pth").exists():
         stage = dataclasses.replace(cfg, train_tokenizer=True, resume=True, out=out, micro_batch=None, **values)
