@@ -172,16 +172,17 @@ class Config(RunConfig):
 
 TOKENIZER = {"epochs": 30.0, "batch_size": 256, "lr": 1e-3, "weight_decay": 1e-4, "betas": (0.9, 0.999)}
 # Grey, as visual tokens of few updates are poor in colour; raw pixels, as drawn shapes are flat: normalised, they leave noise.
-DEMO = {"data": "shapes", "img_size": (32, 32), "in_chans": 1, "model": "nano", "patch_size": 4, "resnet_width": 16,
-        "generator_depth": 2, "initial": "mae", "num_masked": (46, 50), "pixel_norm": "none", "vocab_size": 128,
-        "tokenizer_width": 16, "kl_weight": 2.0, "epochs": 2.0, "batch_size": 32, "lr": 2e-3, "warmup_epochs": 0.2, "log_every": 25}
+DEMO = {"data": "shapes", "img_size": (32, 32), "in_chans": 1, "model": "nano", "patch_size": 4, "resnet_width": 16, "lr": 2e-3,
+        "generator_depth": 2, "initial": "mae", "num_masked": (46, 50), "pixel_norm": "none", "log_every": 25,
+        "vocab_size": 128, "tokenizer_width": 16, "kl_weight": 2.0, "epochs": 2.0, "batch_size": 32, "warmup_epochs": 0.2}
+DEMO_MAE = {"generator_depth": 4, "num_masked": (32, 32)}
 DEMO_RESNET = {"img_size": (64, 64), "patch_size": 8}
 DEMO_TOKENIZER = {"epochs": 0.55, "batch_size": 16, "lr": 4e-3, "warmup_epochs": 0.05}
 
 
 def presets(flags):
-    demo = DEMO | (DEMO_RESNET if flags.enhancer == "resnet50" else {}) if flags.demo else {}
-    return demo | (TOKENIZER | (DEMO_TOKENIZER if flags.demo else {}) if flags.train_tokenizer else {})
+    demo = DEMO | (DEMO_RESNET if flags.enhancer == "resnet50" else {}) | (DEMO_MAE if flags.generator == "mae" else {})
+    return (demo if flags.demo else {}) | (TOKENIZER | (DEMO_TOKENIZER if flags.demo else {}) if flags.train_tokenizer else {})
 
 
 # ---- masking, sampling, targets, losses ------------------------------------------------------------------------------
@@ -513,8 +514,7 @@ def train(cfg, run):
 
     masks = {"random": (torch.rand, math.prod(cfg.grid)), "block": (block_order, cfg.grid, cfg.num_masked[1])}
     noise = functools.partial(*masks[cfg.mask])
-    crop = RandomResizedCrop(cfg.img_size, scale=(0.08, 1.0))
-    views = Views(source, crop, cfg.seed, run.bad_files.allow(len(source)), noise)
+    views = Views(source, RandomResizedCrop(cfg.img_size, scale=(0.08, 1.0)), cfg.seed, run.bad_files.allow(len(source)), noise)
     batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))
     to_pixels = Normalise((0.0,) * cfg.in_chans, (1.0,) * cfg.in_chans, run.device)  # the model normalises
     fixed = picture_batch(source, cfg, noise)
@@ -542,8 +542,8 @@ def train(cfg, run):
             return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
     run.print(f"done: {run.out}/last.pth, pictures/" + (f", {name}" if exported else ""))
     if name == "encoder.pth" and exported:
-        demo = "--demo --mode linear" if cfg.demo else f"--data {cfg.data}"
-        run.print(f"next:\n  python finetune.py {demo} --weights {run.out}/encoder.pth")
+        run.print(f"next:\n  python finetune.py {'--demo --mode linear' if cfg.demo else f'--data {cfg.data}'} "
+                  f"--weights {run.out}/encoder.pth")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from convert_dalle import DVAE
 TWENTY = ["--demo", "--amp", "off", "--workers", 0, "--log_every", 3, "--epochs", 1.92, "--batch_size", 24, "--save_minutes", 0]
 FOLDER = tempfile.TemporaryDirectory()  # with a tokenizer for cim.py
 torch.save({"model": DVAE((8, 8), 32, 8).state_dict()}, f"{FOLDER.name}/tokenizer.pth")
-CIM = ["cim.py", *TWENTY, "--tokenizer", f"{FOLDER.name}/tokenizer.pth"]
+CIM = ["cim.py", *TWENTY, "--in_chans", 3, "--tokenizer", f"{FOLDER.name}/tokenizer.pth"]
 RESNET = ["--enhancer", "resnet50", "--resnet_width", 8, "--objective", "revdet"]
 SCRIPTS = {
     "mae_mff.py": ["mae_mff.py", *TWENTY],

@@ -666,7 +666,7 @@ def tokenizer_file(tmp_path_factory):
     return path
 
 
-QUICK = ["cim.py", "--demo", "--amp", "off", "--workers", 0, "--batch_size", 50, "--epochs", 0.4]
+QUICK = ["cim.py", "--demo", "--in_chans", 3, "--amp", "off", "--workers", 0, "--batch_size", 50, "--epochs", 0.4]
 
 
 def test_demo_trains_its_tokenizer_then_vit(tmp_path, small_npz):
