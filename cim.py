@@ -462,7 +462,7 @@ def train_demo_tokenizer(cfg, run):
     """--demo without --tokenizer: train one into OUT/tokenizer, unless it has served this run already; None if stopped."""
     out, values = f"{run.out}/tokenizer", TOKENIZER | DEMO_TOKENIZER | {"batch_size": 16 // run.world_size * run.world_size}
     cfg.tokenizer = f"{out}/tokenizer.pth"
-    if not (run.out / "last.pth").exists():
+    if not any(run.out.glob("*.pth")):
         stage = dataclasses.replace(cfg, train_tokenizer=True, resume=True, out=out, micro_batch=None, **values)
         stage_run = Run(stage, "cim")
         train(stage, stage_run)
