@@ -133,7 +133,7 @@ def test_a_demo_stopped_in_its_tokenizers_training_goes_on_there(small_npz, tmp_
     run_script([*command, "whole"], tmp_path, processes)
     attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", "os.kill(os.getpid(), signal.SIGTERM)",
                        "self.cfg.train_tokenizer and args[0] == 2")
-    assert "stopped after step 3 of 6" in run_script(attack, tmp_path, processes)
+    assert "stopped after step 3 of 8" in run_script(attack, tmp_path, processes)
     assert not (tmp_path / "run/last.pth").exists()
     run_script([*command, "run", "--resume"], tmp_path, processes)
     a, b = (torch.load(tmp_path / name / "tokenizer/tokenizer.pth", weights_only=True)["model"] for name in ("whole", "run"))
