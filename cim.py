@@ -479,7 +479,7 @@ def load_generator(generator, cfg, tokenizer):
         raise Refused(f"{cfg.generator_init} was trained with another tokenizer than {cfg.tokenizer}")
     if content.get("config", {}).get("target", "raw") != "raw":
         raise Refused(f"{cfg.generator_init} predicts normalised pixels: train it with --target raw")
-    load_weights(generator, cfg.generator_init, ignore=("enhancer.",), part=("generator.",))
+    load_weights(generator, cfg.generator_init, ignore=("enhancer.",), part=("generator.",), content=content)
 
 
 def train(cfg, run):

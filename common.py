@@ -351,15 +351,15 @@ BESIDE_TRUNK = ("decoder", "mask_token", "fuse_", "pixel_decoder", "feature_deco
                 "fc_norm.", "fc.")
 
 
-def load_weights(model, path, allow_missing=(), ignore=(), part=()):
+def load_weights(model, path, allow_missing=(), ignore=(), part=(), content=None):
     """Copy weights into `model` by name (ours, official MAE, timm, torchvision).
 
     If names in the file start with a prefix in `part`, only these count, without it. Names that start with a prefix in
     `ignore` are left out; position tables are resized to the model's grid.
     Refused if a name has no place in the model, if the model lacks one that starts with no prefix in `allow_missing`, or if
-    shapes differ. Prints what was done.
+    shapes differ. Prints what was done. content: what read_file(path) gave, if it has been read already.
     """
-    content = read_file(path)
+    content = content or read_file(path)
     meta, weights = content.get("meta", {}), content.get("model", content)
     weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
     parts = {name.removeprefix(prefix): weights[name] for prefix in part for name in weights if name.startswith(prefix)}

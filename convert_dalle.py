@@ -145,8 +145,8 @@ def sha256(path):
 def load_tokenizer(path, grid, in_chans, device="cpu"):
     """Frozen DVAE from a file of this script or of `cim.py --train_tokenizer`; its sizes are read off its weights. Its `digest`
     is the file's SHA-256."""
-    weights = read_file(path)
-    weights = weights.get("model", weights)
+    content = read_file(path)
+    weights = content.get("model", content)
     if not {"encoder.blocks.input.w", "encoder.blocks.output.conv.w", "decoder.blocks.input.w"} <= weights.keys():
         raise Refused(f"{path} is no tokenizer with encoder and decoder: give a file written by convert_dalle.py or by "
                       "cim.py --train_tokenizer")
@@ -154,7 +154,7 @@ def load_tokenizer(path, grid, in_chans, device="cpu"):
     if channels != in_chans:
         raise Refused(f"{path} is a tokenizer for images of {channels} channels, --in_chans is {in_chans}")
     tokenizer = DVAE(grid, len(weights["encoder.blocks.output.conv.w"]), width, in_chans)
-    load_weights(tokenizer, path)
+    load_weights(tokenizer, path, content=content)
     tokenizer.digest = sha256(path)
     return tokenizer.to(device).eval().requires_grad_(False)
 

@@ -37,7 +37,7 @@ def small_tokenizer(cfg, vocab_size=16):
 def build(n=3, **values):
     """Model, and what it is called with: pixels, noise, k, tokenizer."""
     cfg = Config(**(NANO | values))
-    model = CorruptedImageModel(cfg, 16, MEAN[: cfg.in_chans] or (0.5,) * cfg.in_chans, (0.5,) * cfg.in_chans)
+    model = CorruptedImageModel(cfg, 16, *[(0.5,) * cfg.in_chans] * 2)
     pixels, noise = torch.rand(n, cfg.in_chans, *cfg.img_size), torch.rand(n, math.prod(cfg.grid))
     return model, (pixels, noise, torch.tensor(cfg.num_masked[0]), small_tokenizer(cfg))
 
