@@ -1150,7 +1150,8 @@ class RunConfig:
 
 # What may differ when a run is resumed, because it does not change what is computed.
 FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes",
-                  "log_every", "demo", "micro_batch", "init", "generator_init", "tokenizer", "weights", "pictures"}
+                  "log_every", "demo", "micro_batch", "init", "generator_init", "discriminator_init", "tokenizer", "weights",
+                  "pictures"}
 # What may differ after non-finite updates as well, to get past them.
 FREE_AFTER_NAN = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 

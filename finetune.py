@@ -373,7 +373,8 @@ def train(cfg, run):
     model = (ResNetClassifier if resnet else Classifier)(cfg, len(source.classes))
     if cfg.weights != "none":
         unused = (*BESIDE_TRUNK, "norm.") if cfg.mode == "finetune" and cfg.pool == "avg" else BESIDE_TRUNK
-        load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=unused, part=("enhancer.",))
+        load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=unused,
+                     part=("enhancer.", "discriminator."))
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     model.to(run.device)
 
