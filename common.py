@@ -348,7 +348,7 @@ def read_file(path):
 
 # First names of what our scripts, and others' classifiers, keep beside the network that is taken elsewhere.
 BESIDE_TRUNK = ("decoder", "mask_token", "fuse_", "pixel_decoder", "feature_decoder", "teacher", "beta", "generator.", "head.",
-                "fc_norm.", "fc.")
+                "heads.", "fc_norm.", "fc.")
 
 
 def load_weights(model, path, allow_missing=(), ignore=(), part=(), content=None):
@@ -1149,9 +1149,9 @@ class RunConfig:
 
 
 # What may differ when a run is resumed, because it does not change what is computed.
+STARTS = ("init", "generator_init", "discriminator_init", "weights")  # what a new run begins with
 FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes",
-                  "log_every", "demo", "micro_batch", "init", "generator_init", "discriminator_init", "tokenizer", "weights",
-                  "pictures"}
+                  "log_every", "demo", "micro_batch", "tokenizer", "pictures", *STARTS}
 # What may differ after non-finite updates as well, to get past them.
 FREE_AFTER_NAN = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 
@@ -1179,6 +1179,11 @@ def _converter(annotation):
 
     convert.__name__ = f"{element.__name__},..."  # argparse quotes it
     return convert, None
+
+
+def start_flags(names):
+    """The flags among `names` that take a file to start from, for messages."""
+    return " or ".join(f"--{name} FILE" for name in STARTS if name in names)
 
 
 def parse_config(config_type, presets=lambda flags: {}, argv=None):
@@ -1210,7 +1215,8 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), types, 1)
         if not unknown[0].startswith("-") and flags.resume:
-            parser.error(f"--resume takes no file ({unknown[0]}): it continues the run in --out; for weights use --init FILE")
+            parser.error(f"--resume takes no file ({unknown[0]}): it continues the run in --out; for weights use "
+                         + start_flags(types))
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them"))
     try:
         parser.set_defaults(**presets(flags))
@@ -1517,7 +1523,7 @@ class Run:
             changed -= FREE_AFTER_NAN
         listing = "; ".join(f"{key} {before.get(key)}, not {now[key]}" for key in sorted(changed))
         return content, listing and (f"the run in {path} has {listing}: repeat its flags, or start from its weights with "
-                                     "--init FILE and another --out")
+                                     f"{start_flags(now)} and another --out")
 
     def export(self, name, weights, meta):
         """Write weights for use elsewhere: {"model": timm's names, "meta": plain values}."""

@@ -1,47 +1,51 @@
-"""Vision ELECTRA: adversarial masked image modelling with hierarchical discrimination. A labelled reconstruction.
+"""Vision ELECTRA: adversarial masked image modelling with hierarchical discrimination, reconstructed from what is public.
 
 VE       Vision ELECTRA: Adversarial Masked Image Modeling with Hierarchical Discriminator, submitted to ICLR 2024
-         (openreview.net/forum?id=yKC6Jd0CsP). Its main text is not at hand: this follows the supplement, the abstract and what
-         the reviews quote. It builds on MAE (arXiv 2111.06377) and ELECTRA (arXiv 2003.10555).
+         (openreview.net/forum?id=yKC6Jd0CsP). Its main text is not at hand: this follows the supplement (numbers of sections,
+         tables and figures here are the supplement's), the abstract, and what reviews quote. What they leave open is marked
+         "ours". It builds on MAE (arXiv 2111.06377), SimMIM (arXiv 2111.09886) and ELECTRA (arXiv 2003.10555).
 
 Idea. A generator, MAE, fills in the hidden patches of an image. A discriminator, our aim, sees the original and the filled-in
 image, and says of each image and of each patch whether it is original. Both learn at once: the discriminator to tell, the
 generator to reconstruct and, a little, not to be told. Noise in its latent tokens keeps the generator's patches diverse.
 
 Data flow, in the order of the code (what it is, where it is from; its name here and its shape on the right)
-    h   = encoder(visible patches)                MAE ViT-B (0.1)               latent         (B, 1 + len_keep, D)
-    h'  = h + s e, e ~ N(0, 1), patch tokens      abstract; place, s: ours      add_noise
-    p   = decoder(h')                             MAE, raw pixels: ours         pred           (B, L, p*p*C)
-    x^  = hidden patches of p, visible ones of x  ours                          composite      (B, C, H, W)
-    s, s_j = one number per image, per patch      abstract; heads: ours         verdicts       (B,), (B, L); > 0: original
-    L_rec  = mean over hidden patches of (p - x)^2                      MAE     masked_mse
-    L_adv  = bce(s(x^), 1) + mean over hidden j of bce(s_j(x^), 1)      ours    adversarial_loss
-    L_D    = 1/2 [bce(s(x), 1) + bce(s(x^), 0)]                         ours    discriminator_loss, image level
-           + 1/2 [mean_j bce(s_j(x), 1) + mean_j bce(s_j(x^), 1 - m_j)] ours    patch level; m_j = 1 where hidden
-    loss   = L_rec + 0.2 L_adv + L_D              joint: a review on eq. (5);   one backward pass, one optimizer
-                                                  weight 0.2: table 1
-L_adv goes through the discriminator with its parameters detached, and L_D sees x^ detached: each network has its own aim.
+    h    = encoder(visible patches)               MAE ViT-B (0.1)               latent         (B, 1 + len_keep, D)
+    h'   = h + sigma e, e ~ N(0, 1), per patch    abstract; place, sigma: ours  add_noise
+    q    = decoder(h')                            MAE, raw pixels: ours         pred           (B, L, p*p*C)
+    x^   = hidden patches of q, visible ones of x ours                          composite      (B, C, H, W)
+    s, s_j = one logit per image, one per patch   abstract; heads: ours         verdicts       (B,), (B, L); > 0: original
+    L_rec  = mean over hidden patches of (q - x)^2                       MAE    masked_mse
+    L_adv  = bce(s(x^), 1) + mean over hidden j of bce(s_j(x^), 1)       ours   adversarial_loss
+    L_D    = 1/2 [bce(s(x), 1) + bce(s(x^), 0)]                          ours   discriminator_loss, image level
+           + 1/2 [mean_j bce(s_j(x), 1) + mean_j bce(s_j(x^), 1 - m_j)]  ours   patch level; m_j = 1 where hidden
+    loss   = L_rec + 0.2 L_adv + L_D              weight 0.2: table 1; joint, as a review reports of the paper's eq. (5)
+bce(s, y) is the binary cross-entropy of sigmoid(s) and y. L_adv goes through the discriminator with its parameters detached,
+and L_D sees x^ detached: each network has its own aim, in one backward pass.
 encoder.pth is the discriminator, a plain ViT; last.pth has the generator too.
 
-What the supplement and the reviews try: --mask_ratio 0.6 ... 0.95 and --gan_weight 0 or 0.5 (table 1, fig. 4), --noise 0,
---levels image|patch, and two starts (0.2): from scratch, which collapses often, and continual, both networks from pre-trained
-weights: --generator_init, --discriminator_init. The paper's discriminator starts from SimMIM's ViT-B, whose relative positions
-and layer scale no ViT here has; any plain ViT does. An MAE's weights are the natural start of the generator if it predicted raw
-pixels (mae_mff.py --fuse_layers 11 --target raw); the published ones did not: with these, --generator_warmup_epochs.
+What the supplement and the reviews try: --mask_ratio 0.6 ... 0.95 and --gan_weight 0.5 (table 1), --noise 0, --levels
+image|patch, and two starts (0.2): from scratch, which often collapses, and continual, with a pre-trained discriminator:
+--discriminator_init, --generator_init. The paper's discriminator starts from SimMIM's ViT-B, whose relative positions and layer
+scale no ViT here has; any plain ViT does. Where its generator starts is unknown; an MAE that predicts raw pixels is a natural
+one: mae_mff.py --fuse_layers 11 --target raw, or MAE's mae_visualize_vit_base.pth. Its mae_pretrain_vit_base_full.pth learnt
+normalised pixels: with that, or with an encoder alone, add --generator_warmup_epochs.
 
-Not in the supplement, our choice
-    noise     of deviation s = 0.1 on the encoder's normalised patch tokens, not on the class token; only while pre-training
+Ours
+    noise     sigma = 0.1 (1 would be the literal reading) on the encoder's normalised patch tokens; while pre-training only
+    masks     uniform random; 16-px patches; fixed sine-cosine positions
     composite in normalised pixels, neither clipped nor rounded; --no-paste: the whole prediction, every patch of it generated
     heads     one linear layer on the class token, one on all patch tokens, after the final LayerNorm; levels weigh 1 : 1
     L_adv     non-saturating, both levels; --adversarial none: the generator learns from L_rec alone, as in ELECTRA and CIM
     warm-up   --generator_warmup_epochs: L_adv counts from then on only; L_D does from the start
-    training  lr = base_lr x batch / 512 (SimMIM's rule: the recipe is SimMIM's); no clipping; fixed sine-cosine positions
-Not built: SimMIM as generator, Swin as discriminator. The paper's 83.43 % (ViT-B) is not above SimMIM's own 83.8 %.
+    training  lr = base_lr x batch / 512 (the recipe looks like SimMIM's); one AdamW for both networks; no clipping
+Not built: SimMIM as generator, Swin as discriminator. The paper's 83.43 % (ViT-B) is not above the 83.8 % that SimMIM's authors
+report for their own ViT-B.
 
     python vision_electra.py --demo                                                    three minutes on a CPU
-    torchrun --nproc_per_node 4 mae_mff.py --fuse_layers 11 --target raw               a start for both networks, then
+    torchrun --nproc_per_node 4 mae_mff.py --fuse_layers 11 --target raw               a start for both networks (ours), then
     torchrun --nproc_per_node 4 vision_electra.py --generator_init runs/mae_mff/last.pth \\
-        --discriminator_init runs/mae_mff/encoder.pth                                  the paper's 50 epochs
+        --discriminator_init runs/mae_mff/encoder.pth                                  50 epochs
 """
 
 import dataclasses
@@ -57,6 +61,7 @@ from torch.func import functional_call
 
 from common import (
     BESIDE_TRUNK,
+    VIT_SIZES,
     Block,
     KeyedBatches,
     Normalise,
@@ -85,6 +90,7 @@ from common import (
     picture_batch,
     read_file,
     save_pictures,
+    say,
     set_lr,
     sincos_pos_embed,
     take_tokens,
@@ -109,15 +115,15 @@ class Config(RunConfig):
     model: VitSize = opt("base", "discriminator and generator's encoder: width, depth and heads of that ViT")
     patch_size: int | None = opt(None, "pixels; default 16, 14 for huge")
     # method
-    mask_ratio: float = opt(0.75, "share of hidden patches (table 1)")
+    mask_ratio: float = opt(0.75, "share of hidden patches (supplement, table 1)")
     noise: float = opt(0.1, "deviation of the noise on the generator's latent patch tokens")
     paste: bool = opt(True, "composite: visible patches are the original's; --no-paste: the whole prediction")
     levels: Literal["both", "image", "patch"] = opt("both", "what the discriminator judges")
     adversarial: Literal["nonsaturating", "none"] = opt("nonsaturating", "the generator's loss through the discriminator")
-    gan_weight: float = opt(0.2, "weight of that loss (table 1)")
+    gan_weight: float = opt(0.2, "weight of that loss (supplement, table 1)")
     generator_warmup_epochs: float = opt(0.0, "passes before that loss counts")
-    generator_init: str | None = opt(None, "generator from last.pth of a raw-pixel MAE, or of this script")
-    discriminator_init: str | None = opt(None, "discriminator from these weights (ours, official MAE, timm); a fresh schedule")
+    generator_init: str | None = opt(None, "generator from an MAE of raw pixels, ours (last.pth) or official; a fresh schedule")
+    discriminator_init: str | None = opt(None, "discriminator from these weights (ours, official MAE, timm); likewise")
     # optimisation: supplement, 0.1
     epochs: float = opt(50.0, "passes over the data")
     batch_size: int = opt(320, "images per update, over all processes")
@@ -127,7 +133,7 @@ class Config(RunConfig):
     warmup_epochs: float | None = opt(None, "linear warm-up; default a fifth of the epochs, at most the paper's 10")
     weight_decay: float = opt(0.05, "AdamW")
     betas: tuple[float, float] = opt((0.9, 0.999), "AdamW")
-    clip_grad: float = opt(0.0, "largest gradient norm; 0 = no clipping")
+    clip_grad: float = opt(0.0, "largest gradient norm, of both networks together; 0 = no clipping")
     # run
     pictures: int = opt(8, "images drawn at each epoch's end; 0 = none")
 
@@ -140,12 +146,15 @@ class Config(RunConfig):
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
         if min(self.noise, self.gan_weight, self.generator_warmup_epochs) < 0:
             raise ValueError("--noise, --gan_weight and --generator_warmup_epochs must not be negative")
+        if self.generator_warmup_epochs >= self.epochs:
+            raise ValueError(f"--generator_warmup_epochs {self.generator_warmup_epochs} is not less than --epochs "
+                             f"{self.epochs}; a run without that loss: --adversarial none")
 
 
 # Raw pixels suit drawn shapes; the MAE that both networks of the demo start from has the longer half of its time.
 DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "epochs": 1.0, "batch_size": 64,
         "base_lr": 2e-3, "warmup_epochs": 0.1, "log_every": 25}
-WARMSTART = {"fuse_layers": (3,), "target": "raw", "epochs": 2.5, "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5}
+WARMSTART = {"target": "raw", "epochs": 2.5, "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5}
 
 
 def presets(flags):
@@ -185,9 +194,9 @@ def discriminator_loss(real, fake, generated):
     """L_D by level: {"image": scalar, "patch": scalar}, each 1/2 (mean over originals + mean over composites).
 
     real, fake: verdicts on originals and on composites, {"image": (B,), "patch": (B, L)}; generated: (B, L), 1 = generated
-    patch. Binary cross-entropy in logits: bce(s, 1) = softplus(-s), bce(s, 0) = softplus(s).
+    patch; the others, a composite's visible patches, count as original. bce(s, 1) = softplus(-s), bce(s, 0) = softplus(s).
     """
-    sign = {"image": 1.0, "patch": 2 * generated - 1}  # a composite is no original; its visible patches are
+    sign = {"image": 1.0, "patch": 2 * generated - 1}
     return {level: 0.5 * (F.softplus(-real[level]).mean() + F.softplus(fake[level] * sign[level]).mean()) for level in real}
 
 
@@ -196,19 +205,17 @@ def adversarial_loss(fake, generated):
 
     fake: verdicts on composites, {"image": (B,), "patch": (B, L)}; generated: (B, L), 1 = generated: only these patches count.
     """
-    means = {"image": lambda loss: loss.mean(), "patch": lambda loss: (loss * generated).sum() / generated.sum()}
-    return sum(means[level](F.softplus(-verdict)) for level, verdict in fake.items())
+    made = {"image": torch.ones_like(generated[:, 0]), "patch": generated}
+    return sum((F.softplus(-s) * made[level]).sum() / made[level].sum() for level, s in fake.items())
 
 
 def accuracies(real, fake, generated):
-    """Share of right verdicts on what is original and on what is not, {name: scalar}; a composite's visible patches are."""
-    result = {}
-    for level, verdict in fake.items():
-        made = generated if level == "patch" else torch.ones_like(verdict)
-        taken_for_real = (verdict > 0).float()
-        hits = (real[level] > 0).sum() + (taken_for_real * (1 - made)).sum()
-        result[f"{level}_accuracy_real"] = hits / (real[level].numel() + (1 - made).sum())
-        result[f"{level}_accuracy_fake"] = ((1 - taken_for_real) * made).sum() / made.sum()
+    """{name: scalar}: share of right verdicts on what is original (a composite's visible patches too) and on what is not."""
+    made, result = {"image": torch.ones_like(generated[:, 0]), "patch": generated}, {}
+    for level, s in fake.items():
+        hits = (real[level] > 0).sum() + ((s > 0) * (1 - made[level])).sum()
+        result[f"{level}_accuracy_real"] = hits / (real[level].numel() + (1 - made[level]).sum())
+        result[f"{level}_accuracy_fake"] = ((s <= 0) * made[level]).sum() / made[level].sum()
     return result
 
 
@@ -251,14 +258,14 @@ class Generator(ViT):
 class Discriminator(ViT):
     def __init__(self, cfg):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
-        self.head = nn.ModuleDict({level: nn.Linear(self.embed_dim, 1) for level in LEVELS[cfg.levels]})
+        self.heads = nn.ModuleDict({level: nn.Linear(self.embed_dim, 1) for level in LEVELS[cfg.levels]})
         self.init_weights()
 
     def forward(self, images):
         """(B, C, H, W) -> verdicts {"image": (B,), "patch": (B, L)} float32, logits: > 0 is original"""
         x = super().forward(images)
         tokens = {"image": x[:, 0], "patch": x[:, 1:]}
-        return {level: head(tokens[level]).squeeze(-1).float() for level, head in self.head.items()}
+        return {level: head(tokens[level]).squeeze(-1).float() for level, head in self.heads.items()}
 
 
 class VisionElectra(nn.Module):
@@ -267,16 +274,17 @@ class VisionElectra(nn.Module):
         self.cfg, self.generator, self.discriminator = cfg, Generator(cfg), Discriminator(cfg)
 
     def generate(self, images, draw):
-        """images (B, C, H, W), draw (B, L) -> pred (B, L, p*p*C) float32; mask (B, L), 1 = hidden; diversity."""
-        G, scale = self.generator, self.cfg.noise
+        """images (B, C, H, W), draw (B, L) -> pred (B, L, p*p*C) float32; mask (B, L), 1 = hidden; what `decode` was given."""
         ids_keep, ids_restore, mask = random_masking(draw, self.cfg.mask_ratio)
-        latent = G.encode(images, ids_keep)
-        pred = G.decode(add_noise(latent, scale), ids_restore).float()
-        with torch.no_grad():  # root mean square between two draws of noise on hidden patches, for an eighth of the images
-            few = slice(len(pred) // 8 or 1)
-            other = G.decode(add_noise(latent[few], scale), ids_restore[few]).float() if scale else pred[few]
-            diversity = masked_mse(other, pred[few], mask[few]).sqrt()
-        return pred, mask, diversity
+        latent = self.generator.encode(images, ids_keep)
+        return self.generator.decode(add_noise(latent, self.cfg.noise), ids_restore).float(), mask, latent, ids_restore
+
+    @torch.no_grad()
+    def diversity(self, pred, mask, latent, ids_restore):
+        """Root mean square between pred and what other noise makes, over hidden patches of the first eighth of the images."""
+        few = slice(len(pred) // 8 or 1)
+        other = self.generator.decode(add_noise(latent[few], self.cfg.noise), ids_restore[few]) if self.cfg.noise else pred[few]
+        return masked_mse(other.float(), pred[few], mask[few]).sqrt()
 
     def compose(self, images, pred, mask):
         """x^: pred in the hidden patches, the image in the visible ones; and which patches are generated (B, L) float."""
@@ -287,7 +295,7 @@ class VisionElectra(nn.Module):
 
     def forward(self, images, draw, gan_weight):
         """Returns L_rec + gan_weight L_adv + L_D and its terms."""
-        pred, mask, diversity = self.generate(images, draw)
+        pred, mask, *source = self.generate(images, draw)
         reconstruction = masked_mse(pred, patchify(images, self.discriminator.patch_size), mask)
         composite, generated = self.compose(images, pred, mask)
         both = self.discriminator(torch.cat([images, composite.detach()]))
@@ -301,7 +309,7 @@ class VisionElectra(nn.Module):
         loss = reconstruction + gan_weight * adversarial + sum(by_level.values())
         terms = {"loss": loss, "reconstruction_loss": reconstruction, "adversarial_loss": adversarial,
                  **{f"{level}_loss": value for level, value in by_level.items()}, **accuracies(real, fake, generated),
-                 "generator_diversity": diversity}
+                 "generator_diversity": self.diversity(pred, mask, *source)}
         return loss, {name: value.detach() for name, value in terms.items()}
 
 
@@ -313,7 +321,7 @@ def gan_weight(epoch, cfg):
     return cfg.gan_weight if cfg.adversarial != "none" and epoch >= cfg.generator_warmup_epochs else 0.0
 
 
-def train_step(ddp, model, batches, to_images, weight, optimizer, scaler, step, cfg, plan, run):
+def train_step(model, batches, to_images, weight, optimizer, scaler, step, cfg, plan, run):
     """One update of both networks from plan.accum_steps micro-batches; weight: of L_adv. Returns {name: float, mean over the
     update} and the sample numbers."""
     optimizer.zero_grad(set_to_none=True)
@@ -322,34 +330,36 @@ def train_step(ddp, model, batches, to_images, weight, optimizer, scaler, step, 
         batch = next(batches)
         run.seed(step, micro_step)
         images, draw = to_images(batch), batch["draw"].to(run.device, non_blocking=True)
-        with gradient_sync(ddp, micro_step == plan.accum_steps - 1):
+        with gradient_sync(model, micro_step == plan.accum_steps - 1):
             with autocast(run.device, run.amp_dtype):
-                loss, terms = ddp(images, draw, weight)
+                loss, terms = model(images, draw, weight)
             scaler.scale(loss / plan.accum_steps).backward()
         total = {name: total.get(name, 0) + term / plan.accum_steps for name, term in terms.items()}
         samples += batch["index"].tolist()
-    norms = torch.stack([nn.utils.get_total_norm([p.grad for p in network.parameters() if p.requires_grad])
-                         for network in (model.generator, model.discriminator)])
+    networks = getattr(model, "module", model)  # DDP's content
+    norms = torch.stack([nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+                         for network in (networks.generator, networks.discriminator)])
     # Shares of the whole norm, as fp16's scale is still in the gradients: finish_update takes it out.
     shares = dict(zip(("grad_norm_generator", "grad_norm_discriminator"), norms / norms.norm(), strict=True))
     stats = finish_update(run, optimizer, scaler, total | shares, cfg.clip_grad)
     return stats | {name: stats[name] * stats["grad_norm"] for name in shares}, samples
 
 
-def watch_for_collapse(run, stats):
-    """Warn each time that the discriminator's accuracy (mean of real and fake, averaged over some hundred updates) comes to
-    chance or to 1: the first is the supplement's collapse (0.2), the second leaves nothing to learn."""
-    for level in ("image", "patch"):
-        if stats["skipped"] or f"{level}_accuracy_real" not in stats:
-            continue
+def watch_for_collapse(run, stats, cfg):
+    """Warn when the discriminator's accuracy (mean of real and fake, averaged over some hundred updates) comes to chance or to
+    1, and again if that happens after it had left. Chance is the supplement's collapse (0.2); 1 leaves nothing to learn."""
+    for level in LEVELS[cfg.levels] if not stats["skipped"] else ():
         accuracy = (stats[f"{level}_accuracy_real"] + stats[f"{level}_accuracy_fake"]) / 2
-        average, before = run.kept.get(f"watch_{level}", (0.75, ""))
+        average, state = run.kept.get(f"watch_{level}", (0.75, ""))
         average = 0.99 * average + 0.01 * accuracy
-        state = "chance" if average < 0.53 else "1" if average > 0.995 else ""
-        if state and state != before:
+        if not state and not 0.53 < average < 0.995:
+            state = "chance" if average < 0.75 else "1"
             run.print(f"warning: the discriminator's {level}-level accuracy has long been at {state} ({average:.3f}): " + (
-                "it cannot tell, and learns nothing; start it from pre-trained weights (--discriminator_init), or lower "
-                "--gan_weight" if state == "chance" else "it has nothing left to learn; see whether pictures/ are poor"))
+                "it cannot tell original from generated, and learns nothing; lower --gan_weight"
+                + ("" if cfg.discriminator_init else " or start it from pre-trained weights, --discriminator_init")
+                if state == "chance" else "it has nothing left to learn; pictures/ show what gives the generator away"))
+        elif 0.6 < average < 0.98:
+            state = ""
         run.kept[f"watch_{level}"] = (average, state)
 
 
@@ -358,13 +368,13 @@ def draw_pictures(path, model, batch, to_images, cfg):
     """PNG with original, masked input, prediction, composite, and the discriminator's verdicts on original and composite."""
     images, draw = to_images(batch), batch["draw"].to(to_images.device)
     torch.manual_seed(cfg.seed)
-    pred, mask, _ = model.generate(images, draw)
+    pred, mask, *_ = model.generate(images, draw)
     composite, _ = model.compose(images, pred, mask)
     p, grid = cfg.patch_size, model.discriminator.grid
     hidden = unpatchify(mask[..., None].expand(-1, -1, p * p), p, grid)
     columns = [to_images.undo(x) for x in (images, images, unpatchify(pred, p, grid), composite)]
     columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
-    verdicts = [{level: logit.sigmoid() for level, logit in model.discriminator(x).items()} for x in (images, composite)]
+    verdicts = [{level: s.sigmoid() for level, s in model.discriminator(x).items()} for x in (composite, images)]
     for verdict in verdicts:
         real = verdict["patch"] if "patch" in verdict else verdict["image"][:, None].expand_as(mask)
         heat = torch.stack([(2 - 2 * real).clamp(max=1), 1 - (2 * real - 1).abs(), (2 * real).clamp(max=1)], dim=-1)
@@ -372,41 +382,44 @@ def draw_pictures(path, model, batch, to_images, cfg):
     caption = f"{cfg.mask_ratio:.0%} hidden, noise {cfg.noise}; verdicts: blue original, white undecided, red generated"
     if "image" in verdicts[0]:
         seen = [verdict["image"].mean() for verdict in verdicts]
-        caption += "; of the whole image, mean probability of being original: {:.2f}, composites {:.2f}".format(*seen)
-    titles = ["original", "masked", "generated", "composite", "its verdict", "original's"]
+        caption += "; mean probability of being original, on the image level: composites {:.2f}, originals {:.2f}".format(*seen)
+    titles = ["original", "masked", "generated", "composite", "verdict on composite", "verdict on original"]
     save_pictures(path, list(zip(*columns, strict=True)), titles, caption)
 
 
 def load_initial(model, cfg):
-    """--generator_init, refused unless it predicts raw pixels from the last block's tokens, and --discriminator_init."""
+    """--generator_init, refused where it is known not to predict raw pixels from its last block, and --discriminator_init."""
     if cfg.generator_init:
         content = read_file(cfg.generator_init)
-        fused = any(name.startswith("fuse_") for name in content.get("model", content))
-        if fused or content.get("config", {}).get("target", "raw") != "raw":
-            raise Refused(f"{cfg.generator_init} is no plain MAE of raw pixels; for one: mae_mff.py --fuse_layers 11 "
-                          "--target raw (11: the last of 12 blocks)")
-        load_weights(model.generator, cfg.generator_init, allow_missing=("decoder", "mask_token"),
-                     ignore=("discriminator.", "head.", "fc_norm."), part=("generator.",), content=content)
+        weights, config, arguments = content.get("model", content), content.get("config"), content.get("args")
+        target = config.get("target", "raw") if isinstance(config, dict) else None
+        fused, normalised = any("fuse_" in name for name in weights), getattr(arguments, "norm_pix_loss", False)
+        if fused or normalised or target in ("mae", "pixmim"):
+            raise Refused(f"{cfg.generator_init} is no plain MAE of raw pixels: give its encoder alone (the decoder then "
+                          "starts anew), or train one, mae_mff.py --fuse_layers LAST_BLOCK --target raw")
+        decoder = any("decoder" in name for name in weights)
+        load_weights(model.generator, cfg.generator_init, allow_missing=() if decoder else ("decoder", "mask_token"),
+                     ignore=("head.", "fc_norm."), part=("generator.",), content=content)
+        if decoder and target is None:
+            say(f"{cfg.generator_init} must predict raw pixels, which it does not say; if not: --generator_warmup_epochs")
     if cfg.discriminator_init:
-        load_weights(model.discriminator, cfg.discriminator_init, allow_missing=("head.",), ignore=BESIDE_TRUNK,
-                     part=("discriminator.",))
+        unused = {"heads.image", "heads.patch"} - {f"heads.{level}" for level in LEVELS[cfg.levels]}
+        ignore = (*(name for name in BESIDE_TRUNK if name != "heads."), *unused)
+        load_weights(model.discriminator, cfg.discriminator_init, allow_missing=("heads.",), ignore=ignore,
+                     part=("discriminator.", "enhancer."))
 
 
-def pretrain_demo_mae(cfg, run):
-    """The start of --demo's networks: a short MAE in OUT/warmstart. Returns whether it got to its end."""
+def demo_mae(cfg, run, n):
+    """The MAE that --demo's networks start from where no file is given: how it is trained, and with what."""
     try:
         import mae_mff  # the demo alone needs a second script
-    except ImportError:
-        raise Refused("--demo begins with an MAE: put mae_mff.py beside this script, or give --generator_init FILE") from None
-    out, B = f"{run.out}/warmstart", WARMSTART["batch_size"] // run.world_size * run.world_size
+    except ModuleNotFoundError:
+        raise Refused("--demo begins with an MAE: put mae_mff.py beside this script, or give both --..._init FILE") from None
     shared = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(RunConfig)}
-    shared |= {name: getattr(cfg, name) for name in ("model", "patch_size", "pictures")}
-    stage = mae_mff.Config(**shared | WARMSTART | {"out": out, "resume": True, "batch_size": B})
-    stage_run = Run(stage, "mae_mff")
-    mae_mff.train(stage, stage_run)
-    run.go_on_after(stage_run)
-    cfg.generator_init, cfg.discriminator_init = f"{out}/last.pth", f"{out}/encoder.pth"
-    return not stage_run.stopping
+    shared |= {name: getattr(cfg, name) for name in ("model", "patch_size", "mask_ratio", "pictures")}
+    B = min(WARMSTART["batch_size"], n) // run.world_size * run.world_size
+    return mae_mff.train, mae_mff.Config(**shared | WARMSTART | {
+        "out": f"{run.out}/warmstart", "resume": True, "batch_size": B, "fuse_layers": (VIT_SIZES[cfg.model][1] - 1,)})
 
 
 def train(cfg, run):
@@ -419,10 +432,20 @@ def train(cfg, run):
     model = VisionElectra(cfg)
     load_initial(model, cfg)
     lr = cfg.base_lr * cfg.batch_size / 512
+    needs_mae = cfg.demo and not (cfg.generator_init and cfg.discriminator_init)
+    if needs_mae:
+        train_mae, stage = demo_mae(cfg, run, len(source))
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 512")
-    if cfg.demo and not (cfg.generator_init or cfg.discriminator_init or any(run.out.glob("*.pth"))):
-        if not pretrain_demo_mae(cfg, run):
+    if needs_mae and not any((run.out / name).exists() for name in ("last.pth", "previous.pth")):
+        run.print(f"first an MAE, which both networks start from: {stage.out}/")
+        stage_run = Run(stage, "mae_mff")
+        train_mae(stage, stage_run)
+        run.go_on_after(stage_run)
+        if stage_run.stopping:
             return
+        run.print("now Vision ELECTRA")
+        cfg.generator_init = cfg.generator_init or f"{stage.out}/last.pth"
+        cfg.discriminator_init = cfg.discriminator_init or f"{stage.out}/encoder.pth"
         load_initial(model, cfg)
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
@@ -442,8 +465,9 @@ def train(cfg, run):
         now = warmup_cosine(plan.epoch(step), lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
         set_lr(optimizer, now)
         weight = gan_weight(plan.epoch(step), cfg)
-        stats, samples = train_step(ddp, model, batches, to_images, weight, optimizer, scaler, step, cfg, plan, run)
-        watch_for_collapse(run, stats)
+        stats, samples = train_step(ddp, batches, to_images, weight, optimizer, scaler, step, cfg, plan, run)
+        if plan.epoch(step) >= cfg.warmup_epochs:
+            watch_for_collapse(run, stats, cfg)
         run.end_update(step + 1, stats, now, samples)
         with run.off_the_clock():
             if path := run.picture_due(step + 1):

@@ -6,6 +6,7 @@ step     One pre-training update of ViT-B/16 at 224 px: ours (from the 8-bit bat
 methods  One update of each of our methods with that encoder, against MAE's: measured, and expected from the FLOPs of its parts.
 cim      One update of CIM against one of a BEiT-B with the same tokenizer encoder (DALL-E's shape, random weights), as in the
          paper's A.1: measured, with the time and the FLOPs of each part.
+electra  One update of Vision ELECTRA against the sum of its three passes, each timed alone.
 loader   Images per second and core on a folder of photographs (--data): ours against MAE's published pipeline (Pillow,
          RandomResizedCrop bicubic, flip, ToTensor, Normalize) and against decoding alone; what DDAE's masks cost.
 wait     Is `data_wait` honest? A loader that is too slow for its model: the logged share against one computed from rates.
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_image
@@ -40,6 +42,7 @@ import cim  # noqa: E402  (found through the line above)
 import common  # noqa: E402
 import ddae  # noqa: E402
 import mae_mff  # noqa: E402
+import vision_electra  # noqa: E402
 from convert_dalle import DVAE  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -303,6 +306,45 @@ def bench_cim(args):
             *table(["precision", "part (with backward where it learns)", "ms per image", "GFLOP per image"], parts_rows)]
 
 
+def bench_electra(args):
+    batch = {"image": torch.randint(256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=DEVICE),
+             "flip": torch.zeros(args.batch).bool(), "draw": torch.rand(args.batch, 196), "index": torch.arange(args.batch)}
+    rows = []
+    for precision, amp in PRECISIONS.items():
+        cfg = vision_electra.Config(amp=amp, batch_size=args.batch)
+        model, to_images = vision_electra.VisionElectra(cfg).to(DEVICE), common.Normalise(*common.normalisation(cfg), DEVICE)
+        optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
+        common.set_lr(optimizer, 1e-5)
+        rest = (cfg.gan_weight, optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), 0, cfg,
+                common.make_plan(10 * args.batch, cfg, 1), common.Run(cfg, "vision_electra"))
+        images, draw = to_images(batch), batch["draw"].to(DEVICE)
+        frozen = {name: parameter.detach() for name, parameter in model.discriminator.named_parameters()}
+        parts = {  # what runs, forward and backward
+            "generator": lambda model=model, images=images, draw=draw: model.generate(images, draw)[0].square().mean(),
+            "discriminator on originals and composites": lambda model=model, images=images: sum(
+                s.mean() for s in model.discriminator(torch.cat([images, images])).values()),
+            "generator's pass through it": lambda model=model, images=images, frozen=frozen: sum(
+                s.mean() for s in functional_call(model.discriminator, frozen, (images.clone().requires_grad_(),)).values()),
+        }
+
+        def run(part, model=model, amp=amp):
+            model.zero_grad(set_to_none=True)
+            with torch.autocast(DEVICE.type, torch.bfloat16) if amp == "bf16" else nullcontext():
+                loss = part()
+            loss.backward()
+
+        rivals = {name: lambda part=part, run=run: run(part) for name, part in parts.items()}
+        rivals["one update"] = lambda model=model, to_images=to_images, rest=rest: vision_electra.train_step(
+            model, iter([batch]), to_images, *rest)
+        seconds = turns(rivals, args.rounds)
+        whole = seconds.pop("one update")
+        rows += [[precision, name, f"{1000 * value / args.batch:.0f}", f"{value / sum(seconds.values()):.2f}"]
+                 for name, value in [*seconds.items(), ("one update", whole)]]
+    return [f"ViT-B/16 twice, 224 px, batch {args.batch}, median of {args.rounds} turns; the update has normalisation, losses, "
+            "diversity, gradient norms and optimizer besides.", "",
+            *table(["precision", "what, forward and backward", "ms per image", "of the sum of the parts"], rows)]
+
+
 # ---- loader
 
 
@@ -429,7 +471,7 @@ def bench_start(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="step,methods,cim,loader,wait,start", help="which, by commas (default all)")
+    parser.add_argument("--parts", default="step,methods,cim,electra,loader,wait,start", help="which, by commas (default all)")
     parser.add_argument("--data", help="folder of photographs, for loader and wait")
     parser.add_argument("--images", type=int, default=200, help="how many of them the loader part reads")
     parser.add_argument("--batch", type=int, default=16, help="of the step part")

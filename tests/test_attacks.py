@@ -37,6 +37,7 @@ SCRIPTS = {
     "mae_mff.py": ["mae_mff.py", *TWENTY],
     "ddae.py": ["ddae.py", *TWENTY, "--momentum", "0.9,0.99,0.999"],
     "cim.py": CIM,
+    "vision_electra.py": ["vision_electra.py", *TWENTY, "--generator_warmup_epochs", 1.1],
     "finetune.py": ["finetune.py", *TWENTY, "--weights", "none", "--augment", "full", "--mixup", 0.8, "--erasing", 0.25,
                     "--drop_path", 0.1, "--ema", 0.9, "--warmup_epochs", 0.5],
 }
@@ -102,6 +103,7 @@ def unbroken(tmp_path_factory, small_npz):
     ("mae_mff.py", [14, 19], ["--workers", 1]),  # in the second pass
     ("ddae.py", [7, 14], ["--workers", 1]),
     ("cim.py", [7, 14], ["--workers", 1]),
+    ("vision_electra.py", [7, 14], ["--workers", 1]),
     ("finetune.py", [4, 13], ["--workers", 1]),
 ])
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, small_npz, tmp_path, script, kills, flags):

@@ -1,9 +1,11 @@
 """vision_electra.py: losses against loops, which network learns from which, noise, composites, both starts, the watch."""
 
+import argparse
 import json
 import math
 import re
 import shutil
+import signal
 import types
 
 import pytest
@@ -27,7 +29,7 @@ def build(n=3, **values):
     cfg = Config(**(NANO | values))
     torch.manual_seed(0)
     model = VisionElectra(cfg)
-    for head in model.discriminator.head.values():
+    for head in model.discriminator.heads.values():
         head.weight.data.normal_(0, 0.3)
         head.bias.data.normal_(0, 0.3)
     return model, torch.randn(n, cfg.in_chans, *cfg.img_size), torch.rand(n, math.prod(model.discriminator.grid))
@@ -36,7 +38,7 @@ def build(n=3, **values):
 def run_losses(model, images, draw, seed=7):
     """L_rec, verdicts on x and x^ (with all their gradients), generated: the forward pass in its parts."""
     torch.manual_seed(seed)
-    pred, mask, _ = model.generate(images, draw)
+    pred, mask, *_ = model.generate(images, draw)
     composite, generated = model.compose(images, pred, mask)
     reconstruction = vision_electra.masked_mse(pred, common.patchify(images, model.cfg.patch_size), mask)
     return reconstruction, composite, generated
@@ -202,7 +204,7 @@ def test_every_parameter_receives_a_gradient(values, weight):
     found = gradients(model, loss)
     assert [name for name, gradient in found.items() if gradient is None] == []
     assert all(torch.isfinite(value) and not value.requires_grad for value in terms.values())
-    assert {name.removeprefix("discriminator.head.").split(".")[0] for name in found if ".head." in name} == set(
+    assert {name.removeprefix("discriminator.heads.").split(".")[0] for name in found if ".heads." in name} == set(
         vision_electra.LEVELS[model.cfg.levels])
 
 
@@ -211,7 +213,7 @@ def test_one_level_alone_is_that_part_of_both(level):
     """The same weights with one head less: L_D and L_adv of that level, and nothing of the other."""
     both, images, draw = build()
     one, *_ = build(levels=level)
-    one.load_state_dict({name: value for name, value in both.state_dict().items() if "head." not in name or level in name})
+    one.load_state_dict({name: value for name, value in both.state_dict().items() if "heads." not in name or level in name})
     results = []
     for model in (both, one):
         torch.manual_seed(7)
@@ -231,7 +233,7 @@ def test_one_level_alone_is_that_part_of_both(level):
 
 def test_composite_is_the_image_where_visible_bit_for_bit():
     model, images, draw = build()
-    pred, mask, _ = model.generate(images, draw)
+    pred, mask, *_ = model.generate(images, draw)
     composite, generated = model.compose(images, pred, mask)
     assert torch.equal(generated, mask) and (mask.sum(1) == 48).all()
     patches, original, shown = (common.patchify(x, 4) for x in (composite, images, common.unpatchify(pred, 4, (8, 8))))
@@ -255,9 +257,9 @@ def test_noise_changes_hidden_patches_only_and_off_it_is_deterministic():
         composites, distance = [], []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            pred, mask, diversity = model.generate(images, draw)
+            pred, mask, *source = model.generate(images, draw)
             composites.append(common.patchify(model.compose(images, pred, mask)[0], 4))
-            distance.append(diversity.item())
+            distance.append(model.diversity(pred, mask, *source).item())
         assert torch.equal(*composites) == same
         assert torch.equal(composites[0][mask == 0], composites[1][mask == 0])
         assert (distance == [0, 0]) == same
@@ -278,7 +280,8 @@ def test_diversity_is_the_distance_between_two_draws():
     model, images, draw = build(n=16)
     with torch.no_grad():
         torch.manual_seed(5)
-        pred, mask, diversity = model.generate(images, draw)
+        pred, mask, *source = model.generate(images, draw)
+        diversity = model.diversity(pred, mask, *source)
         ids_keep, ids_restore, _ = vision_electra.random_masking(draw, 0.75)
         latent = model.generator.encode(images, ids_keep)
         torch.manual_seed(5)
@@ -293,7 +296,7 @@ def test_without_noise_the_generator_is_mae_mff():
     mae = mae_mff.MaskedAutoencoder(mae_mff.Config(**NANO, fuse_layers=(3,), target="raw"), (0.5,) * 3, (0.5,) * 3)
     model, images, draw = build(noise=0.0)
     model.generator.load_state_dict(mae.state_dict())  # strict
-    pred, mask, _ = model.generate(images, draw)
+    pred, mask, *_ = model.generate(images, draw)
     expected, expected_mask = mae.predict(images, draw)
     assert torch.equal(mask, expected_mask)
     torch.testing.assert_close(pred, expected)
@@ -360,16 +363,44 @@ def test_bf16_is_close_to_float32():
         assert F.cosine_similarity(gradient.flatten(), exact[name].flatten(), dim=0) > 0.9, name
 
 
+@pytest.mark.parametrize("levels", ["both", "patch", "image"])
+def test_verdicts_stand_under_their_titles(levels, monkeypatch, tmp_path):
+    """A discriminator that knows: composites are red in their hidden patches, originals blue."""
+    cfg = Config(**NANO, levels=levels, data="shapes")
+    model, shown = VisionElectra(cfg), {}
+    batch = common.picture_batch(common.Shapes((32, 32), 3, n=16), cfg, lambda: torch.rand(64))
+    to_images = common.Normalise((0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    images, mask = to_images(batch), vision_electra.random_masking(batch["draw"], 0.75)[2]
+
+    def knows(x):
+        original = torch.equal(x, images)
+        patch = torch.full_like(mask, 9.0) if original else 9.0 - 18 * mask
+        return {level: s for level, s in {"image": patch.min(1).values, "patch": patch}.items() if levels in (level, "both")}
+
+    monkeypatch.setattr(model.discriminator, "forward", knows)
+    monkeypatch.setattr(vision_electra, "save_pictures", lambda path, rows, titles, caption: shown.update(
+        zip(titles, zip(*rows, strict=True), strict=True), caption=caption))
+    vision_electra.draw_pictures("path", model, batch, to_images, cfg)
+    torch.testing.assert_close(torch.stack(shown["original"]), to_images.undo(images))
+    hidden = common.unpatchify(mask[..., None].expand(-1, -1, 16), 4, (8, 8))[:, 0]
+    generated = hidden if levels != "image" else torch.ones_like(hidden)
+    for title, made in (("verdict on original", torch.zeros_like(hidden)), ("verdict on composite", generated)):
+        red, _, blue = torch.stack(shown[title]).unbind(1)
+        assert torch.equal((red > blue).float(), made), title
+    assert ("composites 0.00, originals 1.00" in shown["caption"]) == (levels != "patch")
+
+
 # ---- the watch
 
 
-def watched(accuracies, levels=("image", "patch"), run=None):
-    said = []
+def watched(accuracies, run=None, skipped="", **values):
+    said, cfg = [], Config(**NANO, **values)
     run = run or types.SimpleNamespace(kept={})
     run.print = said.append
     for real, fake in accuracies:
-        vision_electra.watch_for_collapse(run, {"skipped": ""} | {
-            f"{level}_accuracy_{kind}": value for level in levels for kind, value in (("real", real), ("fake", fake))})
+        stats = {f"{level}_accuracy_{kind}": value for level in vision_electra.LEVELS[cfg.levels]
+                 for kind, value in (("real", real), ("fake", fake))}
+        vision_electra.watch_for_collapse(run, stats | {"skipped": skipped}, cfg)
     return said, run
 
 
@@ -388,14 +419,20 @@ def test_the_watch_warns_once_of_chance_and_of_1(real, fake, words):
 def test_the_watch_is_patient_and_warns_again_after_a_recovery():
     assert watched([(0.5, 0.5)] * 100)[0] == []
     assert watched([(0.5, 0.5), (1.0, 1.0)] * 1000)[0] == []
-    said, _ = watched([(0.5, 0.5)] * 500 + [(0.9, 0.8)] * 500 + [(0.5, 0.5)] * 500, levels=("patch",))
-    assert len(said) == 2 and all("patch-level" in line for line in said)
+    said, _ = watched([(0.5, 0.5)] * 500 + [(0.9, 0.8)] * 500 + [(0.5, 0.5)] * 500, levels="patch")
+    assert len(said) == 2 and all("patch-level" in line and "--discriminator_init" in line for line in said)
+    assert "--discriminator_init" not in watched([(0.5, 0.5)] * 500, discriminator_init="given")[0][0]
+
+
+@pytest.mark.parametrize("level", [0.53, 0.995])
+def test_the_watch_does_not_repeat_itself_on_a_threshold(level):
+    noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 0.03
+    said, _ = watched([(level + x, level + x) for x in noise.tolist()], levels="image")
+    assert len(said) <= 1
 
 
 def test_skipped_updates_do_not_reach_the_watch():
-    run = types.SimpleNamespace(kept={})
-    vision_electra.watch_for_collapse(run, {"skipped": "nonfinite", "image_accuracy_real": math.nan, "image_accuracy_fake": 1})
-    assert run.kept == {}
+    assert watched([(math.nan, 1.0)], skipped="nonfinite")[1].kept == {}
 
 
 # ---- the commands
@@ -415,7 +452,7 @@ def test_demo_starts_both_networks_from_its_own_mae(tmp_path, small_npz):
     output = run_command([*QUICK, "--data", small_npz, "--epochs", 1.2], tmp_path)
     run = tmp_path / "runs/vision_electra"
     assert "runs/vision_electra/warmstart/last.pth: 74/74 tensors loaded" in output
-    assert "runs/vision_electra/warmstart/encoder.pth: 54/58 tensors loaded; missing: head" in output
+    assert "runs/vision_electra/warmstart/encoder.pth: 54/58 tensors loaded; missing: heads" in output
     assert "python finetune.py --demo --mode linear --weights runs/vision_electra/encoder.pth" in output
     config = json.loads((run / "warmstart/config.json").read_text())
     assert (config["script"], config["fuse_layers"], config["target"]) == ("mae_mff", [3], "raw")
@@ -448,6 +485,11 @@ def test_a_demo_stopped_in_its_mae_goes_on_there(small_npz, tmp_path, processes)
                        "self.method == 'mae_mff' and args[0] == 2")
     assert "stopped after step 3 of 4" in run_script(attack, tmp_path, processes)
     assert not (tmp_path / "run/last.pth").exists()
+    # Killed between the two files of its first checkpoint: an exported encoder is nothing to go on from.
+    attack = sabotaged(tmp_path, [*command, "run", "--resume"], "Run.export", "os.kill(os.getpid(), signal.SIGKILL)",
+                       "self.method == 'vision_electra'")
+    run_script(attack, tmp_path, processes, expect=-signal.SIGKILL)
+    assert (tmp_path / "run/encoder.pth").exists() and not (tmp_path / "run/last.pth").exists()
     run_script([*command, "run", "--resume"], tmp_path, processes)
     a, b = weights(tmp_path / "whole/last.pth"), weights(tmp_path / "run/last.pth")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -461,7 +503,8 @@ def test_two_processes_with_accumulation(small_npz, tmp_path, flags):
     """Every parameter gets a gradient, also in warm-up, or finish_update would raise; without noise two equal one."""
     mae = ["mae_mff.py", *QUICK[1:], "--fuse_layers", 3, "--target", "raw", "--data", small_npz, "--out", "mae"]
     run_script(mae, tmp_path)
-    command = [*QUICK, "--data", small_npz, "--batch_size", 20, "--epochs", 0.4, *flags, "--generator_init", "mae/last.pth"]
+    command = [*QUICK, "--data", small_npz, "--batch_size", 20, "--epochs", 0.4, *flags, "--generator_init", "mae/last.pth",
+               "--discriminator_init", "mae/encoder.pth"]
     run_script([*command, "--micro_batch", 5, "--out", "two"], tmp_path, processes=2)
     lines = log(tmp_path / "two")
     assert len(lines) == 5 and lines[-1]["skipped_nonfinite"] == 0
@@ -490,23 +533,42 @@ def test_continual_start_from_every_sort_of_file(small_npz, tmp_path):
         for network in NAMES[i == 3 :]:
             assert all(torch.equal(state[f"{network}.{key}"], expected[key]) for key in trunk if key != "pos_embed")
     command = [*QUICK, *data]
-    for out, start in (("a", "mae/last.pth"), ("b", "a/last.pth")):
-        output = run_script([*command, "--generator_init", start, "--discriminator_init", start, "--out", out], tmp_path)
-    assert "b/warmstart" not in output and "a/last.pth: 74/74 tensors loaded" in output  # its own last.pth, for both networks
-    assert "a/last.pth: 54/58 tensors loaded; missing: head; unexpected: none; ignored: head" in output
-    assert not (tmp_path / "b/warmstart").exists()
-    output = run_script([*command, "--discriminator_init", "tuned/best.pth", "--out", "c"], tmp_path, expect=2)
+    for out, start, more in (("a", "mae/last.pth", []), ("b", "a/last.pth", ["--levels", "patch"]), ("c", "a/last.pth", [])):
+        output = run_script([*command, "--generator_init", start, "--discriminator_init", start, "--out", out, *more], tmp_path)
+        assert not (tmp_path / out / "warmstart").exists() and f"{start}: 74/74 tensors loaded" in output
+        assert "which it does not say" not in output
+        if out == "b":
+            assert "a/last.pth: 56/56 tensors loaded; missing: none; unexpected: none; ignored: heads" in output
+    assert "a/last.pth: 58/58 tensors loaded; missing: none" in output  # its own last.pth, for both networks, heads included
+    output = run_script([*command, "--discriminator_init", "tuned/best.pth", "--out", "d"], tmp_path, expect=2)
     assert "is not for this model: 0 unexpected tensors, 6 missing, norm.bias for one" in output  # it has fc_norm in its place
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--target", "mae", "--fuse_layers", 3], "is no plain MAE of raw pixels"),
-    (["--target", "raw"], "is no plain MAE of raw pixels"),
-])
-def test_a_generator_of_another_kind_is_refused(small_npz, tmp_path, flags, words):
+@pytest.mark.parametrize("flags", [["--target", "mae", "--fuse_layers", 3], ["--target", "raw"]], ids=["normalised", "fused"])
+def test_a_generator_of_another_kind_is_refused(small_npz, tmp_path, flags):
     run_script(["mae_mff.py", *QUICK[1:], "--data", small_npz, *flags, "--out", "mae"], tmp_path)
     output = run_script([*QUICK, "--data", small_npz, "--generator_init", "mae/last.pth", "--out", "no"], tmp_path, expect=2)
-    assert words in output and output.count("\n") == 1 and not (tmp_path / "no").exists()
+    assert "is no plain MAE of raw pixels" in output and output.count("\n") == 1 and not (tmp_path / "no").exists()
+
+
+def test_files_from_elsewhere_are_read_for_what_they_say(tmp_path, capsys):
+    """Official training checkpoints name their target in `args`; the released files do not; a decoder comes whole or not."""
+    whole = vision_electra.Generator(Config(**NANO)).state_dict()
+
+    def start(**content):
+        torch.save(content, tmp_path / "file.pth")
+        cfg = Config(**NANO, generator_init=str(tmp_path / "file.pth"))
+        vision_electra.load_initial(VisionElectra(cfg), cfg)
+        return capsys.readouterr().out
+
+    assert "which it does not say" in start(model=whole) and "which it does not say" in start(model=whole, config=None)
+    assert "which it does not say" not in start(model=whole, config={"target": "raw"})
+    with pytest.raises(common.Refused, match="is no plain MAE"):
+        start(model=whole, args=argparse.Namespace(norm_pix_loss=True))
+    start(model=whole, args=argparse.Namespace(norm_pix_loss=False))
+    with pytest.raises(common.Refused, match="missing"):
+        start(model={name: value for name, value in whole.items() if "decoder_blocks" not in name})
+    assert "54/74 tensors loaded" in start(model={k: v for k, v in whole.items() if "decoder" not in k and k != "mask_token"})
 
 
 def test_the_demo_without_mae_mff_says_so(small_npz, tmp_path):
@@ -519,7 +581,8 @@ sys.modules["mae_mff"] = None
 runpy.run_path({str(script)!r}, run_name="__main__")
 """)
     output = run_script([tmp_path / "blocked.py", *QUICK[1:], "--data", small_npz], tmp_path, expect=2)
-    assert output.rstrip().endswith("put mae_mff.py beside this script, or give --generator_init FILE")
+    assert output.rstrip().endswith("put mae_mff.py beside this script, or give both --..._init FILE")
+    assert not (tmp_path / "runs").exists()
     flags = ["--data", small_npz, "--model", "nano", "--img_size", 32, "--patch_size", 4]  # but for the demo it needs none
     run_script([tmp_path / "blocked.py", *QUICK[2:], *flags, "--out", "alone"], tmp_path)
 
