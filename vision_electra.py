@@ -146,15 +146,13 @@ class Config(RunConfig):
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
         if min(self.noise, self.gan_weight, self.generator_warmup_epochs) < 0:
             raise ValueError("--noise, --gan_weight and --generator_warmup_epochs must not be negative")
-        if self.generator_warmup_epochs >= self.epochs:
-            raise ValueError(f"--generator_warmup_epochs {self.generator_warmup_epochs} is not less than --epochs "
-                             f"{self.epochs}; a run without that loss: --adversarial none")
 
 
-# Raw pixels suit drawn shapes; the MAE that both networks of the demo start from has the longer half of its time.
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "epochs": 1.0, "batch_size": 64,
-        "base_lr": 2e-3, "warmup_epochs": 0.1, "log_every": 25}
-WARMSTART = {"target": "raw", "epochs": 2.5, "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5}
+# At this size a GAN weight of 0.2 lets the generator deceive and reconstruct worse before the discriminator has learnt much; so
+# a tenth of it, once the discriminator is strong, which the supplement's 0.2 asks for. Raw pixels suit drawn, flat shapes.
+DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "gan_weight": 0.02, "epochs": 1.4,
+        "generator_warmup_epochs": 0.7, "batch_size": 64, "base_lr": 4e-3, "warmup_epochs": 0.1, "log_every": 25}
+WARMSTART = {"target": "raw", "epochs": 2.0, "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5}
 
 
 def presets(flags):

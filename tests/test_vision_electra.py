@@ -438,6 +438,7 @@ def test_skipped_updates_do_not_reach_the_watch():
 # ---- the commands
 
 QUICK = ["vision_electra.py", "--demo", "--amp", "off", "--workers", 0, "--batch_size", 50, "--epochs", 0.4, "--log_every", 1]
+ALWAYS = ["--generator_warmup_epochs", 0]
 
 
 def weights(path):
@@ -449,7 +450,7 @@ def log(out):
 
 
 def test_demo_starts_both_networks_from_its_own_mae(tmp_path, small_npz):
-    output = run_command([*QUICK, "--data", small_npz, "--epochs", 1.2], tmp_path)
+    output = run_command([*QUICK, *ALWAYS, "--data", small_npz, "--epochs", 1.2], tmp_path)
     run = tmp_path / "runs/vision_electra"
     assert "runs/vision_electra/warmstart/last.pth: 74/74 tensors loaded" in output
     assert "runs/vision_electra/warmstart/encoder.pth: 54/58 tensors loaded; missing: heads" in output
@@ -479,11 +480,11 @@ def test_demo_starts_both_networks_from_its_own_mae(tmp_path, small_npz):
 def test_a_demo_stopped_in_its_mae_goes_on_there(small_npz, tmp_path, processes):
     from test_attacks import sabotaged
 
-    command = [*QUICK, "--data", small_npz, "--save_minutes", 0, "--out"]
+    command = [*QUICK, *ALWAYS, "--data", small_npz, "--save_minutes", 0, "--out"]
     run_script([*command, "whole"], tmp_path, processes)
     attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", "os.kill(os.getpid(), signal.SIGTERM)",
-                       "self.method == 'mae_mff' and args[0] == 2")
-    assert "stopped after step 3 of 4" in run_script(attack, tmp_path, processes)
+                       "self.method == 'mae_mff' and args[0] == 1")
+    assert "stopped after step 2 of 3" in run_script(attack, tmp_path, processes)
     assert not (tmp_path / "run/last.pth").exists()
     # Killed between the two files of its first checkpoint: an exported encoder is nothing to go on from.
     attack = sabotaged(tmp_path, [*command, "run", "--resume"], "Run.export", "os.kill(os.getpid(), signal.SIGKILL)",
@@ -503,8 +504,8 @@ def test_two_processes_with_accumulation(small_npz, tmp_path, flags):
     """Every parameter gets a gradient, also in warm-up, or finish_update would raise; without noise two equal one."""
     mae = ["mae_mff.py", *QUICK[1:], "--fuse_layers", 3, "--target", "raw", "--data", small_npz, "--out", "mae"]
     run_script(mae, tmp_path)
-    command = [*QUICK, "--data", small_npz, "--batch_size", 20, "--epochs", 0.4, *flags, "--generator_init", "mae/last.pth",
-               "--discriminator_init", "mae/encoder.pth"]
+    command = [*QUICK, *ALWAYS, "--data", small_npz, "--batch_size", 20, "--epochs", 0.4, *flags,
+               "--generator_init", "mae/last.pth", "--discriminator_init", "mae/encoder.pth"]
     run_script([*command, "--micro_batch", 5, "--out", "two"], tmp_path, processes=2)
     lines = log(tmp_path / "two")
     assert len(lines) == 5 and lines[-1]["skipped_nonfinite"] == 0
