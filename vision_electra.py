@@ -175,7 +175,7 @@ def random_masking(draw, mask_ratio):
 
 
 def add_noise(latent, scale):
-    """h' = h + s e, e ~ N(0, 1), on patch tokens; the class token stays. latent: (B, 1 + len_keep, D)."""
+    """h' = h + sigma e, e ~ N(0, 1), on patch tokens; the class token stays. latent: (B, 1 + len_keep, D); scale: sigma."""
     return torch.cat([latent[:, :1], latent[:, 1:] + scale * torch.randn_like(latent[:, 1:])], dim=1) if scale else latent
 
 
@@ -305,6 +305,7 @@ class VisionElectra(nn.Module):
         else:
             adversarial = adversarial_loss({level: verdict.detach() for level, verdict in fake.items()}, generated)
         loss = reconstruction + gan_weight * adversarial + sum(by_level.values())
+        # Diversity comes last: it would leave casts of the decoder's weights without gradient in autocast's cache.
         terms = {"loss": loss, "reconstruction_loss": reconstruction, "adversarial_loss": adversarial,
                  **{f"{level}_loss": value for level, value in by_level.items()}, **accuracies(real, fake, generated),
                  "generator_diversity": self.diversity(pred, mask, *source)}
