@@ -390,6 +390,31 @@ def test_verdicts_stand_under_their_titles(levels, monkeypatch, tmp_path):
     assert ("composites 0.00, originals 1.00" in shown["caption"]) == (levels != "patch")
 
 
+def test_one_host_synchronisation_per_update_and_none_changes_anything_if_it_is_skipped(monkeypatch):
+    """Two micro-batches; the numbers of the images are on the host anyway. Then a NaN: nothing moves."""
+    model, images, draw = build(n=2)
+    cfg, seen = model.cfg, []
+    run = types.SimpleNamespace(device=torch.device("cpu"), amp_dtype=torch.bfloat16, seed=lambda *_: None, world_size=1,
+                                stop_requested=False, bad_files=types.SimpleNamespace(new={}))
+    optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
+    common.set_lr(optimizer, 1e-3)
+    rest = (0.2, optimizer, torch.amp.GradScaler("cpu", enabled=False), 0, cfg, types.SimpleNamespace(accum_steps=2), run)
+    batches = [{"draw": draw, "index": torch.arange(2)}] * 2
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, original=original, name=name: (
+            seen.append(name) if self.dtype != torch.int64 else None, original(self, *args))[1])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stats, samples = vision_electra.train_step(model, iter(batches), lambda _: images, *rest)
+    monkeypatch.undo()
+    assert seen == ["tolist"] and samples == [0, 1, 0, 1] and stats["skipped"] == ""
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    assert all(torch.equal(before[name], after[name]) == name.endswith("pos_embed") for name in before)
+    stats, _ = vision_electra.train_step(model, iter(batches), lambda _: images * math.nan, *rest)
+    assert stats["skipped"] == "nonfinite"
+    assert all(torch.equal(after[name], value) for name, value in model.state_dict().items())
+
+
 # ---- the watch
 
 
