@@ -9,7 +9,6 @@ import signal
 import types
 
 import pytest
-import timm
 import torch
 from conftest import ROOT, run_command, run_script
 from PIL import Image
@@ -332,7 +331,7 @@ def test_base_size():
     with torch.device("meta"):
         generator, discriminator = vision_electra.Generator(Config()), vision_electra.Discriminator(Config())
     count = [sum(p.numel() for p in network.parameters() if p.requires_grad) for network in (generator, discriminator)]
-    vit = timm.create_model("vit_base_patch16_224", num_classes=0, pretrained=False)
+    vit = pytest.importorskip("timm").create_model("vit_base_patch16_224", num_classes=0, pretrained=False)
     trunk = sum(p.numel() for p in vit.parameters()) - vit.pos_embed.numel()
     block = 4 * 512 * 512 + 4 * 512 + 8 * 512 * 512 + 5 * 512 + 4 * 512
     decoder = 768 * 512 + 512 + 512 + 8 * block + 2 * 512 + 512 * 768 + 768
@@ -542,6 +541,7 @@ def test_two_processes_with_accumulation(small_npz, tmp_path, flags):
 
 def test_continual_start_from_every_sort_of_file(small_npz, tmp_path):
     """Our encoder.pth, last.pth, fine-tuned best.pth, MAE's and timm's names; the generator with and without a decoder."""
+    timm = pytest.importorskip("timm")
     data = ["--data", small_npz]
     run_script(["mae_mff.py", *QUICK[1:], *data, "--fuse_layers", 3, "--target", "raw", "--out", "mae"], tmp_path)
     run_script(["finetune.py", "--demo", *data, "--weights", "mae/encoder.pth", "--batch_size", 50, "--epochs", 1,
