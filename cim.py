@@ -92,6 +92,7 @@ from common import (
     save_pictures,
     set_lr,
     sincos_pos_embed,
+    spread,
     stable_seed,
     take_tokens,
     unpatchify,
@@ -367,7 +368,7 @@ class CorruptedImageModel(nn.Module):
             loss = (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
             colours = self.pixel_mean + self.pixel_std * unpatchify(pred.detach(), self.cfg.patch_size, self.cfg.grid)
             sampled = (colours + self.cfg.rgb_std * torch.randn_like(colours)).clamp(0, 1)
-            hidden = F.interpolate(mask.float().unflatten(1, (1, *self.cfg.grid)), pixels.shape[2:])
+            hidden = spread(mask[..., None].float(), self.cfg.patch_size, self.cfg.grid)
             return torch.where(hidden > 0, sampled, pixels), mask, mask, loss, {"generator_loss": loss}
         golden, positions = tokenizer.ids(pixels), order[:, :n]  # as many positions whatever k, so that shapes are static
         logits = self.generator(images, mask, positions).float()
@@ -438,7 +439,7 @@ def draw_pictures(path, model, batch, to_pixels, tokenizer):
     corrupted, mask, replaced = samples[0]
 
     def shown(values):
-        return F.interpolate(values.float().unflatten(1, (1, *cfg.grid)), pixels.shape[2:])
+        return spread(values[..., None].float(), cfg.patch_size, cfg.grid)
 
     columns = [pixels, torch.where(shown(mask) > 0, 0.5, pixels), *(image for image, *_ in samples)]
     titles, caption = ["original", "masked", *(f"corrupted {i}" for i in range(1, 5))], f"sampling {cfg.sampling}"
@@ -462,7 +463,7 @@ def train_demo_tokenizer(cfg, run):
     """--demo without --tokenizer: train one into OUT/tokenizer, unless it has served this run already; None if stopped."""
     out, values = f"{run.out}/tokenizer", TOKENIZER | DEMO_TOKENIZER | {"batch_size": 16 // run.world_size * run.world_size}
     cfg.tokenizer = f"{out}/tokenizer.pth"
-    if not any(run.out.glob("*.pth")):
+    if not run.checkpoints():
         stage = dataclasses.replace(cfg, train_tokenizer=True, resume=True, out=out, micro_batch=None, **values)
         stage_run = Run(stage, "cim")
         train(stage, stage_run)

@@ -131,6 +131,11 @@ def unpatchify(patches, p, grid):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, values // (p * p), h * p, w * p)
 
 
+def spread(values, p, grid):
+    """(B, L, S) -> (B, S, h*p, w*p): what holds for a patch, at each of its pixels."""
+    return F.interpolate(values.transpose(1, 2).unflatten(2, grid), scale_factor=p)
+
+
 def sincos_pos_embed(dim, grid):
     """Fixed 2-D sine-cosine table (1, 1 + L, dim), row 0 (class token) zero.
 
@@ -1390,7 +1395,7 @@ class Run:
         if skipped == "nonfinite" or kept["in_a_row"] >= 30:
             self._dump(step, lr, samples, stats)
         if kept["in_a_row"] >= 30:
-            good = next((path for path in self._checkpoints()), "none yet")
+            good = next((path for path in self.checkpoints()), "none yet")
             raise Refused(f"ten non-finite updates (or thirty overflows) in a row up to step {step}, lr {lr:.2g}; last good "
                           f"checkpoint: {good}; see nonfinite_{step}.json; --resume with --amp off, --clip_grad 1 or half the "
                           "learning rate may get past this", code=3)
@@ -1465,7 +1470,8 @@ class Run:
         number = passes + (passes == self.plan.passes(step - 1))  # a last partial pass counts
         return self.out / f"pictures/epoch_{number:04}.png"
 
-    def _checkpoints(self):
+    def checkpoints(self):
+        """Paths of what --resume can go on from, newest first."""
         return [path for path in (self.out / "last.pth", self.out / "previous.pth") if path.exists()]
 
     def save(self, step, state, meta):
@@ -1481,7 +1487,7 @@ class Run:
 
     def load(self, state):
         """--resume: restore `state` from --out and return the step it stands at; 0 if there is nothing to resume."""
-        paths = self._checkpoints() if self.cfg.resume else []
+        paths = self.checkpoints() if self.cfg.resume else []
         step = self._restore(paths, state) if paths else 0
         steps = [step] * self.world_size
         if self.world_size > 1:

@@ -95,6 +95,7 @@ from common import (
     save_pictures,
     set_lr,
     sincos_pos_embed,
+    spread,
     take_tokens,
     unpatchify,
     warmup_cosine,
@@ -456,7 +457,7 @@ def draw_pictures(path, model, batch, to_images):
     _, weight = model.weights(distance)
 
     def shown(values):
-        return unpatchify(values[..., None].expand(-1, -1, p * p), p, grid)
+        return spread(values[..., None], p, grid)
 
     hidden = shown(mask)
     columns = [to_images.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]

@@ -73,6 +73,7 @@ from common import (
     save_pictures,
     set_lr,
     sincos_pos_embed,
+    spread,
     take_tokens,
     unpatchify,
     warmup_cosine,
@@ -310,7 +311,7 @@ def draw_pictures(path, model, batch, to_images, cfg):
         mean, deviation = (fill_from_visible(f(-1, keepdim=True), mask, model.grid) for f in (patches.mean, patches.std))
         pred = pred * deviation + mean
     pred = unpatchify(pred, model.patch_size, model.grid)
-    hidden = unpatchify(mask[..., None].expand(-1, -1, model.patch_size**2), model.patch_size, model.grid)
+    hidden = spread(mask[..., None], model.patch_size, model.grid)
     columns = [to_images.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]
     columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
     statistics = "raw pixels" if cfg.target == "raw" else "un-normalised with the statistics of visible patches only"

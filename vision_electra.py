@@ -93,6 +93,7 @@ from common import (
     say,
     set_lr,
     sincos_pos_embed,
+    spread,
     take_tokens,
     unpatchify,
     warmup_cosine,
@@ -288,8 +289,7 @@ class VisionElectra(nn.Module):
         """x^: pred in the hidden patches, the image in the visible ones; and which patches are generated (B, L) float."""
         generated = mask if self.cfg.paste else torch.ones_like(mask)
         p, grid = self.discriminator.patch_size, self.discriminator.grid
-        where = unpatchify(generated[..., None].expand(-1, -1, p * p), p, grid)
-        return torch.where(where > 0, unpatchify(pred, p, grid), images), generated
+        return torch.where(spread(generated[..., None], p, grid) > 0, unpatchify(pred, p, grid), images), generated
 
     def forward(self, images, draw, gan_weight):
         """Returns L_rec + gan_weight L_adv + L_D and its terms."""
@@ -370,14 +370,14 @@ def draw_pictures(path, model, batch, to_images, cfg):
     pred, mask, *_ = model.generate(images, draw)
     composite, _ = model.compose(images, pred, mask)
     p, grid = cfg.patch_size, model.discriminator.grid
-    hidden = unpatchify(mask[..., None].expand(-1, -1, p * p), p, grid)
+    hidden = spread(mask[..., None], p, grid)
     columns = [to_images.undo(x) for x in (images, images, unpatchify(pred, p, grid), composite)]
     columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
     verdicts = [{level: s.sigmoid() for level, s in model.discriminator(x).items()} for x in (composite, images)]
     for verdict in verdicts:
         real = verdict["patch"] if "patch" in verdict else verdict["image"][:, None].expand_as(mask)
         heat = torch.stack([(2 - 2 * real).clamp(max=1), 1 - (2 * real - 1).abs(), (2 * real).clamp(max=1)], dim=-1)
-        columns.append(unpatchify(heat.repeat(1, 1, p * p), p, grid))
+        columns.append(spread(heat, p, grid))
     caption = f"{cfg.mask_ratio:.0%} hidden, noise {cfg.noise}; verdicts: blue original, white undecided, red generated"
     if "image" in verdicts[0]:
         seen = [verdict["image"].mean() for verdict in verdicts]
@@ -435,7 +435,7 @@ def train(cfg, run):
     if needs_mae:
         train_mae, stage = demo_mae(cfg, run, len(source))
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 512")
-    if needs_mae and not any((run.out / name).exists() for name in ("last.pth", "previous.pth")):
+    if needs_mae and not run.checkpoints():
         run.print(f"first an MAE, which both networks start from: {stage.out}/")
         stage_run = Run(stage, "mae_mff")
         train_mae(stage, stage_run)

@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -106,22 +105,26 @@ class TimmMAE(nn.Module):
         return (((pred - target) ** 2).mean(-1) * (restore >= kept)).sum() / (B * (L - kept))
 
 
+def for_an_update(script, model, cfg):
+    """Moves the model to the device; returns what one update of it is called with beside batches and what the method adds."""
+    model.to(DEVICE)
+    optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
+    common.set_lr(optimizer, 1e-4)
+    plan, run = common.make_plan(10 * cfg.batch_size, cfg, 1), common.Run(cfg, script.__name__)
+    return optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), 0, cfg, plan, run
+
+
 def our_model(script, images, amp, **values):
     """(model, draws of a batch like `images`, settings, what one update of it is called with)"""
     cfg = script.Config(amp=amp, batch_size=len(images), **values)
-    run, plan = common.Run(cfg, script.__name__), common.make_plan(10 * len(images), cfg, 1)
     mean, std = common.normalisation(cfg)
     if script is ddae:
         model, draw = ddae.DeepDynamicAutoEncoder(cfg), ddae.mask_source(cfg)
     else:
         model, draw = mae_mff.MaskedAutoencoder(cfg, mean, std), lambda: torch.rand(len(model.pos_embed[0]) - 1)
-    model.to(DEVICE)
-    optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
-    common.set_lr(optimizer, 1e-4)
-    scaler, to_images = torch.amp.GradScaler(DEVICE.type, enabled=False), common.Normalise(mean, std, DEVICE)
     batch = {"image": images, "flip": torch.arange(len(images)) % 2 == 0, "draw": torch.stack([draw() for _ in images]),
              "index": torch.arange(len(images))}
-    return model, batch, to_images, (optimizer, scaler, 0, cfg, plan, run)
+    return model, batch, common.Normalise(mean, std, DEVICE), for_an_update(script, model, cfg)
 
 
 def our_step(script, images, amp, **values):
@@ -164,7 +167,7 @@ def peer_step(model, images, amp, loss):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(DEVICE.type, torch.bfloat16) if amp == "bf16" else nullcontext():
+        with common.autocast(DEVICE, common.amp_dtype(amp, DEVICE)):
             value = loss(model(images))
         value.backward()
         optimizer.step()
@@ -261,7 +264,7 @@ def bench_cim(args):
     logits, ids = torch.randn(args.batch, 120, 8192, device=DEVICE), torch.randint(8192, (args.batch, 196), device=DEVICE)
 
     def run(function, learns, amp):
-        with torch.autocast(DEVICE.type, torch.bfloat16) if amp == "bf16" else nullcontext():
+        with common.autocast(DEVICE, common.amp_dtype(amp, DEVICE)):
             output = function()
         if learns:
             output.backward()
@@ -271,11 +274,8 @@ def bench_cim(args):
         steps, models = {}, {}
         for kind, values in kinds.items():
             cfg = cim.Config(amp=amp, batch_size=args.batch, tokenizer="random", **values)
-            model = cim.CorruptedImageModel(cfg, 8192, *common.normalisation(cfg)).to(DEVICE)
-            optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
-            common.set_lr(optimizer, 1e-4)
-            rest = (settings, optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), 0, cfg,
-                    common.make_plan(10 * args.batch, cfg, 1), common.Run(cfg, "cim"))
+            model = cim.CorruptedImageModel(cfg, 8192, *common.normalisation(cfg))
+            rest = (settings, *for_an_update(cim, model, cfg))
             steps[kind] = lambda model=model, rest=rest: cim.train_step(model, iter([batch]), to_pixels, *rest)
             models[kind] = model
         seconds = turns(steps, args.rounds)
@@ -312,11 +312,8 @@ def bench_electra(args):
     rows = []
     for precision, amp in PRECISIONS.items():
         cfg = vision_electra.Config(amp=amp, batch_size=args.batch)
-        model, to_images = vision_electra.VisionElectra(cfg).to(DEVICE), common.Normalise(*common.normalisation(cfg), DEVICE)
-        optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
-        common.set_lr(optimizer, 1e-5)
-        rest = (cfg.gan_weight, optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), 0, cfg,
-                common.make_plan(10 * args.batch, cfg, 1), common.Run(cfg, "vision_electra"))
+        model, to_images = vision_electra.VisionElectra(cfg), common.Normalise(*common.normalisation(cfg), DEVICE)
+        rest = (cfg.gan_weight, *for_an_update(vision_electra, model, cfg))
         images, draw = to_images(batch), batch["draw"].to(DEVICE)
         frozen = {name: parameter.detach() for name, parameter in model.discriminator.named_parameters()}
         parts = {  # what runs, forward and backward
@@ -329,7 +326,7 @@ def bench_electra(args):
 
         def run(part, model=model, amp=amp):
             model.zero_grad(set_to_none=True)
-            with torch.autocast(DEVICE.type, torch.bfloat16) if amp == "bf16" else nullcontext():
+            with common.autocast(DEVICE, common.amp_dtype(amp, DEVICE)):
                 loss = part()
             loss.backward()
 

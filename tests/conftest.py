@@ -104,6 +104,34 @@ def run_command(arguments, cwd, processes=1, expect=0, launcher=()):
     return result.stdout
 
 
+def sabotaged(folder, command, method, code, when="True", before=False):
+    """The command of a script in which each call of `common.METHOD(...)` is followed, or preceded, by `code` if `when` holds.
+    Both see `args` (without self), `rank` and `count` (calls so far)."""
+    script, *flags = command
+    path = folder / f"sabotaged_{script}"
+    path.write_text(f"""
+import os, resource, runpy, signal, sys, time
+import torch
+import common
+
+rank, count, original = int(os.environ.get("RANK", 0)), 0, common.{method}
+
+def disturbed(self, *args):
+    global count
+    count += 1
+    if {before} and {when}:
+        {code}
+    result = original(self, *args)
+    if {not before} and {when}:
+        {code}
+    return result
+
+common.{method} = disturbed
+runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
+""")
+    return [path, *flags]
+
+
 @pytest.fixture(scope="session")
 def small_npz(tmp_path_factory):
     """250 + 53 labelled images: no number of processes above one shares 53 evenly, no batch divides 250."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Started, run_command, run_script
+from conftest import ROOT, Started, run_command, run_script, sabotaged
 from torch import nn
 from torture import family, log, same, state
 
@@ -42,34 +42,6 @@ SCRIPTS = {
                     "--drop_path", 0.1, "--ema", 0.9, "--warmup_epochs", 0.5],
 }
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-
-
-def sabotaged(folder, command, method, code, when="True", before=False):
-    """The command of a script in which each call of `common.METHOD(...)` is followed, or preceded, by `code` if `when` holds.
-    Both see `args` (without self), `rank` and `count` (calls so far)."""
-    script, *flags = command
-    path = folder / f"sabotaged_{script}"
-    path.write_text(f"""
-import os, resource, runpy, signal, sys, time
-import torch
-import common
-
-rank, count, original = int(os.environ.get("RANK", 0)), 0, common.{method}
-
-def disturbed(self, *args):
-    global count
-    count += 1
-    if {before} and {when}:
-        {code}
-    result = original(self, *args)
-    if {not before} and {when}:
-        {code}
-    return result
-
-common.{method} = disturbed
-runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
-""")
-    return [path, *flags]
 
 
 def losses(out):

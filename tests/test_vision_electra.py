@@ -10,9 +10,10 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, run_command, run_script
+from conftest import ROOT, run_command, run_script, sabotaged
 from PIL import Image
 from torch.nn import functional as F
+from torture import log
 
 import common
 import mae_mff
@@ -469,10 +470,6 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def test_demo_starts_both_networks_from_its_own_mae(tmp_path, small_npz):
     output = run_command([*QUICK, *ALWAYS, "--data", small_npz, "--epochs", 1.2], tmp_path)
     run = tmp_path / "runs/vision_electra"
@@ -502,8 +499,6 @@ def test_demo_starts_both_networks_from_its_own_mae(tmp_path, small_npz):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_demo_stopped_in_its_mae_goes_on_there(small_npz, tmp_path, processes):
-    from test_attacks import sabotaged
-
     command = [*QUICK, *ALWAYS, "--data", small_npz, "--save_minutes", 0, "--out"]
     run_script([*command, "whole"], tmp_path, processes)
     attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", "os.kill(os.getpid(), signal.SIGTERM)",
