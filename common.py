@@ -964,7 +964,7 @@ def _end_workers():
             child.kill()
 
 
-def make_loader(views, batches, run):
+def make_loader(views, batches, run, collate=collate):
     """DataLoader over batches of keys; one iterator serves the whole run, so its workers live as long as the run."""
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)
@@ -1147,7 +1147,7 @@ class RunConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             whole = isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "workers", "pictures")
-            if (whole or name == "epochs") and value <= 0:
+            if (whole or name == "epochs" and value is not None) and value <= 0:
                 raise ValueError(f"--{name} is {value}, expected more than 0")
         if min(self.img_size) <= 0 or (self.workers or 0) < 0:
             raise ValueError("--img_size must be positive, --workers not negative")
