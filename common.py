@@ -1144,9 +1144,11 @@ class RunConfig:
     log_every: int = opt(20, "updates between two log lines")
     demo: bool = opt(False, "small values for everything: drawn shapes, a tiny model, a few minutes on two CPU cores")
 
+    may_be_0 = {"seed", "workers", "pictures"}  # of the whole numbers
+
     def __post_init__(self):
         for name, value in vars(self).items():
-            whole = isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "workers", "pictures")
+            whole = isinstance(value, int) and not isinstance(value, bool) and name not in self.may_be_0
             if (whole or name == "epochs" and value is not None) and value <= 0:
                 raise ValueError(f"--{name} is {value}, expected more than 0")
         if min(self.img_size) <= 0 or (self.workers or 0) < 0:
@@ -1156,7 +1158,7 @@ class RunConfig:
 # What may differ when a run is resumed, because it does not change what is computed.
 STARTS = ("init", "generator_init", "discriminator_init", "weights")  # what a new run begins with
 FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes",
-                  "log_every", "demo", "micro_batch", "tokenizer", "pictures", *STARTS}
+                  "log_every", "demo", "micro_batch", "tokenizer", "pictures", "recompute", *STARTS}
 # What may differ after non-finite updates as well, to get past them.
 FREE_AFTER_NAN = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 

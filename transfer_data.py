@@ -1,9 +1,9 @@
 """What transfer_seg_det.py trains on: images with label maps (ADE20K's layout) or boxes and masks (COCO's), transforms of both
 together, and pictures of what a network made of them. A file of its own, because it reads alone: no network in here.
 
-A target is a dict of tensors: segmentation {"labels": (H, W) int64, IGNORE = does not count}; detection {"boxes": (n, 4) float
-x1 y1 x2 y2 in pixels, "labels": (n,) int64 from 1, "masks": (n, H, W) uint8}. While an image is being changed they are
-torchvision's `tv_tensors`, which its transforms change as they change the image.
+A target is a dict: segmentation {"labels": (H, W) uint8, IGNORE = does not count}; detection {"boxes": (n, 4) float x1 y1 x2 y2
+in pixels, "labels": (n,) int64 from 1, "masks": (n, H, W) uint8}. They are plain tensors: torchvision's tv_tensors would resize
+masks by its older nearest-neighbour rule, which moves them by up to half a pixel against the image.
 """
 
 import colorsys
@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
-from torchvision.tv_tensors import BoundingBoxes, Mask
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import Refused, Shapes, Views, collate, list_images, read_image, stable_seed, write_atomically
@@ -55,8 +55,12 @@ class LabelMaps:
         lists = [path for name in ("classes.txt", "objectInfo150.txt") if (path := root / name).exists()]
         if not lists:
             raise Refused(f"--data {root} has no classes.txt: expected a name per line, in the order of the maps' numbers")
-        lines = [line.strip() for line in lists[0].read_text().splitlines() if line.strip()]
-        self.classes = lines if lists[0].name == "classes.txt" else [line.split("\t")[-1] for line in lines[1:]]
+        lines = [line.strip() for line in lists[0].read_text(errors="replace").splitlines() if line.strip()]
+        self.classes = lines
+        if lists[0].name == "objectInfo150.txt":
+            self.classes = [line.split("\t")[-1] for line in lines[1:]]
+            if not zero_is_ignore:
+                raise Refused(f"--data {root} is ADE20K, whose class numbers begin with 1: add --zero_is_ignore")
         if len(self.classes) > IGNORE:
             raise Refused(f"{lists[0]} has {len(self.classes)} classes, more than {IGNORE}: {IGNORE} stands for no class")
 
@@ -82,7 +86,7 @@ class LabelMaps:
         if len(wrong):
             raise ValueError(f"the label map has number {int(wrong.max()) + self.zero_is_ignore}, {len(self.classes)} classes "
                              "are listed" + ("" if self.zero_is_ignore else "; if the first class is 1: --zero_is_ignore"))
-        return image, {"labels": Mask(labels)}
+        return image, {"labels": labels.to(torch.uint8)}
 
 
 class CocoScenes:
@@ -93,34 +97,37 @@ class CocoScenes:
 
     def __init__(self, root, split, in_chans):
         self.folder, self.in_chans = folder_of(root, split), in_chans
-        self.path = root / f"annotations/instances_{self.folder.name}.json"
+        self.path, self.dropped, place = root / f"annotations/instances_{self.folder.name}.json", 0, "its top level"
         try:
             content = json.loads(self.path.read_bytes())
             categories = sorted(content["categories"], key=lambda category: category["id"])
-            images, objects = content["images"], content["annotations"]
             self.classes, self.categories = [c["name"] for c in categories], [c["id"] for c in categories]
-            found = {image["id"]: [] for image in images}
-            for entry in objects:
-                if not entry.get("iscrowd"):
-                    found[entry["image_id"]].append([self.categories.index(entry["category_id"]), entry["bbox"],
-                                                     entry["segmentation"]])
+            records = {image["id"]: [image["file_name"], image["height"], image["width"], []] for image in content["images"]}
+            for entry in content["annotations"]:
+                place = f"annotation {entry.get('id')}"
+                x, y, w, h = entry["bbox"]
+                shape, crowd = entry["segmentation"], bool(entry.get("iscrowd"))
+                if isinstance(shape, list):
+                    shape = [polygon for polygon in shape if len(polygon) >= 6]
+                if not crowd and (min(w, h) < 1 or not shape):
+                    self.dropped += 1
+                    continue
+                kind = self.categories.index(entry["category_id"])
+                records[entry["image_id"]][3].append([kind, [x, y, w, h], shape, crowd, entry.get("area", w * h)])
         except OSError as error:
             raise Refused(f"cannot read {self.path}: {error}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refused(f"{self.path} is not in COCO's format: {type(error).__name__} {error}") from None
-        whole = {i: [entry for entry in entries if min(entry[1][2:]) >= 1 and entry[2]] for i, entries in found.items()}
-        self.dropped = sum(map(len, found.values())) - sum(map(len, whole.values()))
-        self.ids = sorted(whole)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Refused(f"{self.path} is not in COCO's format, see {place}: {type(error).__name__} {error}") from None
+        self.ids = sorted(records)
         # One buffer: a million Python objects would be copied into every loader worker as their reference counts change.
-        sizes = {image["id"]: (image["file_name"], image["height"], image["width"]) for image in images}
-        packed = [json.dumps([*sizes[i], whole[i]]).encode() for i in self.ids]
+        packed = [json.dumps(records[i]).encode() for i in self.ids]
         self.buffer, self.ends = b"".join(packed), np.cumsum([0, *map(len, packed)])
 
     def __len__(self):
         return len(self.ids)
 
     def record(self, index):
-        """[file name, height, width, [[class, [x, y, w, h], segmentation], ...]]"""
+        """[file name, height, width, [[class, [x, y, w, h], segmentation, is a crowd, area], ...]]"""
         return json.loads(self.buffer[self.ends[index] : self.ends[index + 1]])
 
     def name(self, index):
@@ -131,27 +138,24 @@ class CocoScenes:
         image = read_image(str(self.folder / name), self.in_chans)
         if image.shape[1:] != (height, width):
             raise ValueError(f"{height} x {width} pixels in {self.path.name}, {image.shape[1]} x {image.shape[2]} in the file")
-        boxes, kinds, masks = [], [], []
-        for kind, (x, y, w, h), shape in objects:
-            packed = isinstance(shape, dict) and isinstance(shape["counts"], str)
-            runs = shape if packed else rle.frPyObjects(shape, height, width)
-            masks.append(torch.from_numpy(rle.decode(rle.merge(runs) if isinstance(runs, list) else runs)))
-            boxes.append([x, y, x + w, y + h])
-            kinds.append(kind + 1)
-        return image, scene(image, boxes, kinds, masks)
+        objects = [entry for entry in objects if not entry[3]]
+        boxes = [[x, y, x + w, y + h] for _, (x, y, w, h), *_ in objects]
+        masks = [torch.from_numpy(decode_mask(shape, height, width)) for _, _, shape, *_ in objects]
+        return image, scene(image, boxes, [entry[0] + 1 for entry in objects], masks)
 
     def truth(self):
         """pycocotools' object to judge detections by."""
-        with redirect_stdout(None):
-            return COCO(self.path)
+        return coco_truth(self, [self.record(i)[1:] for i in range(len(self))])
 
 
 class DrawnScenes:
     """common.Shapes with label maps (background is class 0), or boxes and masks."""
 
+    dropped = 0
+
     def __init__(self, cfg, split):
         self.shapes = Shapes(cfg.img_size, cfg.in_chans, split, n={"train": 4000, "val": 200}[split])
-        self.det, self.dropped, self.in_chans = cfg.task == "det", 0, cfg.in_chans
+        self.det, self.in_chans = cfg.task == "det", cfg.in_chans
         self.classes = self.shapes.classes if self.det else ["background", *self.shapes.classes]
         self.ids, self.categories = range(len(self.shapes)), range(1, len(self.classes) + 1)
 
@@ -164,41 +168,59 @@ class DrawnScenes:
     def read(self, index):
         image, _ = self.shapes.read(index)
         labels, boxes, masks, kinds = self.shapes.annotations(index)
-        return image, scene(image, boxes.tolist(), kinds + 1, masks) if self.det else {"labels": Mask(labels)}
+        return image, scene(image, boxes.tolist(), kinds + 1, masks) if self.det else {"labels": labels.to(torch.uint8)}
 
     def truth(self):
-        coco, height, width = COCO(), *self.shapes.size
-        coco.dataset = {"images": [{"id": i, "height": height, "width": width} for i in self.ids], "annotations": [],
-                        "categories": [{"id": i, "name": name} for i, name in zip(self.categories, self.classes, strict=True)]}
+        records = []
         for index in self.ids:
-            _, target = self.read(index)
-            for box, kind, mask in zip(target["boxes"].tolist(), target["labels"].tolist(), target["masks"], strict=True):
-                coco.dataset["annotations"].append({
-                    "id": len(coco.dataset["annotations"]) + 1, "image_id": index, "category_id": kind, "iscrowd": 0,
-                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "area": int(mask.sum()),
-                    "segmentation": rle.encode(np.asfortranarray(mask.numpy()))})
-        with redirect_stdout(None):
-            coco.createIndex()
-        return coco
+            _, boxes, masks, kinds = self.shapes.annotations(index)
+            records.append([*self.shapes.size, [
+                [kind, [x1, y1, x2 - x1, y2 - y1], rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8))), False,
+                 int(mask.sum())] for (x1, y1, x2, y2), mask, kind in zip(boxes.tolist(), masks, kinds.tolist(), strict=True)]])
+        return coco_truth(self, records)
+
+
+def decode_mask(shape, height, width):
+    """COCO's segmentation (polygons, or run lengths packed or not) -> uint8 (height, width)"""
+    packed = isinstance(shape, dict) and isinstance(shape["counts"], str)
+    runs = shape if packed else rle.frPyObjects(shape, height, width)
+    return rle.decode(rle.merge(runs) if isinstance(runs, list) else runs)
+
+
+def coco_truth(source, records):
+    """pycocotools' object of a source's images; records: [height, width, objects] of each, as in CocoScenes."""
+    coco, annotations = COCO(), []
+    for image_id, (_, _, objects) in zip(source.ids, records, strict=True):
+        for kind, box, shape, crowd, area in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": source.categories[kind],
+                                "bbox": box, "segmentation": shape, "iscrowd": int(crowd), "area": area})
+    if not annotations:
+        raise Refused("the held-out images have no objects: there is nothing to measure AP with")
+    coco.dataset = {
+        "images": [{"id": i, "height": record[0], "width": record[1]} for i, record in zip(source.ids, records, strict=True)],
+        "categories": [{"id": i, "name": name} for i, name in zip(source.categories, source.classes, strict=True)],
+        "annotations": annotations}
+    with redirect_stdout(None):
+        coco.createIndex()
+    return coco
 
 
 def scene(image, boxes, kinds, masks):
     """A detection target; every list may be empty."""
-    size = tuple(image.shape[1:])
-    masks = torch.stack([mask.to(torch.uint8) for mask in masks]) if len(masks) else torch.zeros(0, *size, dtype=torch.uint8)
-    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    return {"boxes": BoundingBoxes(boxes, format="XYXY", canvas_size=size), "labels": torch.as_tensor(kinds, dtype=torch.int64),
-            "masks": Mask(masks)}
+    empty = torch.zeros(0, *image.shape[1:], dtype=torch.uint8)
+    return {"boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.as_tensor(kinds, dtype=torch.int64),
+            "masks": torch.stack([mask.to(torch.uint8) for mask in masks]) if len(masks) else empty}
 
 
 def open_scenes(cfg, split):
     """The images and targets of --data for --task; split: "train" or "val"."""
     if cfg.data == "shapes":
         return DrawnScenes(cfg, split)
-    root = Path(cfg.data)
-    if not root.is_dir():
-        layout = "ADE20K's layout" if cfg.task == "seg" else "COCO's layout"
-        raise Refused(f"--data {root} does not exist: expected a folder in {layout} (docs/TRANSFER.md), or shapes")
+    root = next((path for path in (Path(cfg.data), Path(__file__).parent / cfg.data) if path.is_dir()), None)
+    if root is None:
+        layout = "ADE20K" if cfg.task == "seg" else "COCO"
+        raise Refused(f"--data {cfg.data} is no folder: expected one laid out as {layout} (docs/TRANSFER.md), or shapes")
     if cfg.task == "seg":
         return LabelMaps(root, split, cfg.in_chans, cfg.zero_is_ignore)
     return CocoScenes(root, split, cfg.in_chans)
@@ -216,9 +238,9 @@ def integer(n):
     return int(torch.randint(n, ()))
 
 
-def plain(target):
-    """tv_tensors -> tensors, which stack and travel faster"""
-    return {name: value.as_subclass(torch.Tensor) for name, value in target.items()}
+def nearest(masks, size):
+    """Resize (n, H, W)"""
+    return TF.resize(masks, size, InterpolationMode.NEAREST_EXACT)
 
 
 def fill_of(image, mean):
@@ -235,23 +257,24 @@ def fit_short_side(image, short):
 
 def distort(image):
     """mmsegmentation's photometric distortion, each with probability 1/2: brightness (plus up to 32 of 255), contrast (a
-    factor; before or after the next two), saturation, hue. torchvision's class of this name multiplies the brightness, takes
-    contrast around the mean, and swaps channels."""
+    factor; before or after the next two), saturation (towards grey; there in HSV), hue. torchvision's class of this name
+    multiplies the brightness, takes contrast around the mean, and swaps channels."""
     brightness, contrast, saturation, hue, first = (torch.rand(5) < 0.5).tolist()
     x = TF.to_dtype(image, torch.float32, scale=True)
     factor = uniform(0.5, 1.5) if contrast else 1.0
     x = (x + uniform(-32, 32) / 255).clamp(0, 1) if brightness else x
-    x = TF.adjust_brightness(x, factor) if first else x
+    x = (x * factor).clamp(0, 1) if first else x
     if image.shape[0] == 3:
         x = TF.adjust_saturation(x, uniform(0.5, 1.5)) if saturation else x
         x = TF.adjust_hue(x, uniform(-0.1, 0.1)) if hue else x
-    x = x if first else TF.adjust_brightness(x, factor)
+    x = x if first else (x * factor).clamp(0, 1)
     return TF.to_dtype(x, image.dtype, scale=True)
 
 
 class SegmentationCrop:
     """Resize to `jitter` times the short side of `size`; a crop of `size` in which no class has 75 % (or the tenth that was
-    tried); distorted colours; the mean colour, and IGNORE, where the image ends; flip (BEiT's and MAE's segmentation code)."""
+    tried); flip; distorted colours; on the right and below, where the image ends, the mean colour and IGNORE (METHODS of
+    BEiT's and MAE's segmentation code)."""
 
     def __init__(self, size, jitter, mean):
         self.size, self.jitter, self.mean = size, jitter, mean
@@ -259,25 +282,26 @@ class SegmentationCrop:
     def __call__(self, image, target):
         (H, W), scale = self.size, uniform(*self.jitter)
         new = [max(1, round(scale * side)) for side in fit_short_side(image, min(H, W))]
-        image, labels = TF.resize(image, new, antialias=True), TF.resize(Mask(target["labels"][None]), new)[0]
+        image, labels = TF.resize(image, new, antialias=True), nearest(target["labels"][None], new)
         h, w = new
         for _ in range(10):
             top, left = integer(max(h - H, 0) + 1), integer(max(w - W, 0) + 1)
-            part = labels[top : top + H, left : left + W]
+            part = labels[:, top : top + H, left : left + W]
             counts = torch.bincount(part[part != IGNORE], minlength=2)
             if counts.max() < 0.75 * counts.sum():
                 break
-        image = distort(image[:, top : top + H, left : left + W])
-        border = [0, 0, max(W - w, 0), max(H - h, 0)]
-        image, part = TF.pad(image, border, fill=fill_of(image, self.mean)), TF.pad(Mask(part[None]), border, fill=IGNORE)[0]
+        image = image[:, top : top + H, left : left + W]
         if torch.rand(()) < 0.5:
             image, part = image.flip(-1), part.flip(-1)
-        return image, plain({"labels": part})
+        border = [0, 0, max(W - w, 0), max(H - h, 0)]
+        image = TF.pad(distort(image), border, fill=fill_of(image, self.mean))
+        return image, {"labels": TF.pad(part, border, fill=IGNORE)[0]}
 
 
 class LargeScaleJitter:
-    """Resize to `jitter` times what just fits `size`, a random crop where that is larger, the mean colour on the right and
-    below where it is smaller; flip. Objects of which less than a pixel is left go, with mask and label."""
+    """Resize to `jitter` times what just fits `size`, a random crop where that is larger; flip; the mean colour on the right
+    and below where it is smaller. Boxes are those of what is left of the masks; where nothing is left the object goes. Masks
+    leave packed, eight pixels to a byte: they are most of what workers hand over."""
 
     def __init__(self, size, jitter, mean):
         self.size, self.jitter, self.mean = size, jitter, mean
@@ -288,15 +312,25 @@ class LargeScaleJitter:
         h, w = new = [max(1, round(scale * side)) for side in (h, w)]
         top, left, flip = integer(max(h - H, 0) + 1), integer(max(w - W, 0) + 1), torch.rand(()) < 0.5
 
-        def change(x, fill):
-            x = TF.crop(TF.resize(x, new, antialias=True), top, left, min(h, H), min(w, W))
-            x = TF.pad(x, [0, 0, max(W - w, 0), max(H - h, 0)], fill=fill)
-            return TF.horizontal_flip(x) if flip else x
+        def cut(x, fill):
+            x = x[:, top : top + H, left : left + W]
+            return TF.pad(x.flip(-1) if flip else x, [0, 0, max(W - w, 0), max(H - h, 0)], fill=fill)
 
-        image, boxes, masks = change(image, fill_of(image, self.mean)), change(target["boxes"], 0), change(target["masks"], 0)
-        boxes = TF.clamp_bounding_boxes(boxes)
-        keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1) & masks.bool().flatten(1).any(1)
-        return image, plain({"boxes": boxes[keep], "labels": target["labels"][keep], "masks": masks[keep]})
+        image = cut(TF.resize(image, new, antialias=True), fill_of(image, self.mean))
+        masks = cut(nearest(target["masks"], new), 0)
+        keep = masks.flatten(1).bool().any(1)
+        boxes = masks_to_boxes(masks[keep]) + torch.tensor([0, 0, 1, 1])
+        return image, {"boxes": boxes, "labels": target["labels"][keep], "masks": pack(masks[keep])}
+
+
+def pack(masks):
+    """(n, H, W) of 0 and 1 -> (n, H, W / 8) uint8"""
+    return torch.from_numpy(np.packbits(masks.numpy(), axis=-1))
+
+
+def unpack(masks):
+    """Undoes `pack`, on the masks' device."""
+    return (masks[..., None] >> torch.arange(7, -1, -1, device=masks.device) & 1).flatten(2)
 
 
 class Fit:
@@ -307,7 +341,7 @@ class Fit:
 
     def __call__(self, image, target):
         image = TF.resize(image, fit_short_side(image, self.short), antialias=True) if self.short else image
-        return image, plain(target)
+        return image, target
 
 
 class Scenes(Views):
@@ -317,7 +351,8 @@ class Scenes(Views):
         epoch, index = key
         image, target, bad = self.read(index)
         if isinstance(target, int):  # nothing could be read: the run stops before it uses this
-            target = scene(image, [], [], []) if self.source.det else {"labels": Mask(torch.full(image.shape[1:], IGNORE))}
+            nothing = torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
+            target = scene(image, [], [], []) if self.source.det else {"labels": nothing}
         torch.default_generator.manual_seed(stable_seed(self.seed, epoch, index))
         image, target = self.transform(image, target)
         return {"index": index, "bad": bad, "flip": False, "image": image, "target": target}
@@ -356,7 +391,7 @@ def show_objects(image, target, classes):
     colours = [colour_of(int(kind)) for kind in target["labels"]]
     scores = [f" {score:.2f}" for score in target["scores"]] if "scores" in target else [""] * len(colours)
     words = [classes[int(kind) - 1] + score for kind, score in zip(target["labels"], scores, strict=True)]
-    masks = TF.resize(target["masks"].bool(), size, InterpolationMode.NEAREST)
+    masks = nearest(target["masks"].to(torch.uint8), size).bool()
     for mask, colour in reversed([*zip(masks, colours, strict=True)]):  # best score on top; all at once: black where two meet
         image = draw_segmentation_masks(image, mask, alpha=0.5, colors=colour)
     return draw_bounding_boxes(image, target["boxes"] * factor, words, colors=colours, label_colors=["white"] * len(words),

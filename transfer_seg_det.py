@@ -22,10 +22,11 @@ classifier 150 (D + 1), together 67,963,542; auxiliary 256 (9 D + 2) + 150 x 257
 Model, patch size and normalisation come from the file where it says them. Data: folders in ADE20K's layout, or COCO's, or the
 drawn `shapes`; docs/TRANSFER.md goes through it step by step.
 
-Not in the papers, our choice: no relative positions and no layer scale, which BEiT's, MAE's and ViTDet's code adds; neither
-positions nor class token decay; convolutions start with torch's values; in detection a ResNet's BatchNorm keeps learning; a
-ViT's detection maps have LayerNorm, not MIMDet's SyncBatchNorm. Not built: Mask2Former, Cascade Mask R-CNN (RevColV2), MIMDet's
-own architecture, several test scales.
+Not in the papers, our choice: no relative positions and no layer scale, which BEiT's, MAE's and ViTDet's code adds; positions,
+class token, vectors (so all of a BatchNorm) do not decay; convolutions start with torch's values; losses are means over the
+pixels that count; a ResNet's BatchNorm keeps learning in detection; detection heads have LayerNorm where MIMDet's have
+SyncBatchNorm. As torchvision has it: RoIAlign without the half-pixel shift, box losses quadratic below 1/9, test images shrunk
+without antialiasing. Not built: Mask2Former, Cascade Mask R-CNN (RevColV2), MIMDet's own architecture, several test scales.
 
     python transfer_seg_det.py --demo         on runs/mae_mff/encoder.pth: minutes on a CPU; --task det likewise
     torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --weights encoder.pth --data data/ade20k --zero_is_ignore
@@ -54,9 +55,11 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from common import (
     BESIDE_TRUNK,
+    Attention,
     KeyedBatches,
     Normalise,
     Plan,
@@ -94,6 +97,7 @@ from transfer_data import (
     save_scenes,
     show_labels,
     show_objects,
+    unpack,
 )
 
 
@@ -112,11 +116,12 @@ class Config(RunConfig):
     recompute: bool = opt(False, "ViT: compute activations again in the backward pass: less memory, more time")
     channels: int | None = opt(None, "width of the decoder; default: UperNet on a ViT 768, else 512; detection 256")
     rois: int = opt(512, "detection: boxes per image that the heads learn from")
-    # data
+    # data; this and what follows: the defaults of --task seg; those of det: DET
+    data: str = opt("data/ade20k", "folder laid out as ADE20K (seg) or COCO (det), see docs/TRANSFER.md, or shapes")
     img_size: tuple[int, int] = opt((512, 512), "pixels of a training crop, H or H,W; detection: one number, the image fits in")
     jitter: tuple[float, float] = opt((0.5, 2.0), "range of scales in training; detection 0.1,2")
     zero_is_ignore: bool = opt(False, "label maps: 0 is no class, 1 the first (ADE20K)")
-    # optimisation; defaults of --task det: DET
+    # optimisation
     iters: int | None = opt(None, "updates; default: segmentation 160000")
     epochs: float | None = opt(None, "passes over the data, in place of --iters; default: detection 100")
     batch_size: int = opt(16, "images per update, over all processes")
@@ -136,19 +141,27 @@ class Config(RunConfig):
     eval_every: int = opt(16_000, "updates between evaluations (and at the end)")
     pictures: int = opt(8, "held-out images drawn at each evaluation; 0 = none")
 
+    may_be_0 = RunConfig.may_be_0 | {"warmup_iters", "window"}
+
     def __post_init__(self):
         super().__post_init__()
         resnet, seg = self.model == "resnet50", self.task == "seg"
+        if min(self.warmup_iters, self.window) < 0:
+            raise ValueError("--warmup_iters and --window must not be negative")
         if self.weights is None and not self.check_data:
             raise ValueError("--weights FILE is needed; --weights none is the baseline with random weights")
         if seg and (self.head == "fcn" and not resnet or self.head == "linear" and resnet):
             raise ValueError(f"--head {self.head} is not for {self.model}: linear is for ViTs, fcn for resnet50, uper for both")
-        if not seg and (self.img_size[0] != self.img_size[1] or self.compile):
-            raise ValueError("--task det takes no --compile, and a square --img_size: one number")
+        if not seg and (self.head != "uper" or self.compile):
+            raise ValueError("--head and --compile are for --task seg")
+        if not seg and (self.img_size[0] != self.img_size[1] or self.img_size[0] % 32):
+            raise ValueError(f"--img_size {self.img_size[0]},{self.img_size[1]}: --task det wants one number, a multiple of 32")
+        if not seg and not resnet and self.patch_size not in (4, 8, 16, 32):
+            raise ValueError(f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}")
         if not resnet:
             patch_grid(self.img_size, self.patch_size)  # ValueError unless they fit
-        elif self.layer_decay != 1 or self.drop_path:
-            raise ValueError("--layer_decay and --drop_path are for ViTs")
+        elif self.layer_decay != 1 or self.drop_path or self.recompute:
+            raise ValueError("--layer_decay, --drop_path and --recompute are for ViTs")
         self.channels = self.channels or (256 if not seg else 512 if resnet or self.head != "uper" else 768)
 
 
@@ -157,14 +170,15 @@ class Config(RunConfig):
 SEG = {"data": "data/ade20k", "iters": 160_000}  # with the defaults above: MAE's for UperNet
 DET = {"data": "data/coco", "img_size": (1024, 1024), "jitter": (0.1, 2.0), "epochs": 100.0, "batch_size": 64, "lr": 1e-4,
        "schedule": "step", "warmup_iters": 250, "weight_decay": 0.1, "layer_decay": 0.7, "eval_every": 10_000}  # ViTDet's
-MIMDET = {"lr": 8e-5, "schedule": "cosine", "warmup_iters": 461, "layer_decay": 1.0}  # its benchmark of plain ViTs, batch 64
+MIMDET = {"lr": 8e-5, "schedule": "cosine", "warmup_iters": 461, "layer_decay": 1.0, "window": 16}  # its plain ViTs
 FCN = {"head": "fcn", "model": "resnet50", "optimizer": "sgd", "lr": 0.01, "weight_decay": 5e-4, "power": 0.9, "min_lr": 1e-4,
        "warmup_iters": 0, "inference": "whole"}  # CIM sec. 3.2: SGD 0.9, poly, batch 16, 512 px; the rest mmsegmentation's
 RECIPES = {
     "mff": {"seg": {"iters": 160_000, "batch_size": 16},  # MFF A.4; it prints 16k, read as 160k
             "det": {**MIMDET, "epochs": 25.0}},  # MFF A.3
-    "ddae": {"seg": {"iters": 160_000, "lr": 4e-4, "clip_grad": 3.0}},  # DDAE sec. 4.4; learning rate and clipping: BootMAE's
-    "cim_linear": {"seg": {"head": "linear", "lr": 3e-4, "layer_decay": 0.8}},  # CIM sec. 3.2
+    "ddae": {"seg": {"iters": 160_000, "batch_size": 16, "lr": 4e-4, "weight_decay": 0.05, "warmup_iters": 1500, "power": 1.0,
+                     "layer_decay": 0.65, "clip_grad": 3.0}},  # DDAE A and sec. 4.4; clipping: BootMAE's
+    "cim_linear": {"seg": {"head": "linear", "lr": 3e-4, "layer_decay": 0.8, "img_size": (512, 512)}},  # CIM sec. 3.2
     "cim_fcn_80k": {"seg": {**FCN, "iters": 80_000}},  # CIM table 3
     "cim_fcn_160k": {"seg": {**FCN, "iters": 160_000}},
     "ve": {"seg": {"iters": 160_000, "batch_size": 8, "lr": 1e-4, "weight_decay": 0.05},  # supplement, which prints 16K and 2:
@@ -189,6 +203,8 @@ def presets(flags):
         if flags.recipe not in known:
             raise Refused(f"--recipe {flags.recipe} is none of --task {flags.task}: {', '.join(known)}")
         values |= RECIPES[flags.recipe][flags.task]
+    if flags.iters and flags.epochs:
+        raise Refused(f"--iters {flags.iters} and --epochs {flags.epochs}: give one of them")
     if flags.demo:
         small = {"data": "shapes", "model": "nano", "patch_size": 4, "channels": 64, "layer_decay": 0.75, "log_every": 50}
         values |= small | DEMO[flags.task] | {"weights": flags.weights or ENCODER}
@@ -216,9 +232,12 @@ class ViTEncoder(ViT):
     def __init__(self, cfg):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path)
         det, self.last_layer, self.recompute = cfg.task == "det", self.depth + 1, cfg.recompute
-        self.quarters = [self.depth * i // 4 for i in (1, 2, 3, 4)]  # numbers of blocks, from 1
-        self.window = cfg.window if det else 0
-        self.taps = self.quarters if cfg.task == "seg" and cfg.head == "uper" else self.quarters[-1:]
+        quarters = [self.depth * i // 4 for i in (1, 2, 3, 4)]  # numbers of blocks, from 1
+        self.taps = quarters[-1:] if det or cfg.head == "linear" else quarters
+        if det and cfg.window:
+            for number, block in enumerate(self.blocks, start=1):
+                if number not in quarters:
+                    block.attn = WindowAttention(self.embed_dim, block.attn.num_heads, self.grid, cfg.window)
         self.channels, self.strides = [self.embed_dim] * len(self.taps), [self.patch_size] * len(self.taps)
         self.init_weights()
         self.pos_embed.requires_grad_()
@@ -237,12 +256,8 @@ class ViTEncoder(ViT):
         x = self.patch_embed(images) + pos_embed[:, 1:]
         if self.cls_token is not None:
             x = torch.cat([(self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        maps, inside = [], False
+        maps = []
         for number, block in enumerate(self.blocks, start=1):
-            windowed = bool(self.window) and number not in self.quarters
-            if windowed != inside:
-                x = to_windows(x, grid, self.window) if windowed else from_windows(x, grid, self.window)
-                inside = windowed
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
             if number in self.taps:
                 maps.append(self.norm(x)[:, -h * w :].transpose(1, 2).unflatten(2, grid))  # (B, D, h, w)
@@ -262,6 +277,17 @@ def from_windows(x, grid, side):
     h, w = grid
     x = x.reshape(-1, math.ceil(h / side), math.ceil(w / side), side, side, x.shape[-1])
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)
+
+
+class WindowAttention(Attention):
+    """Attention inside windows of side x side patches of a grid; parameters and names of `Attention`; no class token."""
+
+    def __init__(self, dim, num_heads, grid, side):
+        super().__init__(dim, num_heads)
+        self.grid, self.side = grid, side
+
+    def forward(self, x):
+        return from_windows(super().forward(to_windows(x, self.grid, self.side)), self.grid, self.side)
 
 
 class ResNetEncoder(ResNet50):
@@ -303,12 +329,12 @@ def resize(x, size):
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-def classifier(inputs, classes):
+def classifier(inputs, classes, dropout=0.1):
     """Dropout of whole channels and a linear layer per pixel, N(0, .01)."""
     layer = nn.Conv2d(inputs, classes, 1)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
-    return nn.Sequential(nn.Dropout2d(0.1), layer)
+    return nn.Sequential(nn.Dropout2d(dropout), layer)
 
 
 class ViTNeck(nn.Module):
@@ -375,7 +401,7 @@ class Segmenter(nn.Module):
         elif cfg.head == "fcn":
             self.head = FCNHead(channels[-1], cfg.channels, classes, depth=2, joined=True)
         else:
-            self.head = classifier(channels[-1], classes)[1]
+            self.head = classifier(channels[-1], classes, dropout=0.0)
         self.auxiliary = FCNHead(channels[2], 256, classes) if cfg.head != "linear" else None
 
     def scores(self, images):
@@ -473,24 +499,41 @@ class Backbone(nn.Module):
         return maps
 
 
+def roi_align(side, strides):
+    """torchvision's pooling of boxes from maps of these strides. It would else infer them from the first image that it meets,
+    which may have been filled up."""
+    pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], side, 2)
+    pool.scales = [1 / stride for stride in strides]
+    levels = [round(math.log2(stride)) for stride in (strides[0], strides[-1])]
+    pool.map_levels = initLevelMapper(*levels, pool.canonical_scale, pool.canonical_level)
+    return pool
+
+
+def in_float32(output):
+    """A tensor, or tensors in lists: in half precision torchvision would round boxes to whole pixels and more."""
+    return output.float() if isinstance(output, torch.Tensor) else type(output)(in_float32(x) for x in output)
+
+
 class Detector(nn.Module):
     """torchvision's Mask R-CNN with ViTDet's heads (proposals: two convolutions; boxes: four and a linear layer; masks: four;
     LayerNorm). It resizes images to fit --img_size, and fills them up to that square with the mean colour."""
 
     def __init__(self, cfg, classes):
         super().__init__()
-        backbone, width, side, names = Backbone(cfg), cfg.channels, cfg.img_size[0], ["0", "1", "2", "3"]
+        backbone, width, side = Backbone(cfg), cfg.channels, cfg.img_size[0]
         sides = [8 * stride for stride in (*backbone.strides, 2 * backbone.strides[-1])]  # 32 to 512 px on strides 4 to 64
         anchors = AnchorGenerator(tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * 5)
         self.model = MaskRCNN(
-            backbone, min_size=side, max_size=side, size_divisible=side,
+            backbone, min_size=side, max_size=side, size_divisible=side, _skip_resize=True,  # in training crops have the size
             image_mean=[0.0] * cfg.in_chans, image_std=[1.0] * cfg.in_chans,  # Normalise has done it
             rpn_anchor_generator=anchors, rpn_head=RPNHead(width, 3, conv_depth=2), rpn_post_nms_top_n_train=1000,
             box_batch_size_per_image=cfg.rois,
-            box_roi_pool=MultiScaleRoIAlign(names, 7, 2), mask_roi_pool=MultiScaleRoIAlign(names, 14, 2),
+            box_roi_pool=roi_align(7, backbone.strides), mask_roi_pool=roi_align(14, backbone.strides),
             box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer=LayerNorm2d),
             mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=LayerNorm2d),
             box_predictor=FastRCNNPredictor(1024, classes + 1), mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
+        for head in (self.model.rpn.head, self.model.roi_heads.box_predictor, self.model.roi_heads.mask_predictor):
+            head.register_forward_hook(lambda *call: in_float32(call[-1]))
 
     @property
     def encoder(self):
@@ -506,21 +549,22 @@ class Detector(nn.Module):
 
 def coco_results(image_id, output, categories):
     """torchvision's detections in one image -> COCO's result format: boxes x, y, w, h; masks as run lengths."""
-    results = []
-    for box, kind, score, mask in zip(*(output[name].cpu() for name in ("boxes", "labels", "scores", "masks")), strict=True):
-        x1, y1, x2, y2 = box.tolist()
-        results.append({"image_id": image_id, "category_id": categories[int(kind) - 1], "score": float(score),
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "segmentation": rle.encode(np.asfortranarray((mask[0] > 0.5).numpy().astype(np.uint8)))})
+    results, masks = [], (output["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
+    boxes, kinds, scores = (output[name].tolist() for name in ("boxes", "labels", "scores"))
+    for (x1, y1, x2, y2), kind, score, mask in zip(boxes, kinds, scores, masks, strict=True):
+        results.append({"image_id": image_id, "category_id": categories[kind - 1], "score": score,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": rle.encode(np.asfortranarray(mask))})
     return results
 
 
-def average_precision(truth, results):
-    """Per cent, by pycocotools: AP over the overlaps 0.5 to 0.95, and AP at 0.5, of boxes and of masks. No results: 0."""
+def average_precision(truth, results, image_ids):
+    """Per cent, by pycocotools: AP over the overlaps 0.5 to 0.95, and AP at 0.5, of boxes and of masks in the images given. No
+    results: 0."""
     scores = {f"eval/{name}": 0.0 for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap50")}
     for kind, name in (("bbox", "box"), ("segm", "mask")) if results else ():
         with redirect_stdout(None):
             judge = COCOeval(truth, truth.loadRes(results), kind)
+            judge.params.imgIds = sorted(image_ids)
             judge.evaluate()
             judge.accumulate()
             judge.summarize()
@@ -531,10 +575,9 @@ def average_precision(truth, results):
 # ---- evaluation ----------------------------------------------------------------------------------------------------------
 
 
-def predict(model, batch, to_images, cfg, run):
-    """A batch of one test image -> class scores (classes, H, W), or torchvision's dict of detections, in the image's pixels"""
+def predict(model, images, cfg, run):
+    """A test image (1, C, H, W) -> class scores (classes, H, W), or torchvision's dict of detections, in the image's pixels."""
     with autocast(run.device, run.amp_dtype):
-        images = to_images(batch)
         return predict_scores(model, images, cfg) if cfg.task == "seg" else model.model(list(images))[0]
 
 
@@ -547,26 +590,30 @@ def scene_batches(source, keys, transform, cfg, run):
 def evaluate(model, source, truth, to_images, cfg, run):
     """Scores over the whole of `source`, every image once over all processes; what cannot be read does not count. {} but on the
     first process."""
-    classes = len(source.classes)
-    matrix, results = torch.zeros(classes, classes, dtype=torch.int64, device=run.device), []
+    classes, results, seen = len(source.classes), [], []
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
     for batch in scene_batches(source, own_share(len(source), run, batch=1), Fit(cfg.img_size, cfg.task), cfg, run):
         if batch["bad"]:
             continue
-        output, target = predict(model, batch, to_images, cfg, run), batch["target"][0]
+        output = predict(model, to_images(batch), cfg, run)
         if cfg.task == "seg":
-            labels = target["labels"].to(run.device)
+            labels = batch["target"][0]["labels"].to(run.device).long()
             matrix += confusion(resize(output[None], labels.shape)[0].argmax(0), labels, classes)
         else:
-            results += coco_results(source.ids[batch["index"].item()], output, source.categories)
+            seen.append(source.ids[batch["index"].item()])
+            results += coco_results(seen[-1], output, source.categories)
     run.bad_files.share()
-    parts = [results]
+    parts = [(results, seen)]
     if run.world_size > 1:
         dist.all_reduce(matrix)
         parts = [None] * run.world_size
-        dist.all_gather_object(parts, results)
+        dist.all_gather_object(parts, (results, seen))
     if not run.is_main:
         return {}
-    scores = seg_scores(matrix.cpu(), source.classes) if cfg.task == "seg" else average_precision(truth, sum(parts, []))
+    if cfg.task == "seg":
+        scores = seg_scores(matrix.cpu(), source.classes)
+    else:
+        scores = average_precision(truth, *(sum(lists, []) for lists in zip(*parts, strict=True)))
     return {name: round(value, 3) for name, value in scores.items()}
 
 
@@ -574,10 +621,12 @@ def evaluate(model, source, truth, to_images, cfg, run):
 def draw_pictures(path, model, source, to_images, cfg, run):
     """PNG: image, truth and prediction of --pictures held-out images, evenly spaced, the same every time."""
     views, rows, seen = Scenes(source, Fit(cfg.img_size, cfg.task), cfg.seed, len(source)), [], set()
-    for i in range(min(cfg.pictures, len(source))):
-        batch = collate_scenes([views[0, i * len(source) // cfg.pictures]])
-        output, target = predict(model, batch, to_images, cfg, run), batch["target"][0]
-        image = (255 * to_images.undo(to_images(batch))).round().to(torch.uint8)[0].cpu()
+    n = min(cfg.pictures, len(source))
+    for i in range(n):
+        batch = collate_scenes([views[0, i * len(source) // n]])
+        images, target = to_images(batch), batch["target"][0]
+        output = predict(model, images, cfg, run)
+        image = (255 * to_images.undo(images)).round().to(torch.uint8)[0].cpu()
         image = image if len(image) == 3 else image[:1].expand(3, -1, -1)
         if cfg.task == "seg":
             labels = target["labels"]
@@ -619,6 +668,16 @@ def learning_rate(step, cfg, steps):
     return lr * (begin + (1 - begin) * step / cfg.warmup_iters if step < cfg.warmup_iters else 1.0)
 
 
+def parameter_groups_of(model, cfg):
+    """Layer-wise decay inside the encoder; the decoder learns at the full rate."""
+    encoder = model.encoder
+
+    def layer(name):
+        return encoder.layer(name.split("encoder.", 1)[1]) if "encoder." in name else encoder.last_layer
+
+    return parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token"), layer, cfg.layer_decay)
+
+
 def train_step(net, batches, to_inputs, optimizer, scaler, step, cfg, plan, run):
     """One update from plan.accum_steps micro-batches; returns {name: float, mean over the update} and the sample numbers."""
     optimizer.zero_grad(set_to_none=True)
@@ -637,38 +696,37 @@ def train_step(net, batches, to_inputs, optimizer, scaler, step, cfg, plan, run)
 
 
 def train(cfg, run):
-    source = open_scenes(cfg, "train")
+    source, held_out = open_scenes(cfg, "train"), open_scenes(cfg, "val")
+    for name, scenes in (("training", source), ("held-out", held_out)):
+        if scenes.dropped:
+            run.print(f"{scenes.dropped} degenerate boxes (under a pixel, or without a mask) dropped from the {name} images")
+        if cfg.check_data:
+            check_data(scenes, run.workers)
     if cfg.check_data:
-        return check_data(source, run.workers)
-    held_out = open_scenes(cfg, "val")
+        return
     if held_out.classes != source.classes:
-        raise Refused(f"--data {cfg.data}: the training images have {len(source.classes)} classes, the others have others")
+        raise Refused(f"--data {cfg.data}: the categories of the two annotation files differ ({len(source.classes)} training, "
+                      f"{len(held_out.classes)} held out): write the same list into both")
     mean, std = normalisation(cfg)
     to_images = Normalise(mean, std, run.device)
     epochs = cfg.epochs or (cfg.iters + 0.5) * cfg.batch_size / len(source)
     plan = make_plan(len(source), dataclasses.replace(cfg, epochs=epochs), run.world_size)
     plan = Iterations(**vars(plan), every=cfg.eval_every)
-    if cfg.task == "seg" and cfg.head == "uper" and plan.micro_batch < 2:
+    together = run.world_size if run.device.type == "cuda" else 1  # whose images SyncBatchNorm averages over
+    if cfg.task == "seg" and cfg.head == "uper" and plan.micro_batch * together < 2:
         raise Refused("UperNet pools to one pixel, whose BatchNorm needs two images per forward pass: raise --batch_size or "
                       "--micro_batch")
     torch.manual_seed(cfg.seed)
     model = Segmenter(cfg, len(source.classes)) if cfg.task == "seg" else Detector(cfg, len(source.classes))
-    encoder = model.encoder
     if cfg.weights != "none":
-        load_weights(encoder, cfg.weights, ignore=(*BESIDE_TRUNK, *encoder.beside), part=("enhancer.", "discriminator."))
+        load_weights(model.encoder, cfg.weights, ignore=(*BESIDE_TRUNK, *model.encoder.beside),
+                     part=("enhancer.", "discriminator."))
     run.start(plan, f"lr {cfg.lr:.3g}")
-    for name, scenes in (("training", source), ("held-out", held_out)):
-        if scenes.dropped:
-            run.print(f"{scenes.dropped} degenerate boxes (under a pixel, or without a mask) dropped from the {name} images")
     if run.world_size > 1 and run.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = run.prepare(model)
 
-    def layer(name):  # the decoder learns at the full rate
-        return encoder.layer(name.split("encoder.", 1)[1]) if "encoder." in name else encoder.last_layer
-
-    groups = parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token"), layer, cfg.layer_decay)
-    sgd = cfg.optimizer == "sgd"
+    groups, sgd = parameter_groups_of(model, cfg), cfg.optimizer == "sgd"
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=cfg.betas[0]) if sgd else adamw(groups, cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -677,8 +735,11 @@ def train(cfg, run):
     batches = scene_batches(source, KeyedBatches(plan, cfg.seed, run, start), transform, cfg, run)
 
     def to_inputs(batch):
+        if cfg.task == "seg":
+            labels = torch.stack([target["labels"] for target in batch["target"]])
+            return to_images(batch), labels.to(run.device, non_blocking=True).long()
         targets = [{name: x.to(run.device, non_blocking=True) for name, x in target.items()} for target in batch["target"]]
-        return to_images(batch), torch.stack([target["labels"] for target in targets]) if cfg.task == "seg" else targets
+        return to_images(batch), [target | {"masks": unpack(target["masks"])} for target in targets]
 
     truth = held_out.truth() if cfg.task == "det" and run.is_main else None
     meta = {"method": "transfer_seg_det", "task": cfg.task, "head": cfg.head, "model": cfg.model, "img_size": cfg.img_size,
