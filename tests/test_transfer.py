@@ -767,6 +767,28 @@ def test_an_encoder_pretrained_here_is_loaded_and_the_demo_runs(scenes, small_np
     assert meta["task"] == task and len(meta["classes"]) == (11 if task == "seg" else 10)
 
 
+@pytest.mark.parametrize("task, command", [("seg", SEG), ("det", DET)])
+def test_the_docs_code_uses_the_result_as_the_evaluation_does(scenes, tmp_path, monkeypatch, task, command):
+    folder = scenes / ("ade" if task == "seg" else "coco")
+    run_script([*command, "--data", folder, "--out", "runs/transfer_seg"], tmp_path)
+    source = data.open_scenes(small(task, "--data", folder), "val")
+    shutil.copy(source.name(2), tmp_path / "photo.jpg")  # a PNG in truth, which does not matter
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", (ROOT / "docs/TRANSFER.md").read_text(), re.DOTALL)[1], found)
+    cfg, run = found["cfg"], types.SimpleNamespace(device=torch.device("cpu"), amp_dtype=None)
+    batch = data.collate_scenes([data.Scenes(source, data.Fit(cfg.img_size, task), 0, 1)[0, 2]])
+    images = common.Normalise(found["mean"], found["std"], run.device)(batch)
+    with torch.inference_mode():
+        expected = transfer.predict(found["model"], images, cfg, run)
+    if task == "seg":
+        assert found["labels"].shape == (40, 48)
+        torch.testing.assert_close(found["scores"], expected)
+    else:
+        assert found["found"]["masks"].shape[1:] == (1, 40, 48)
+        torch.testing.assert_close(found["found"]["boxes"], expected["boxes"])
+
+
 def test_drawn_shapes_on_the_command_line(tmp_path):
     output = run_command([*SEG, "--iters", 1, "--pictures", 1], tmp_path)
     assert "step 1, 200 held-out images: miou" in output
