@@ -167,7 +167,7 @@ class Config(RunConfig):
 
 # Numbers of the papers' text, with their place; what a paper leaves to the code it names (BEiT, MAE, mmsegmentation, MIMDet,
 # ViTDet) is that code's.
-SEG = {"data": "data/ade20k", "iters": 160_000}  # with the defaults above: MAE's for UperNet
+SEG = {"iters": 160_000}  # with the defaults above: MAE's for UperNet
 DET = {"data": "data/coco", "img_size": (1024, 1024), "jitter": (0.1, 2.0), "epochs": 100.0, "batch_size": 64, "lr": 1e-4,
        "schedule": "step", "warmup_iters": 250, "weight_decay": 0.1, "layer_decay": 0.7, "eval_every": 10_000}  # ViTDet's
 MIMDET = {"lr": 8e-5, "schedule": "cosine", "warmup_iters": 461, "layer_decay": 1.0, "window": 16}  # its plain ViTs

@@ -582,7 +582,7 @@ def test_real_ade20k_and_coco(real_data):
     for i in range(5):
         image, target = ade.read(i)
         stored = np.asarray(Image.open(ade.map_of(ade.name(i)))).astype(int)
-        assert ((target["labels"].numpy() + 1) % 256 == stored).all() and image.shape[1:] == target["labels"].shape
+        assert ((target["labels"].long().numpy() + 1) % 256 == stored).all() and image.shape[1:] == target["labels"].shape
     coco = data.CocoScenes(real_data / "coco", "train", 3)
     assert len(coco) == 26 and len(coco.classes) == 80
     truth = coco.truth()
