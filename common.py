@@ -1409,7 +1409,7 @@ class Run:
         skips = {name: count for name, count in kept.items() if name.startswith("skipped")}
         rate = self.counted * self.plan.batch_size / elapsed
         self.log({"step": step, "epoch": round(self.plan.epoch(step), 4), **{f"train/{k}": v for k, v in means.items()},
-                  "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 1),
+                  "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 3),
                   "data_wait": round(self.waited / elapsed, 4), "peak_memory": self._peak_memory(), **skips})
         self._show(step, means.get("loss", math.nan), f" lr {lr:.2e} data_wait {self.waited / elapsed:.0%}")
         kept["window"], self.counted, self.waited, self.window_start = [], 0, 0.0, time.monotonic()
@@ -1425,7 +1425,7 @@ class Run:
         rate = self.counted * self.plan.batch_size / (time.monotonic() - self.window_start)
         left = timedelta(seconds=round((self.plan.steps - step) * self.plan.batch_size / rate))
         self.print(f"epoch {self.plan.epoch(step):.2f} step {step}/{self.plan.steps} loss {loss:.4f}{more} "
-                   f"{rate:,.0f} images/s, {left} left", end="" if self.live else "\n")
+                   f"{rate:,.{0 if rate >= 10 else 2}f} images/s, {left} left", end="" if self.live else "\n")
 
     def _dump(self, step, lr, samples, stats):
         record = {"rank": self.rank, "samples": samples, "terms": {name: str(value) for name, value in stats.items()}}

@@ -367,6 +367,9 @@ def collate_scenes(samples):
 # ---- pictures ------------------------------------------------------------------------------------------------------------
 
 
+SHOWN = 288  # height of a picture, in pixels
+
+
 def colour_of(number):
     """A colour per class: hues by the golden ratio, in three strengths, so that neighbours differ."""
     strength = ((0.4, 0.75), (1.0, 0.95), (0.6, 1.0))[number % 3]
@@ -382,10 +385,10 @@ def show_labels(labels):
 
 
 def show_objects(image, target, classes):
-    """Image (3, H, W) uint8 with boxes and masks, each with its class and, if the target has it, its score."""
-    factor = max(1, 256 // image.shape[1])
-    size = [side * factor for side in image.shape[1:]]
-    image = TF.resize(image, size, InterpolationMode.NEAREST)
+    """Image (3, H, W) uint8, SHOWN high, with boxes and masks, each with its class and, if the target has it, its score."""
+    factor = SHOWN / image.shape[1]
+    size = [SHOWN, max(1, round(image.shape[2] * factor))]
+    image = TF.resize(image, size, InterpolationMode.NEAREST if factor > 1 else InterpolationMode.BILINEAR, antialias=True)
     if not len(target["boxes"]):
         return image
     colours = [colour_of(int(kind)) for kind in target["labels"]]
@@ -399,11 +402,11 @@ def show_objects(image, target, classes):
 
 
 def save_scenes(path, rows, titles, legend=()):
-    """PNG: rows of pictures (3, H, W) uint8 of any size, 256 px high, under titles; below, a legend of (class number, name)."""
-    gap, line, height, column = 4, 16, 256, 150
+    """PNG: rows of pictures (3, H, W) uint8 of any size, SHOWN high, under titles; below, a legend of (class number, name)."""
+    gap, line, height, column = 4, 16, SHOWN, 150
     tiles = [[Image.fromarray(x.permute(1, 2, 0).numpy()) for x in row] for row in rows]
-    tiles = [[x.resize((max(1, x.width * height // x.height), height), Image.NEAREST if x.height < height else Image.LANCZOS)
-              for x in row] for row in tiles]
+    tiles = [[x.resize((max(1, round(x.width * height / x.height)), height),
+                       Image.NEAREST if x.height < height else Image.LANCZOS) for x in row] for row in tiles]
     widths = [max(row[i].width for row in tiles) + gap for i in range(len(titles))]
     columns = max(1, sum(widths) // column)
     lines = math.ceil(len(legend) / columns)

@@ -762,7 +762,7 @@ def test_an_encoder_pretrained_here_is_loaded_and_the_demo_runs(scenes, small_np
     assert re.search(r"encoder\.pth: (\d+)/\1 tensors loaded; missing: none; unexpected: none", output)
     assert "5 held-out images" in output and f"done: runs/transfer_{task}/model.pth" in output
     with Image.open(tmp_path / f"runs/transfer_{task}/pictures/step_0000002.png") as picture:
-        assert picture.height > 3 * 256
+        assert picture.height > 3 * data.SHOWN
     meta = torch.load(tmp_path / f"runs/transfer_{task}/model.pth", weights_only=True)["meta"]
     assert meta["task"] == task and len(meta["classes"]) == (11 if task == "seg" else 10)
 
