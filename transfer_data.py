@@ -55,14 +55,16 @@ class LabelMaps:
         lists = [path for name in ("classes.txt", "objectInfo150.txt") if (path := root / name).exists()]
         if not lists:
             raise Refused(f"--data {root} has no classes.txt: expected a name per line, in the order of the maps' numbers")
-        lines = [line.strip() for line in lists[0].read_text(errors="replace").splitlines() if line.strip()]
+        text = lists[0].read_text("utf-8-sig", errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         self.classes = lines
         if lists[0].name == "objectInfo150.txt":
             self.classes = [line.split("\t")[-1] for line in lines[1:]]
             if not zero_is_ignore:
                 raise Refused(f"--data {root} is ADE20K, whose class numbers begin with 1: add --zero_is_ignore")
-        if len(self.classes) > IGNORE:
-            raise Refused(f"{lists[0]} has {len(self.classes)} classes, more than {IGNORE}: {IGNORE} stands for no class")
+        if len(self.classes) > IGNORE - zero_is_ignore:
+            raise Refused(f"{lists[0]} has {len(self.classes)} classes, more than {IGNORE - zero_is_ignore}: {IGNORE} in a map "
+                          "stands for no class")
 
     def map_of(self, path):
         return self.images.parent.parent / "annotations" / Path(path).relative_to(self.images.parent).with_suffix(".png")
@@ -80,12 +82,12 @@ class LabelMaps:
         if labels.shape != image.shape[1:]:
             raise ValueError(f"the label map is {tuple(labels.shape)}, the image {tuple(image.shape[1:])}; expected the same "
                              "height and width, one channel")
+        wrong = labels[(labels >= len(self.classes) + self.zero_is_ignore) & (labels != IGNORE)]
+        if len(wrong):
+            hint = "" if self.zero_is_ignore else " from 0 on; list the background too, or ignore it: --zero_is_ignore"
+            raise ValueError(f"the label map has number {int(wrong.max())}, {len(self.classes)} classes are listed{hint}")
         if self.zero_is_ignore:
             labels = torch.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1)
-        wrong = labels[(labels >= len(self.classes)) & (labels != IGNORE)]
-        if len(wrong):
-            raise ValueError(f"the label map has number {int(wrong.max()) + self.zero_is_ignore}, {len(self.classes)} classes "
-                             "are listed" + ("" if self.zero_is_ignore else "; if the first class is 1: --zero_is_ignore"))
         return image, {"labels": labels.to(torch.uint8)}
 
 
@@ -109,16 +111,21 @@ class CocoScenes:
                 shape, crowd = entry["segmentation"], bool(entry.get("iscrowd"))
                 if isinstance(shape, list):
                     shape = [polygon for polygon in shape if len(polygon) >= 6]
-                if not crowd and (min(w, h) < 1 or not shape):
+                if not shape or min(w, h) < 1 and not crowd:
                     self.dropped += 1
                     continue
-                kind = self.categories.index(entry["category_id"])
-                records[entry["image_id"]][3].append([kind, [x, y, w, h], shape, crowd, entry.get("area", w * h)])
+                if entry["category_id"] not in self.categories or entry["image_id"] not in records:
+                    raise ValueError(f"no category {entry['category_id']}, or no image {entry['image_id']}, is listed")
+                kind, area = self.categories.index(entry["category_id"]), entry.get("area")
+                records[entry["image_id"]][3].append([kind, [x, y, w, h], shape, crowd, w * h if area is None else area])
+            self.ids = sorted(records)
         except OSError as error:
             raise Refused(f"cannot read {self.path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(f"{self.path} is not in COCO's format, see {place}: {type(error).__name__} {error}") from None
-        self.ids = sorted(records)
+        if all(entry[3] for record in records.values() for entry in record[3]):
+            raise Refused(f"{self.path} has no object to learn: of {len(content['annotations'])} annotations {self.dropped} "
+                          "are degenerate, the others iscrowd")
         # One buffer: a million Python objects would be copied into every loader worker as their reference counts change.
         packed = [json.dumps(records[i]).encode() for i in self.ids]
         self.buffer, self.ends = b"".join(packed), np.cumsum([0, *map(len, packed)])
@@ -138,6 +145,8 @@ class CocoScenes:
         image = read_image(str(self.folder / name), self.in_chans)
         if image.shape[1:] != (height, width):
             raise ValueError(f"{height} x {width} pixels in {self.path.name}, {image.shape[1]} x {image.shape[2]} in the file")
+        if max(height, width) > 32 * min(height, width):
+            raise ValueError(f"{height} x {width} pixels: longer than 32 times its width")
         objects = [entry for entry in objects if not entry[3]]
         boxes = [[x, y, x + w, y + h] for _, (x, y, w, h), *_ in objects]
         masks = [torch.from_numpy(decode_mask(shape, height, width)) for _, _, shape, *_ in objects]
@@ -184,7 +193,11 @@ def decode_mask(shape, height, width):
     """COCO's segmentation (polygons, or run lengths packed or not) -> uint8 (height, width)"""
     packed = isinstance(shape, dict) and isinstance(shape["counts"], str)
     runs = shape if packed else rle.frPyObjects(shape, height, width)
-    return rle.decode(rle.merge(runs) if isinstance(runs, list) else runs)
+    mask = rle.decode(rle.merge(runs) if isinstance(runs, list) else runs)
+    if mask.shape != (height, width):
+        was = f"{mask.shape[0]} x {mask.shape[1]}"
+        raise ValueError(f"the run lengths of a mask are those of {was} pixels, not {height} x {width}")
+    return mask
 
 
 def coco_truth(source, records):
@@ -194,8 +207,6 @@ def coco_truth(source, records):
         for kind, box, shape, crowd, area in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": source.categories[kind],
                                 "bbox": box, "segmentation": shape, "iscrowd": int(crowd), "area": area})
-    if not annotations:
-        raise Refused("the held-out images have no objects: there is nothing to measure AP with")
     coco.dataset = {
         "images": [{"id": i, "height": record[0], "width": record[1]} for i, record in zip(source.ids, records, strict=True)],
         "categories": [{"id": i, "name": name} for i, name in zip(source.categories, source.classes, strict=True)],
@@ -330,7 +341,7 @@ def pack(masks):
 
 def unpack(masks):
     """Undoes `pack`, on the masks' device."""
-    return (masks[..., None] >> torch.arange(7, -1, -1, device=masks.device) & 1).flatten(2)
+    return (masks[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device) & 1).flatten(2)
 
 
 class Fit:
@@ -359,9 +370,11 @@ class Scenes(Views):
 
 
 def collate_scenes(samples):
-    """As `collate`, with "target" as a list: images hold different numbers of objects."""
+    """As `collate`, with "labels" (B, H, W) for segmentation, a list "target" for detection: numbers of objects differ."""
     targets = [sample.pop("target") for sample in samples]
-    return collate(samples) | {"target": targets}
+    if "masks" in targets[0]:
+        return collate(samples) | {"target": targets}
+    return collate(samples) | {"labels": torch.stack([target["labels"] for target in targets])}
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------------

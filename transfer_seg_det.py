@@ -18,9 +18,9 @@ which the table of 1 + 32 x 32 positions has 787,200; three up-convolutions with
 pooling 4 (D^2 + 2 D), bottleneck 45 D^2 + 2 D, laterals 3 (D^2 + 2 D), smoothing 3 (9 D^2 + 2 D), joining 36 D^2 + 2 D,
 classifier 150 (D + 1), together 67,963,542; auxiliary 256 (9 D + 2) + 150 x 257 = 1,808,534.
 
---weights takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's ResNet-50, `none`.
-Model, patch size and normalisation come from the file where it says them. Data: folders in ADE20K's layout, or COCO's, or the
-drawn `shapes`; docs/TRANSFER.md goes through it step by step.
+--weights takes encoder.pth or last.pth of any script here (of this one: its encoder), official MAE files, timm's ViTs,
+torchvision's ResNet-50, `none`. Model, patch size and normalisation come from the file where it says them. Data: folders laid
+out as ADE20K or COCO, or the drawn `shapes`; docs/TRANSFER.md goes through it step by step.
 
 Not in the papers, our choice: no relative positions and no layer scale, which BEiT's, MAE's and ViTDet's code adds; positions,
 class token, vectors (so all of a BatchNorm) do not decay; convolutions start with torch's values; losses are means over the
@@ -35,6 +35,7 @@ without antialiasing. Not built: Mask2Former, Cascade Mask R-CNN (RevColV2), MIM
 
 import dataclasses
 import math
+import zlib
 from collections import OrderedDict
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -159,7 +160,8 @@ class Config(RunConfig):
         if not seg and not resnet and self.patch_size not in (4, 8, 16, 32):
             raise ValueError(f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}")
         if not resnet:
-            patch_grid(self.img_size, self.patch_size)  # ValueError unless they fit
+            if min(patch_grid(self.img_size, self.patch_size)) < 2:  # ValueError unless they fit
+                raise ValueError(f"--img_size is one --patch_size of {self.patch_size}: at least two are needed")
         elif self.layer_decay != 1 or self.drop_path or self.recompute:
             raise ValueError("--layer_decay, --drop_path and --recompute are for ViTs")
         self.channels = self.channels or (256 if not seg else 512 if resnet or self.head != "uper" else 768)
@@ -433,7 +435,7 @@ def predict_scores(model, images, cfg):
     window, or no multiple of the patch, is filled up on the right and below with the mean colour, 0."""
     H, W = images.shape[2:]
     unit = cfg.patch_size if cfg.model != "resnet50" else 1
-    h, w = cfg.img_size if cfg.inference == "slide" else (math.ceil(H / unit) * unit, math.ceil(W / unit) * unit)
+    h, w = cfg.img_size if cfg.inference == "slide" else (max(2, math.ceil(side / unit)) * unit for side in (H, W))
     images = F.pad(images[0], (0, max(w - W, 0), 0, max(h - H, 0)))
     corners = [(top, left) for top in window_starts(images.shape[1], h) for left in window_starts(images.shape[2], w)]
     parts = model.scores(torch.stack([images[:, top : top + h, left : left + w] for top, left in corners]))[0]
@@ -568,7 +570,8 @@ def average_precision(truth, results, image_ids):
             judge.evaluate()
             judge.accumulate()
             judge.summarize()
-        scores |= {f"eval/{name}_ap": 100 * float(judge.stats[0]), f"eval/{name}_ap50": 100 * float(judge.stats[1])}
+        ap, ap50 = (max(0.0, 100 * float(x)) for x in judge.stats[:2])  # -1: nothing to find
+        scores |= {f"eval/{name}_ap": ap, f"eval/{name}_ap50": ap50}
     return scores
 
 
@@ -597,7 +600,7 @@ def evaluate(model, source, truth, to_images, cfg, run):
             continue
         output = predict(model, to_images(batch), cfg, run)
         if cfg.task == "seg":
-            labels = batch["target"][0]["labels"].to(run.device).long()
+            labels = batch["labels"][0].to(run.device).long()
             matrix += confusion(resize(output[None], labels.shape)[0].argmax(0), labels, classes)
         else:
             seen.append(source.ids[batch["index"].item()])
@@ -624,12 +627,12 @@ def draw_pictures(path, model, source, to_images, cfg, run):
     n = min(cfg.pictures, len(source))
     for i in range(n):
         batch = collate_scenes([views[0, i * len(source) // n]])
-        images, target = to_images(batch), batch["target"][0]
+        images = to_images(batch)
         output = predict(model, images, cfg, run)
         image = (255 * to_images.undo(images)).round().to(torch.uint8)[0].cpu()
         image = image if len(image) == 3 else image[:1].expand(3, -1, -1)
         if cfg.task == "seg":
-            labels = target["labels"]
+            labels = batch["labels"][0]
             called = resize(output[None], labels.shape)[0].argmax(0).cpu()
             seen |= {*labels.unique().tolist(), *called.unique().tolist()} - {IGNORE}
             image = resize(image[None].float(), labels.shape)[0].to(torch.uint8)
@@ -639,7 +642,7 @@ def draw_pictures(path, model, source, to_images, cfg, run):
             output = {name: value[keep].cpu() for name, value in output.items()}
             output["masks"] = output["masks"][:, 0] > 0.5
             nothing = {"boxes": []}
-            rows.append([show_objects(image, shown, source.classes) for shown in (nothing, target, output)])
+            rows.append([show_objects(image, shown, source.classes) for shown in (nothing, batch["target"][0], output)])
     save_scenes(path, rows, ["image", "truth", "prediction"], [(i, source.classes[i]) for i in sorted(seen)])
 
 
@@ -700,13 +703,15 @@ def train(cfg, run):
     for name, scenes in (("training", source), ("held-out", held_out)):
         if scenes.dropped:
             run.print(f"{scenes.dropped} degenerate boxes (under a pixel, or without a mask) dropped from the {name} images")
-        if cfg.check_data:
-            check_data(scenes, run.workers)
-    if cfg.check_data:
-        return
     if held_out.classes != source.classes:
         raise Refused(f"--data {cfg.data}: the categories of the two annotation files differ ({len(source.classes)} training, "
                       f"{len(held_out.classes)} held out): write the same list into both")
+    truth = held_out.truth() if cfg.task == "det" and run.is_main else None
+    if cfg.check_data:
+        for name, scenes in (("training", source), ("held-out", held_out)):
+            run.print(f"{name} images:")
+            check_data(scenes, run.workers)
+        return
     mean, std = normalisation(cfg)
     to_images = Normalise(mean, std, run.device)
     epochs = cfg.epochs or (cfg.iters + 0.5) * cfg.batch_size / len(source)
@@ -720,7 +725,7 @@ def train(cfg, run):
     model = Segmenter(cfg, len(source.classes)) if cfg.task == "seg" else Detector(cfg, len(source.classes))
     if cfg.weights != "none":
         load_weights(model.encoder, cfg.weights, ignore=(*BESIDE_TRUNK, *model.encoder.beside),
-                     part=("enhancer.", "discriminator."))
+                     part=("enhancer.", "discriminator.", "encoder.", "model.backbone.encoder."))
     run.start(plan, f"lr {cfg.lr:.3g}")
     if run.world_size > 1 and run.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -730,18 +735,17 @@ def train(cfg, run):
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=cfg.betas[0]) if sgd else adamw(groups, cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run.inputs = {"list of classes": f"{len(source.classes)} names, checksum {zlib.crc32(repr(source.classes).encode()):08x}"}
     start = run.load(state)
     transform = (SegmentationCrop if cfg.task == "seg" else LargeScaleJitter)(cfg.img_size, cfg.jitter, mean)
     batches = scene_batches(source, KeyedBatches(plan, cfg.seed, run, start), transform, cfg, run)
 
     def to_inputs(batch):
         if cfg.task == "seg":
-            labels = torch.stack([target["labels"] for target in batch["target"]])
-            return to_images(batch), labels.to(run.device, non_blocking=True).long()
+            return to_images(batch), batch["labels"].to(run.device, non_blocking=True).long()
         targets = [{name: x.to(run.device, non_blocking=True) for name, x in target.items()} for target in batch["target"]]
         return to_images(batch), [target | {"masks": unpack(target["masks"])} for target in targets]
 
-    truth = held_out.truth() if cfg.task == "det" and run.is_main else None
     meta = {"method": "transfer_seg_det", "task": cfg.task, "head": cfg.head, "model": cfg.model, "img_size": cfg.img_size,
             "patch_size": cfg.patch_size, "resnet_width": cfg.resnet_width, "in_chans": cfg.in_chans, "mean": mean, "std": std,
             "classes": list(source.classes)}
@@ -757,6 +761,8 @@ def train(cfg, run):
         run.end_update(step + 1, stats, now, samples)
         with run.off_the_clock():
             if plan.ends_epoch(step + 1):
+                if run.stopping:  # a whole evaluation may be more than the time that is left
+                    run.save(step + 1, state, {**meta, "epoch": plan.epoch(step + 1)})
                 model.eval()
                 for buffer in model.buffers() if run.world_size > 1 else ():
                     dist.broadcast(buffer, 0)  # BatchNorm: every process evaluates with the statistics that are saved

@@ -282,7 +282,7 @@ def test_windows_cover_every_pixel_of_an_odd_size_once_averaged(height, width, i
     if inference == "slide":
         assert (h, w) == (512, 512) and n == math.prod(1 + math.ceil(max(side - 512, 0) / 341) for side in (height, width))
     else:
-        assert (n, h, w) == (1, 16 * math.ceil(height / 16), 16 * math.ceil(width / 16))
+        assert (n, h, w) == (1, max(32, 16 * math.ceil(height / 16)), max(32, 16 * math.ceil(width / 16)))
 
 
 def test_window_starts_are_those_of_the_protocol():
@@ -493,6 +493,7 @@ def test_masks_are_packed_and_unpacked():
         masks = torch.randint(0, 2, (n, 12, 32), dtype=torch.uint8)
         packed = data.pack(masks)
         assert packed.shape == (n, 12, 4) and torch.equal(data.unpack(packed), masks)
+        assert data.unpack(packed).dtype == torch.uint8  # a byte per pixel
 
 
 def test_segmentation_crop_keeps_pixels_and_labels_together(monkeypatch):
@@ -609,14 +610,16 @@ def test_degenerate_boxes_are_dropped_with_a_count(tmp_path):
     ("seg", "rm -r images/training", "none of the folders images/training/, images/train/, images/train2017/ is there"),
     ("seg", "rm annotations/training/3.png", "1 of the 12 images in .* have no label map"),
     ("seg", "rm classes.txt", "has no classes.txt: expected a name per line"),
-    ("seg", "head -n 4 classes.txt > x; mv x classes.txt", r"number \d+, 4 classes are listed; if the first class is 1: "),
+    ("seg", "head -n 4 classes.txt > x; mv x classes.txt", r"number \d+, 4 classes are listed from 0 on; list the background"),
     ("seg", "cp images/training/*.png annotations/training/", r"the label map is \(40, 48, 3\), the image \(40, 48\)"),
     ("det", "rm annotations/*", "cannot read .*instances_train2017.json: .*No such file"),
     ("det", "echo '{' > annotations/instances_train2017.json", "is not in COCO's format, see its top level: "),
     ("det", "echo '{}' > annotations/instances_train2017.json", "COCO's format, see its top level: KeyError 'categories'"),
     ("det", "sed -i 's/\"bbox\"/\"box\"/' annotations/instances_train2017.json", "see annotation 1: KeyError 'bbox'"),
-    ("det", "sed -i 's/annotations\": .*\\], \"cat/annotations\": [], \"cat/' annotations/instances_val2017.json",
-     "the held-out images have no objects"),
+    ("det", "sed -i 's/ations\": .*\\], \"cat/ations\": [], \"cat/' annotations/instances_val2017.json",
+     "has no object to learn: of 0 annotations 0 are degenerate"),
+    ("det", "sed -i 's/crowd\": 0/crowd\": 1/g' annotations/instances_train2017.json", "has no object to learn"),
+    ("det", "sed -i 's/category_id\": 5,/category_id\": 6,/' annotations/instances_train2017.json", "no category 6, or"),
     ("seg", "mv classes.txt objectInfo150.txt", "is ADE20K, whose class numbers begin with 1: add --zero_is_ignore"),
     ("det", "rm images/train2017/*", "unreadable"),
 ])
@@ -662,6 +665,36 @@ def test_recipes_hold_the_papers_numbers(recipe, task):
     cfg = config("--recipe", recipe, "--task", task, "--weights", "none")
     assert {name: getattr(cfg, name) for name in PAPERS[recipe, task]} == PAPERS[recipe, task]
     assert config("--recipe", recipe, "--task", task, "--weights", "none", "--lr", 1, "--iters", 7).iters == 7
+
+
+def test_annotations_as_labelling_tools_write_them(tmp_path):
+    """A crowd without a mask, an area of null, a mask of another size: nothing reaches pycocotools that it fails on."""
+    coco_file(tmp_path, (64, 64), [([10, 10, 40, 40], 0), ([5, 5, 30, 30], 1), ([7, 7, 20, 20], 0)])
+    path = tmp_path / "annotations/instances_val.json"
+    content = json.loads(path.read_text())
+    content["annotations"][1]["segmentation"] = [[1, 2, 3, 4]]
+    content["annotations"][2]["area"] = None
+    path.write_text(json.dumps(content))
+    source = data.CocoScenes(tmp_path, "val", 3)
+    assert source.dropped == 1
+    results = transfer.coco_results(1, as_output(source.read(0)[1]), [1])
+    assert transfer.average_precision(source.truth(), results, [1])["eval/mask_ap"] == pytest.approx(100)
+    content["annotations"][0]["segmentation"]["size"] = [32, 128]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="run lengths of a mask are those of 32 x 128 pixels, not 64 x 64"):
+        data.CocoScenes(tmp_path, "val", 3).read(0)
+
+
+def test_other_classes_are_refused_on_resume(scenes, tmp_path):
+    shutil.copytree(scenes / "ade", tmp_path / "ade")
+    command = [*SEG, "--data", tmp_path / "ade", "--head", "linear", "--out", "run"]
+    run_script([*command, "--iters", 1], tmp_path)
+    names = (tmp_path / "ade/classes.txt").read_text().split("\n")
+    (tmp_path / "ade/classes.txt").write_text("\n".join([names[1], names[0], *names[2:]]))
+    assert "has list of classes 11 names" in run_script([*command, "--iters", 1, "--resume"], tmp_path, expect=2)
+    command = [*SEG, "--data", scenes / "ade", "--weights", "run/last.pth", "--iters", 1, "--out", "next"]
+    output = run_script(command, tmp_path)
+    assert re.search(r"run/last\.pth: (\d+)/\1 tensors loaded", output)  # the encoder of such a run
 
 
 def test_recipes_cover_the_papers():
