@@ -401,7 +401,7 @@ def show_objects(image, target, classes):
     """Image (3, H, W) uint8, SHOWN high, with boxes and masks, each with its class and, if the target has it, its score."""
     factor = SHOWN / image.shape[1]
     size = [SHOWN, max(1, round(image.shape[2] * factor))]
-    image = TF.resize(image, size, InterpolationMode.NEAREST if factor > 1 else InterpolationMode.BILINEAR, antialias=True)
+    image = TF.resize(image, size, InterpolationMode.NEAREST_EXACT if factor > 1 else InterpolationMode.BILINEAR)
     if not len(target["boxes"]):
         return image
     colours = [colour_of(int(kind)) for kind in target["labels"]]
