@@ -284,8 +284,8 @@ def distort(image):
 
 class SegmentationCrop:
     """Resize to `jitter` times the short side of `size`; a crop of `size` in which no class has 75 % (or the tenth that was
-    tried); flip; distorted colours; on the right and below, where the image ends, the mean colour and IGNORE (METHODS of
-    BEiT's and MAE's segmentation code)."""
+    tried); flip; distorted colours; on the right and below, where the image ends, the mean colour and IGNORE: as in BEiT's and
+    MAE's segmentation code."""
 
     def __init__(self, size, jitter, mean):
         self.size, self.jitter, self.mean = size, jitter, mean
