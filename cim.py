@@ -89,6 +89,7 @@ from common import (
     patchify,
     picture_batch,
     read_file,
+    remember_statistics,
     save_pictures,
     set_lr,
     sincos_pos_embed,
@@ -411,7 +412,7 @@ def train_step(model, batches, to_pixels, settings, optimizer, scaler, step, cfg
     """One update; `settings`: what else `model` is called with. Returns {name: mean over the update} and the sample numbers."""
     optimizer.zero_grad(set_to_none=True)
     total, samples = {}, []
-    statistics = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's; put back if the update is skipped
+    restore_statistics = remember_statistics(model)
     for micro_step in range(plan.accum_steps):
         batch = next(batches)
         run.seed(step, micro_step)
@@ -423,8 +424,8 @@ def train_step(model, batches, to_pixels, settings, optimizer, scaler, step, cfg
         total = {name: total.get(name, 0) + term / plan.accum_steps for name, term in terms.items()}
         samples += batch["index"].tolist()
     stats = finish_update(run, optimizer, scaler, total, cfg.clip_grad)
-    if stats["skipped"] and statistics:
-        torch._foreach_copy_(list(model.buffers()), statistics)
+    if stats["skipped"]:
+        restore_statistics()
     return stats, samples
 
 

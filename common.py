@@ -354,6 +354,7 @@ def read_file(path):
 # First names of what our scripts, and others' classifiers, keep beside the network that is taken elsewhere.
 BESIDE_TRUNK = ("decoder", "mask_token", "fuse_", "pixel_decoder", "feature_decoder", "teacher", "beta", "generator.", "head.",
                 "heads.", "fc_norm.", "fc.")
+PARTS = ("enhancer.", "discriminator.")  # first names of that network where a script's checkpoint holds two
 
 
 def load_weights(model, path, allow_missing=(), ignore=(), part=(), content=None):
@@ -713,6 +714,11 @@ def open_torchvision(name, in_chans, split, download):
         raise Refused(f"--data {name} is not in data/ ({str(error).splitlines()[0]}): {hint}") from None
 
 
+def data_path(data):
+    """The path that --data names, from here or from the scripts' folder; None if there is none."""
+    return next((path for path in (Path(data), Path(__file__).parent / data) if path.exists()), None)
+
+
 def open_data(cfg, split="pretrain", classes=None):
     """The images of `--data`: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i), classes or None.
 
@@ -723,7 +729,7 @@ def open_data(cfg, split="pretrain", classes=None):
         return Shapes(cfg.img_size, cfg.in_chans, "val" if split == "val" else "train")
     if cfg.data in ("cifar10", "cifar100", "stl10", "cars"):
         return open_torchvision(cfg.data, cfg.in_chans, split, cfg.download)
-    root = next((path for path in (Path(cfg.data), Path(__file__).parent / cfg.data) if path.exists()), None)
+    root = data_path(cfg.data)
     if root is None:
         default = cfg.data == RunConfig.data
         raise Refused(f"--data {cfg.data} does not exist: " + (
@@ -903,8 +909,9 @@ class Plan:
         return step == self.steps or self.passes(step) > self.passes(step - 1)
 
 
-def make_plan(n, cfg, world_size):
-    """Split the global batch: batch_size = processes x micro_batch x accum_steps; floor(epochs * n / batch_size) updates."""
+def make_plan(n, cfg, world_size, steps=None):
+    """Split the global batch: batch_size = processes x micro_batch x accum_steps; `steps` updates, else floor(epochs * n /
+    batch_size)."""
     B, share = cfg.batch_size, cfg.batch_size // world_size
     micro = cfg.micro_batch or next(m for m in range(min(256, max(share, 1)), 0, -1) if share % m == 0)
     unit = world_size * micro
@@ -915,7 +922,7 @@ def make_plan(n, cfg, world_size):
                       f"number: use {' or '.join(map(str, near))}")
     if n < B:
         raise Refused(f"{n} images are fewer than one batch: --batch_size is {B}, use at most {n}")
-    steps = int(cfg.epochs * n // B)
+    steps = steps or int(cfg.epochs * n // B)
     if steps < 1:
         raise Refused(f"--epochs {cfg.epochs} of {n} images is less than one update of --batch_size {B}")
     return Plan(n, B, micro, B // unit, steps)
@@ -974,16 +981,19 @@ def make_loader(views, batches, run, collate=collate):
 
 
 class Normalise:
-    """Batch from the loader -> images (B, C, H, W) float32 on the device: scaled to [0, 1], flipped, normalised."""
+    """Batch from the loader -> images (B, C, H, W) float32 on the device: scaled to [0, 1], flipped if the batch says which,
+    normalised."""
 
     def __init__(self, mean, std, device):
         self.device = device
         self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
 
     def __call__(self, batch):
-        images, flip = (batch[name].to(self.device, non_blocking=True) for name in ("image", "flip"))
+        images = batch["image"].to(self.device, non_blocking=True)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+        if "flip" in batch:
+            flip = batch["flip"].to(self.device, non_blocking=True)
+            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
         return (images - self.mean) / self.std
 
     def undo(self, images):
@@ -1073,6 +1083,18 @@ def warmup_cosine(epoch, lr, min_lr, warmup_epochs, epochs):
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def remember_statistics(model):
+    """Returns a function that puts the model's buffers back as they are now: the forward pass of an update that is skipped has
+    put what was not finite into BatchNorm's statistics."""
+    before = [buffer.clone() for buffer in model.buffers()]
+
+    def restore():
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+    return restore
 
 
 def finish_update(run, optimizer, scaler, terms, clip_grad=0.0):
@@ -1359,6 +1381,11 @@ class Run:
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, **{name: False})
 
+    def share_statistics(self, model):
+        """BatchNorm's, of the first process, to all: every process evaluates with the statistics that are saved."""
+        for buffer in model.buffers() if self.world_size > 1 else ():
+            dist.broadcast(buffer, 0)
+
     def seed(self, step, micro_step):
         """Re-seed the generators at a micro-step's start, so that a resumed run needs no stored generator state."""
         torch.manual_seed(stable_seed(self.cfg.seed, step, micro_step, self.rank))
@@ -1410,11 +1437,11 @@ class Run:
         rate = self.counted * self.plan.batch_size / elapsed
         self.log({"step": step, "epoch": round(self.plan.epoch(step), 4), **{f"train/{k}": v for k, v in means.items()},
                   "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 3),
-                  "data_wait": round(self.waited / elapsed, 4), "peak_memory": self._peak_memory(), **skips})
+                  "data_wait": round(self.waited / elapsed, 4), "peak_memory": self.peak_memory(), **skips})
         self._show(step, means.get("loss", math.nan), f" lr {lr:.2e} data_wait {self.waited / elapsed:.0%}")
         kept["window"], self.counted, self.waited, self.window_start = [], 0, 0.0, time.monotonic()
 
-    def _peak_memory(self):
+    def peak_memory(self):
         """GiB: of the CUDA device, else of this process."""
         if self.device.type == "cuda":
             return round(torch.cuda.max_memory_allocated() / 2**30, 3)

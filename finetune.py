@@ -35,6 +35,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common import (
     BESIDE_TRUNK,
+    PARTS,
     EvalCrop,
     KeyedBatches,
     Normalise,
@@ -60,6 +61,7 @@ from common import (
     parameter_groups,
     patch_grid,
     read_file,
+    remember_statistics,
     set_lr,
     warmup_cosine,
 )
@@ -374,7 +376,7 @@ def train(cfg, run):
     if cfg.weights != "none":
         unused = (*BESIDE_TRUNK, "norm.") if cfg.mode == "finetune" and cfg.pool == "avg" else BESIDE_TRUNK
         load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=unused,
-                     part=("enhancer.", "discriminator."))
+                     part=PARTS)
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     model.to(run.device)
 
@@ -434,11 +436,10 @@ def train(cfg, run):
     for step in range(start, plan.steps):
         now = warmup_cosine(plan.epoch(step), lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
         set_lr(optimizer, now)
-        statistics = [buffer.clone() for buffer in net.buffers()]
+        restore_statistics = remember_statistics(net)
         stats, samples = train_step(ddp, batches, to_inputs, mix, optimizer, scaler, step, cfg, plan, run)
-        if stats["skipped"]:  # the forward pass has put what was not finite into the BatchNorm's statistics
-            for buffer, before in zip(net.buffers(), statistics, strict=True):
-                buffer.copy_(before)
+        if stats["skipped"]:
+            restore_statistics()
         elif ema:
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - cfg.ema)
@@ -449,8 +450,7 @@ def train(cfg, run):
         with run.off_the_clock():
             if plan.ends_epoch(step + 1) and (int(epoch) % cfg.eval_every == 0 or step + 1 == plan.steps):
                 judged = (ema or net).eval()
-                for buffer in judged.buffers() if run.world_size > 1 else ():
-                    dist.broadcast(buffer, 0)  # BatchNorm: every process evaluates with the statistics that are saved
+                run.share_statistics(judged)
                 result = evaluate(judged, val_batches or eval_batches(held_out, cfg, run), to_inputs, run)
                 learner.train()
                 report(step + 1, epoch, result)

@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from common import Refused, Shapes, Views, collate, list_images, read_image, stable_seed, write_atomically
+from common import Refused, Shapes, Views, collate, data_path, list_images, read_image, stable_seed, write_atomically
 
 IGNORE = 255  # label of pixels that do not count
 SPLITS = {"train": ("training", "train", "train2017"), "val": ("validation", "val", "val2017")}
@@ -228,8 +228,8 @@ def open_scenes(cfg, split):
     """The images and targets of --data for --task; split: "train" or "val"."""
     if cfg.data == "shapes":
         return DrawnScenes(cfg, split)
-    root = next((path for path in (Path(cfg.data), Path(__file__).parent / cfg.data) if path.is_dir()), None)
-    if root is None:
+    root = data_path(cfg.data)
+    if root is None or not root.is_dir():
         layout = "ADE20K" if cfg.task == "seg" else "COCO"
         raise Refused(f"--data {cfg.data} is no folder: expected one laid out as {layout} (docs/TRANSFER.md), or shapes")
     if cfg.task == "seg":
@@ -366,7 +366,7 @@ class Scenes(Views):
             target = scene(image, [], [], []) if self.source.det else {"labels": nothing}
         torch.default_generator.manual_seed(stable_seed(self.seed, epoch, index))
         image, target = self.transform(image, target)
-        return {"index": index, "bad": bad, "flip": False, "image": image, "target": target}
+        return {"index": index, "bad": bad, "image": image, "target": target}
 
 
 def collate_scenes(samples):

@@ -33,7 +33,6 @@ without antialiasing. Not built: Mask2Former, Cascade Mask R-CNN (RevColV2), MIM
     torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --task det --weights encoder.pth --data data/coco
 """
 
-import dataclasses
 import math
 import zlib
 from collections import OrderedDict
@@ -60,6 +59,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from common import (
     BESIDE_TRUNK,
+    PARTS,
     Attention,
     KeyedBatches,
     Normalise,
@@ -83,6 +83,7 @@ from common import (
     parameter_groups,
     patch_grid,
     read_file,
+    remember_statistics,
     resize_pos_embed,
     set_lr,
 )
@@ -563,9 +564,13 @@ def average_precision(truth, results, image_ids):
     """Per cent, by pycocotools: AP over the overlaps 0.5 to 0.95, and AP at 0.5, of boxes and of masks in the images given. No
     results: 0."""
     scores = {f"eval/{name}": 0.0 for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap50")}
-    for kind, name in (("bbox", "box"), ("segm", "mask")) if results else ():
+    if not results:
+        return scores
+    with redirect_stdout(None):
+        found = truth.loadRes(results)
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
         with redirect_stdout(None):
-            judge = COCOeval(truth, truth.loadRes(results), kind)
+            judge = COCOeval(truth, found, kind)
             judge.params.imgIds = sorted(image_ids)
             judge.evaluate()
             judge.accumulate()
@@ -714,8 +719,7 @@ def train(cfg, run):
         return
     mean, std = normalisation(cfg)
     to_images = Normalise(mean, std, run.device)
-    epochs = cfg.epochs or (cfg.iters + 0.5) * cfg.batch_size / len(source)
-    plan = make_plan(len(source), dataclasses.replace(cfg, epochs=epochs), run.world_size)
+    plan = make_plan(len(source), cfg, run.world_size, cfg.iters)
     plan = Iterations(**vars(plan), every=cfg.eval_every)
     together = run.world_size if run.device.type == "cuda" else 1  # whose images SyncBatchNorm averages over
     if cfg.task == "seg" and cfg.head == "uper" and plan.micro_batch * together < 2:
@@ -725,7 +729,7 @@ def train(cfg, run):
     model = Segmenter(cfg, len(source.classes)) if cfg.task == "seg" else Detector(cfg, len(source.classes))
     if cfg.weights != "none":
         load_weights(model.encoder, cfg.weights, ignore=(*BESIDE_TRUNK, *model.encoder.beside),
-                     part=("enhancer.", "discriminator.", "encoder.", "model.backbone.encoder."))
+                     part=(*PARTS, "encoder.", "model.backbone.encoder."))
     run.start(plan, f"lr {cfg.lr:.3g}")
     if run.world_size > 1 and run.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -753,19 +757,17 @@ def train(cfg, run):
     for step in range(start, plan.steps):
         now = learning_rate(step, cfg, plan.steps)
         set_lr(optimizer, now)
-        statistics = [buffer.clone() for buffer in model.buffers()]
+        restore_statistics = remember_statistics(model)
         stats, samples = train_step(net, batches, to_inputs, optimizer, scaler, step, cfg, plan, run)
-        if stats["skipped"]:  # the forward pass has put what was not finite into the BatchNorm's statistics
-            for buffer, before in zip(model.buffers(), statistics, strict=True):
-                buffer.copy_(before)
+        if stats["skipped"]:
+            restore_statistics()
         run.end_update(step + 1, stats, now, samples)
         with run.off_the_clock():
             if plan.ends_epoch(step + 1):
                 if run.stopping:  # a whole evaluation may be more than the time that is left
                     run.save(step + 1, state, {**meta, "epoch": plan.epoch(step + 1)})
                 model.eval()
-                for buffer in model.buffers() if run.world_size > 1 else ():
-                    dist.broadcast(buffer, 0)  # BatchNorm: every process evaluates with the statistics that are saved
+                run.share_statistics(model)
                 result = evaluate(model, held_out, truth, to_images, cfg, run)
                 if run.is_main:
                     run.log({"step": step + 1, "epoch": plan.epoch(step + 1), **result})

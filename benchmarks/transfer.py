@@ -64,7 +64,7 @@ def measure(flags, n, updates):
         optimizer.step()
         loss.item()  # waits for the GPU
         times.append(time.perf_counter() - begin)
-    return {"memory": run._peak_memory(), "seconds": statistics.median(times[1:]),
+    return {"memory": run.peak_memory(), "seconds": statistics.median(times[1:]),
             "parameters": sum(p.numel() for p in model.parameters()) / 1e6, "precision": str(run.amp_dtype or torch.float32)}
 
 

@@ -363,7 +363,7 @@ def test_ap_of_a_shifted_box_by_hand(tmp_path, shift, ap, ap50):
     assert scores == pytest.approx({"eval/box_ap": ap, "eval/box_ap50": ap50, "eval/mask_ap": ap, "eval/mask_ap50": ap50})
 
 
-def coco_file(folder, size, boxes, n=1):
+def coco_file(folder, size, boxes):
     """One image, 1.png, with boxes [(x1 y1 x2 y2, iscrowd)]"""
     for name in ("images/train", "images/val", "annotations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
