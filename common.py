@@ -353,7 +353,7 @@ def read_file(path):
 
 # First names of what our scripts, and others' classifiers, keep beside the network that is taken elsewhere.
 BESIDE_TRUNK = ("decoder", "mask_token", "fuse_", "pixel_decoder", "feature_decoder", "teacher", "beta", "generator.", "head.",
-                "heads.", "fc_norm.", "fc.")
+                "heads.", "fc_norm.", "fc.", "pixel_head.")
 PARTS = ("enhancer.", "discriminator.")  # first names of that network where a script's checkpoint holds two
 
 

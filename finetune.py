@@ -65,6 +65,7 @@ from common import (
     set_lr,
     warmup_cosine,
 )
+from revcol_v2 import RevColV2
 
 
 @dataclass
@@ -72,9 +73,11 @@ class Config(RunConfig):
     # model
     mode: Literal["finetune", "linear", "knn"] = opt("finetune", "what to do with the weights")
     weights: str | None = opt(None, "file of weights, or none for random ones")
-    model: Literal[*get_args(VitSize), "resnet50"] = opt("base", "ViT, or resnet50; default: what the file says")
+    model: Literal[*get_args(VitSize), "resnet50", "revcol_tiny", "revcol_base", "revcol_large"] = opt(
+        "base", "ViT, resnet50 or RevColV2; default: what the file says")
     patch_size: int = opt(16, "pixels; likewise")
     resnet_width: int = opt(64, "ResNet: channels of its stem; likewise")
+    columns: int = opt(2, "RevColV2: bottom-up, and as many top-down, columns; likewise")
     pool: Literal["avg", "cls"] | None = opt(None, "patch mean or class token; default avg to fine-tune, cls to probe a ViT")
     drop_path: float = opt(0.1, "stochastic depth of the last block (fine-tuning)")
     # optimisation; defaults by mode (MODES)
@@ -107,9 +110,12 @@ class Config(RunConfig):
         resnet = self.model == "resnet50"
         if not resnet:
             patch_grid(self.img_size, self.patch_size)  # ValueError unless they fit
-        self.pool = self.pool or ("avg" if self.mode == "finetune" or resnet else "cls")
-        if resnet and (self.pool == "cls" or self.layer_decay != 1 or self.drop_path):
-            raise ValueError("--pool cls, --layer_decay and --drop_path are for ViTs")
+        no_cls = resnet or self.model.startswith("revcol")
+        self.pool = self.pool or ("avg" if self.mode == "finetune" or no_cls else "cls")
+        if no_cls and self.pool == "cls":
+            raise ValueError(f"--pool cls: {self.model} has no class token")
+        if resnet and (self.layer_decay != 1 or self.drop_path):
+            raise ValueError("--layer_decay and --drop_path are not for ResNets")
         if self.ema and self.mode != "finetune":
             raise ValueError("--ema is for --mode finetune")
 
@@ -135,8 +141,8 @@ def presets(flags):
         values |= {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4} | DEMO[flags.mode]
     if flags.weights not in (None, "none"):
         content = read_file(flags.weights)
-        values |= {k: content["meta"][k] for k in ("model", "img_size", "patch_size", "resnet_width", "in_chans", "mean", "std")
-                   if k in content.get("meta", {})}
+        known = ("model", "img_size", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
+        values |= {k: content["meta"][k] for k in known if k in content.get("meta", {})}
     if "resnet50" in (flags.model, values.get("model")):
         values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values
@@ -171,6 +177,29 @@ class Classifier(ViT):
         x = super().forward(images)
         x = x[:, 1:].mean(1) if self.pool == "avg" else x[:, 0]
         return x if self.probe or self.pool == "cls" else self.fc_norm(x)
+
+    def layer(self, name):
+        return layer_id(name, self.depth)
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
+
+class RevColClassifier(RevColV2):
+    """RevColV2 with a linear head: to be fine-tuned, on the mean of the last column's top level after a LayerNorm; `probe`: on
+    that of the last bottom-up column, frozen, with BatchNorm in front of the head."""
+
+    def __init__(self, cfg, num_classes):
+        probe = cfg.mode != "finetune"
+        super().__init__(cfg.model.removeprefix("revcol_"), cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path,
+                         cfg.columns, read="bottom_up" if probe else "top")
+        self.requires_grad_(not probe)
+        self.fc_norm = nn.Identity() if probe else nn.LayerNorm(self.embed_dim, eps=1e-6)
+        self.head = init_head(nn.Linear(self.embed_dim, num_classes), probe)
+
+    def features(self, images):
+        """(B, C, H, W) -> (B, D)"""
+        return self.fc_norm(super().features(images))
 
     def forward(self, images):
         return self.head(self.features(images))
@@ -371,10 +400,11 @@ def train(cfg, run):
         raise Refused("mixup, cutmix and BatchNorm need two images per forward pass: raise --batch_size or --micro_batch")
     lr = cfg.base_lr * cfg.batch_size / 256
     torch.manual_seed(cfg.seed)
-    resnet = cfg.model == "resnet50"
-    model = (ResNetClassifier if resnet else Classifier)(cfg, len(source.classes))
+    resnet, revcol = cfg.model == "resnet50", cfg.model.startswith("revcol")
+    model = (ResNetClassifier if resnet else RevColClassifier if revcol else Classifier)(cfg, len(source.classes))
     if cfg.weights != "none":
         unused = (*BESIDE_TRUNK, "norm.") if cfg.mode == "finetune" and cfg.pool == "avg" else BESIDE_TRUNK
+        unused = (*BESIDE_TRUNK, *model.beside) if revcol else unused
         load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=unused,
                      part=PARTS)
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
@@ -406,7 +436,7 @@ def train(cfg, run):
         optimizer = LARS(model.head.parameters(), cfg.weight_decay)
     else:
         groups = parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token"),
-                                  None if resnet else lambda name: layer_id(name, model.depth), cfg.layer_decay)
+                                  None if resnet else model.layer, cfg.layer_decay)
         optimizer = adamw(groups, cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"ema": ema} if ema else {})
@@ -428,8 +458,8 @@ def train(cfg, run):
         batches = run.timed(make_loader(views, keys, run))
     ddp = run.prepare(net)
     meta = {"method": "finetune", "weights": cfg.weights, "model": cfg.model, "img_size": cfg.img_size,
-            "patch_size": cfg.patch_size, "resnet_width": cfg.resnet_width, "in_chans": cfg.in_chans, "mean": mean, "std": std,
-            "classes": list(source.classes)}
+            "patch_size": cfg.patch_size, "resnet_width": cfg.resnet_width, "columns": cfg.columns, "in_chans": cfg.in_chans,
+            "mean": mean, "std": std, "classes": list(source.classes)}
 
     learner = model.head if cfg.mode == "linear" else model
     learner.train()

@@ -88,6 +88,7 @@ from common import (
     set_lr,
 )
 from finetune import layer_id, own_share
+from revcol_v2 import RevColV2
 from transfer_data import (
     IGNORE,
     Fit,
@@ -110,9 +111,11 @@ class Config(RunConfig):
     recipe: str | None = opt(None, "a paper's settings, see RECIPES; flags override them")
     head: Literal["uper", "linear", "fcn"] = opt("uper", "segmentation: the decoder")
     weights: str | None = opt(None, "file of the encoder's weights, or none for random ones")
-    model: Literal[*get_args(VitSize), "resnet50"] = opt("base", "ViT, or resnet50; default: what the file says")
+    model: Literal[*get_args(VitSize), "resnet50", "revcol_tiny", "revcol_base", "revcol_large"] = opt(
+        "base", "ViT, resnet50 or RevColV2; default: what the file says")
     patch_size: int = opt(16, "pixels; likewise")
     resnet_width: int = opt(64, "ResNet: channels of its stem; likewise")
+    columns: int = opt(2, "RevColV2: bottom-up, and as many top-down, columns; likewise")
     drop_path: float = opt(0.1, "ViT: stochastic depth of the last block")
     window: int = opt(14, "detection with a ViT: side of its attention windows in patches; 0 = global attention everywhere")
     recompute: bool = opt(False, "ViT: compute activations again in the backward pass: less memory, more time")
@@ -152,8 +155,8 @@ class Config(RunConfig):
             raise ValueError("--warmup_iters and --window must not be negative")
         if self.weights is None and not self.check_data:
             raise ValueError("--weights FILE is needed; --weights none is the baseline with random weights")
-        if seg and (self.head == "fcn" and not resnet or self.head == "linear" and resnet):
-            raise ValueError(f"--head {self.head} is not for {self.model}: linear is for ViTs, fcn for resnet50, uper for both")
+        if seg and (self.head == "fcn" and not resnet or self.head == "linear" and self.model not in get_args(VitSize)):
+            raise ValueError(f"--head {self.head} is not for {self.model}: linear is for ViTs, fcn for resnet50, uper for all")
         if not seg and (self.head != "uper" or self.compile):
             raise ValueError("--head and --compile are for --task seg")
         if not seg and (self.img_size[0] != self.img_size[1] or self.img_size[0] % 32):
@@ -218,7 +221,8 @@ def presets(flags):
         except Refused as error:
             hint = ": python mae_mff.py --demo makes it; or --weights none" if weights == ENCODER else ""
             raise Refused(f"{error}{hint}") from None
-        values |= {k: meta[k] for k in ("model", "patch_size", "resnet_width", "in_chans", "mean", "std") if k in meta}
+        known = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
+        values |= {k: meta[k] for k in known if k in meta}
     if "resnet50" in (flags.model, values.get("model")):
         values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values | ({"epochs": None} if flags.iters else {"iters": None} if flags.epochs else {})
@@ -321,8 +325,21 @@ class ResNetEncoder(ResNet50):
         return maps
 
 
+class RevColEncoder(RevColV2):
+    """The four maps of RevColV2's last column, the top one pooled once more."""
+
+    def __init__(self, cfg):
+        size = cfg.model.removeprefix("revcol_")
+        super().__init__(size, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path, cfg.columns)
+        self.strides = [self.patch_size * s // 4 for s in (1, 2, 4, 8)]
+
+    def forward(self, images):
+        return self.maps(images)
+
+
 def make_encoder(cfg):
-    return (ResNetEncoder if cfg.model == "resnet50" else ViTEncoder)(cfg)
+    kinds = {"resnet50": ResNetEncoder, "revcol": RevColEncoder}
+    return kinds.get(cfg.model.split("_")[0], ViTEncoder)(cfg)
 
 
 # ---- segmentation --------------------------------------------------------------------------------------------------------
@@ -751,8 +768,8 @@ def train(cfg, run):
         return to_images(batch), [target | {"masks": unpack(target["masks"])} for target in targets]
 
     meta = {"method": "transfer_seg_det", "task": cfg.task, "head": cfg.head, "model": cfg.model, "img_size": cfg.img_size,
-            "patch_size": cfg.patch_size, "resnet_width": cfg.resnet_width, "in_chans": cfg.in_chans, "mean": mean, "std": std,
-            "classes": list(source.classes)}
+            "patch_size": cfg.patch_size, "resnet_width": cfg.resnet_width, "columns": cfg.columns, "in_chans": cfg.in_chans,
+            "mean": mean, "std": std, "classes": list(source.classes)}
     model.train()
     for step in range(start, plan.steps):
         now = learning_rate(step, cfg, plan.steps)
