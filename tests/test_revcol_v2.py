@@ -169,7 +169,8 @@ def test_hidden_cells_leak_nowhere_but_into_the_target():
     hidden = common.spread(mask[..., None], 8, model.grid).bool()
     other = torch.where(hidden, torch.randn_like(images), images)
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(model.encode(images, ids_keep), model.encode(other, ids_keep), strict=True))
+        levels = zip(model.encode(images, ids_keep), model.encode(other, ids_keep), strict=True)
+        assert all(torch.equal(a, b) for a, b in levels)
         assert torch.equal(model.predict(images, noise)[0], model.predict(other, noise)[0])
         target, changed = (revcol.cell_target(x, 8, True) for x in (images, other))
         assert ((target != changed).any(-1) == mask.bool()).all()
@@ -231,8 +232,9 @@ def test_column_equals_plain(dtype, tolerance):
 def test_column_equals_plain_on_two_processes(small_npz, tmp_path):
     losses = []
     for memory in ("plain", "column"):
-        run_script(["revcol_v2.py", "--demo", "--amp", "off", "--workers", 0, "--data", small_npz, "--epochs", 0.5, "--batch_size",
-                    24, "--log_every", 1, "--pictures", 0, "--memory", memory, "--out", memory], tmp_path, processes=2)
+        flags = ["--epochs", 0.5, "--batch_size", 24, "--log_every", 1, "--pictures", 0, "--memory", memory, "--out", memory]
+        flags += ["--demo", "--amp", "off", "--workers", 0, "--data", small_npz]
+        run_script(["revcol_v2.py", *flags], tmp_path, processes=2)
         losses.append([line["train/loss"] for line in log(tmp_path / memory)])
     assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
