@@ -1180,7 +1180,7 @@ class RunConfig:
 # What may differ when a run is resumed, because it does not change what is computed.
 STARTS = ("init", "generator_init", "discriminator_init", "weights")  # what a new run begins with
 FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes",
-                  "log_every", "demo", "micro_batch", "tokenizer", "pictures", "recompute", *STARTS}
+                  "log_every", "demo", "micro_batch", "tokenizer", "pictures", "recompute", "memory", *STARTS}
 # What may differ after non-finite updates as well, to get past them.
 FREE_AFTER_NAN = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 
@@ -1553,6 +1553,7 @@ class Run:
             return None, f"{path} is no checkpoint of {self.method} but of {content.get('method', 'something else')}"
         before = content["config"] | {"images": content["n"], "precision": content["precision"]} | content.get("inputs", {})
         now = dataclasses.asdict(self.cfg) | {"images": self.plan.n, "precision": str(self.amp_dtype)} | self.inputs
+        before = {field.name: field.default for field in dataclasses.fields(self.cfg)} | before  # flags younger than the run
         changed = {key for key in now.keys() - FREE_ON_RESUME if before.get(key) != now[key]}
         if any(self.out.glob("nonfinite_*.json")):
             changed -= FREE_AFTER_NAN

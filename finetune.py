@@ -10,7 +10,9 @@ knn       frozen network, vote of the k nearest training features (cosine, weigh
 `--weights` takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's ResNet-50, `none`
 (the baseline to compare with). Model, size and normalisation come from the file where it says them. Number of classes: from
 the data, which needs train/ and val/ (or an .npz with `split`, or shapes, cifar10, cifar100, stl10, cars). A ResNet is read out
-by the mean over its last map, without layer-wise decay (CIM table 15) and, so far, without drop path.
+by the mean over its last map, without layer-wise decay (CIM table 15) and, so far, without drop path. A RevColV2 is fine-tuned
+on the mean of the top level of its last top-down column, without the units that this does not depend on (so such a file serves
+no dense task), and probed on that of its last bottom-up column (RevColV2's supplement, 2.2).
 
 Differences from MAE's recipe (not in the papers, our choice): RandAugment has torchvision's operations (two, each with
 probability 0.5, magnitude 9 of 10 without noise); random erasing draws one box per image without retries; mixup and cutmix
@@ -65,7 +67,7 @@ from common import (
     set_lr,
     warmup_cosine,
 )
-from revcol_v2 import RevColV2
+from revcol_v2 import SIZES, RevColV2, cell_grid
 
 
 @dataclass
@@ -73,11 +75,12 @@ class Config(RunConfig):
     # model
     mode: Literal["finetune", "linear", "knn"] = opt("finetune", "what to do with the weights")
     weights: str | None = opt(None, "file of weights, or none for random ones")
-    model: Literal[*get_args(VitSize), "resnet50", "revcol_tiny", "revcol_base", "revcol_large"] = opt(
+    model: Literal[*get_args(VitSize), "resnet50", *(f"revcol_{size}" for size in SIZES)] = opt(
         "base", "ViT, resnet50 or RevColV2; default: what the file says")
     patch_size: int = opt(16, "pixels; likewise")
     resnet_width: int = opt(64, "ResNet: channels of its stem; likewise")
     columns: int = opt(2, "RevColV2: bottom-up, and as many top-down, columns; likewise")
+    recompute: bool = opt(False, "RevColV2: compute a column's inside again in the backward pass: less memory, more time")
     pool: Literal["avg", "cls"] | None = opt(None, "patch mean or class token; default avg to fine-tune, cls to probe a ViT")
     drop_path: float = opt(0.1, "stochastic depth of the last block (fine-tuning)")
     # optimisation; defaults by mode (MODES)
@@ -108,9 +111,10 @@ class Config(RunConfig):
         if self.weights is None and not self.check_data:
             raise ValueError("--weights FILE is needed; --weights none is the baseline with random weights")
         resnet = self.model == "resnet50"
+        revcol = self.model.startswith("revcol")
         if not resnet:
-            patch_grid(self.img_size, self.patch_size)  # ValueError unless they fit
-        no_cls = resnet or self.model.startswith("revcol")
+            (cell_grid if revcol else patch_grid)(self.img_size, self.patch_size)  # ValueError unless they fit
+        no_cls = resnet or revcol
         self.pool = self.pool or ("avg" if self.mode == "finetune" or no_cls else "cls")
         if no_cls and self.pool == "cls":
             raise ValueError(f"--pool cls: {self.model} has no class token")
@@ -192,7 +196,7 @@ class RevColClassifier(RevColV2):
     def __init__(self, cfg, num_classes):
         probe = cfg.mode != "finetune"
         super().__init__(cfg.model.removeprefix("revcol_"), cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path,
-                         cfg.columns, read="bottom_up" if probe else "top")
+                         cfg.columns, "column" if cfg.recompute else "plain", read="bottom_up" if probe else "top")
         self.requires_grad_(not probe)
         self.fc_norm = nn.Identity() if probe else nn.LayerNorm(self.embed_dim, eps=1e-6)
         self.head = init_head(nn.Linear(self.embed_dim, num_classes), probe)

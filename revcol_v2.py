@@ -11,7 +11,8 @@ Here both are one network of columns, kept whole: bottom-up columns take the vis
 them, with mask tokens, and the lowest level of the last column predicts the hidden pixels. A column changes each level of the
 one before it by an invertible unit: nothing is lost on the way, and semantics (top) and detail (bottom) come apart.
 
-Data flow; n visible cells of N, each of p x p pixels; levels l = 0 ... 3 with k = 16, 4, 1, 1 positions in a cell
+Data flow; n visible cells of N (elsewhere len_keep patches of L), each of p x p pixels; levels l = 0 ... 3 with k = 16, 4, 1, 1
+positions in a cell
     S                     linear on p/4 x p/4 pixels, + positions                              stem         (B, n * 16, C_0)
     x_l^i = F_l^i(x_{l-1}^i, x_{l+1}^{i-1}) + a_l^i x_l^{i-1}     bottom-up, x_{-1} = S        Unit         (B, n * k, C_l)
     x_l^1 = F_l^1(x_{l-1}^1)                                      in the first column
@@ -26,7 +27,8 @@ never closer to 0 than 0.001, no weight decay. Inverse, from the top level: x_l^
 Ours: 2 + 2 columns; strides p/4, p/2, p, p; channels and blocks (SIZES) that meet the supplement's 88 M / 19 G and 327 M / 67 G
 (table 5) within 3 %; ViT blocks across cells at stride p, MLP blocks without mixing at the finer levels, so that nothing leaks
 into a hidden cell; 2 x 2 neighbours joined on the way up, copies on the way down; 75 % of the cells hidden; MAE's target; a
-mask token per level; fixed sine-cosine positions on each level's own grid; no class token; MAE's initial values.
+mask token per level; fixed sine-cosine positions on each level's own grid, computed anew for other sizes; no class token; MAE's
+initial values; layer-wise decay counts 1 + depth in a column + column.
 
 Read-outs. Fine-tuning: mean of the top level of the last top-down column, without the units that it does not depend on (10 M of
 Base); linear probe, kNN: that of the last bottom-up column (supplement 2.2); dense tasks: all maps of the last column, the top
@@ -44,6 +46,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -80,10 +83,10 @@ from common import (
     warmup_cosine,
 )
 
-SIZES = {  # channels and blocks of the four levels (ours); heads of 64 channels, tiny: 32
-    "tiny": ((32, 64, 128, 128), (1, 1, 2, 3)),
-    "base": ((48, 96, 448, 448), (1, 1, 4, 5)),
-    "large": ((64, 128, 768, 768), (1, 1, 5, 6)),
+SIZES = {  # channels and blocks of the four levels, channels of a head (ours)
+    "tiny": ((32, 64, 128, 128), (1, 1, 2, 3), 32),
+    "base": ((48, 96, 448, 448), (1, 1, 4, 5), 64),
+    "large": ((64, 128, 768, 768), (1, 1, 5, 6), 64),
 }
 POSITIONS = (16, 4, 1, 1)  # in a cell, by level
 TOP = 3
@@ -116,13 +119,12 @@ class Config(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.warmup_epochs = min(40.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
-        if self.patch_size % 4:
-            raise ValueError(f"--patch_size {self.patch_size} is no multiple of 4: the finest level has 4 x 4 positions in it")
-        N = math.prod(patch_grid(self.img_size, self.patch_size))
+        N = math.prod(cell_grid(self.img_size, self.patch_size))
         if not 0 < int(N * (1 - self.mask_ratio)) < N:
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {N} cells hides none or all of them")
 
 
+# Raw pixels in the demo: drawn shapes are flat, and a flat cell has nothing left once its mean and deviation are taken out.
 DEMO = {"data": "shapes", "img_size": (32, 32), "model": "tiny", "patch_size": 4, "norm_pix_loss": False, "epochs": 2.0,
         "batch_size": 128, "base_lr": 4e-3, "warmup_epochs": 0.3, "log_every": 25, "memory": "plain"}
 
@@ -132,6 +134,13 @@ def presets(flags):
 
 
 # ---- cells, masking and target -------------------------------------------------------------------------------------------
+
+
+def cell_grid(img_size, patch_size):
+    """(h, w) cells of an image; ValueError unless they tile it and have 4 x 4 positions."""
+    if patch_size % 4:
+        raise ValueError(f"--patch_size {patch_size} is no multiple of 4: RevColV2 has 4 x 4 positions in a cell")
+    return patch_grid(img_size, patch_size)
 
 
 def to_cells(images, p):
@@ -162,14 +171,13 @@ def to_map(x, level, grid):
     return x.permute(0, x.ndim - 1, *rows, *columns).reshape(len(x), -1, h * side, w * side)
 
 
-@functools.lru_cache(maxsize=64)
-def positions(channels, level, grid, device):
+def positions(channels, level, grid):
     """Sine-cosine table (1, N * k, C) of a level's own grid, in the order of its tokens."""
     side = math.isqrt(POSITIONS[level])
     table = sincos_pos_embed(channels, (grid[0] * side, grid[1] * side))[:, 1:]
     image = table.transpose(1, 2).unflatten(2, (grid[0] * side, grid[1] * side))
     cells = image.repeat_interleave(4 // side, 2).repeat_interleave(4 // side, 3)  # so that `to_cells` can order it
-    return to_cells(cells, 4).unflatten(2, (16, channels))[:, :, :: 16 // POSITIONS[level]].flatten(1, 2).to(device)
+    return to_cells(cells, 4).unflatten(2, (16, channels))[:, :, :: 16 // POSITIONS[level]].flatten(1, 2)
 
 
 def random_masking(noise, mask_ratio):
@@ -251,38 +259,37 @@ class Unit(nn.Module):
                                       for rate in rates))
         self.a = nn.Parameter(torch.full((dim,), 0.5)) if before else None
 
-    def F(self, lower, upper):
+    def transform(self, lower, upper):
+        """F"""
         sent = [module(x) for module, x in ((self.down, lower), (self.up, upper)) if module is not None]
         return self.blocks(sum(sent))
 
     def forward(self, lower, upper, before):
         """Neighbours' tokens, or None; tokens of this level in the column before, or None in the first one"""
-        x = self.F(lower, upper)
+        x = self.transform(lower, upper)
         return x if self.a is None else x + self.a * before
 
     def inverse(self, x, lower, upper):
         """The tokens of the column before: what `forward` had as `before`."""
-        return (x - self.F(lower, upper)) / self.a
+        return (x - self.transform(lower, upper)) / self.a
 
 
 class Column(nn.Module):
     """One column. Bottom-up: levels 0 to 3, each from the one below and, in the column before, the one above. Top-down:
     mirrored, down to `lowest`."""
 
-    def __init__(self, size, rate, down, first=False, lowest=0):
+    def __init__(self, size, rate, top_down, first=False, lowest=0):
         super().__init__()
-        channels, depths = SIZES[size]
-        self.down, self.lowest = down, lowest
-        self.order = list(range(TOP, lowest - 1, -1)) if down else list(range(TOP + 1))
+        channels, depths, head = SIZES[size]
+        self.top_down, self.lowest = top_down, lowest
+        self.order = list(range(TOP, lowest - 1, -1)) if top_down else list(range(TOP + 1))
         rates = [rate * i / (sum(depths) - 1) for i in range(sum(depths))]  # linear in the order of traversal
         self.units = nn.ModuleDict()
-        for level in range(TOP, -1, -1) if down else range(TOP + 1):
+        for level in range(TOP, -1, -1) if top_down else range(TOP + 1):
             own, rates = rates[: depths[level]], rates[depths[level] :]
             if level in self.order:
-                heads = channels[level] // (32 if size == "tiny" else 64)
-                lower = level > 0 if down else True
-                upper = level < TOP and not first
-                self.units[str(level)] = Unit(level, channels, heads, own, lower, upper, before=not first)
+                lower, upper = level > 0 or not top_down, level < TOP and not first
+                self.units[str(level)] = Unit(level, channels, channels[level] // head, own, lower, upper, before=not first)
 
     def forward(self, stem, *before):
         """stem: (B, n * 16, C_0), None in a top-down column; before: the four levels of the column before, or nothing. Returns
@@ -290,9 +297,9 @@ class Column(nn.Module):
         x = [None] * (TOP + 1)
         before = before or x
         for level in self.order:
-            same = (x, before) if self.down else (before, x)  # where the upper, and the lower, neighbour comes from
-            upper = same[0][level + 1] if level < TOP else None
-            lower = same[1][level - 1] if level else stem
+            above, below = (x, before) if self.top_down else (before, x)  # the columns of both neighbours
+            upper = above[level + 1] if level < TOP else None
+            lower = below[level - 1] if level else stem
             x[level] = self.units[str(level)](lower, upper, before[level])
         return tuple(x)
 
@@ -303,13 +310,18 @@ class RevColV2(nn.Module):
 
     def __init__(self, size, img_size, patch_size, in_chans=3, drop_path=0.0, columns=2, memory="column", read="dense"):
         super().__init__()
-        self.channels, self.depths = SIZES[size]
-        self.patch_size, self.grid, self.embed_dim = patch_size, patch_grid(img_size, patch_size), self.channels[TOP]
+        self.channels, self.depths, _ = SIZES[size]
+        self.patch_size, self.grid, self.embed_dim = patch_size, cell_grid(img_size, patch_size), self.channels[TOP]
         self.memory, self.mask_tokens = memory, None
+        for level in range(TOP + 1):  # of the usual size; others are computed when they are met
+            self.register_buffer(f"table_{level}", positions(self.channels[level], level, self.grid), persistent=False)
         self.stem = nn.Linear((patch_size // 4) ** 2 * in_chans, self.channels[0])
-        self.bottom_up = nn.ModuleList(Column(size, drop_path, down=False, first=i == 0) for i in range(columns))
+        self.bottom_up = nn.ModuleList(Column(size, drop_path, top_down=False, first=i == 0) for i in range(columns))
         lowest = [max(0, TOP - i) if read == "top" else 0 for i in reversed(range(columns))]
-        self.top_down = nn.ModuleList(Column(size, drop_path, down=True, lowest=low) for low in lowest if read != "bottom_up")
+        lowest = [] if read == "bottom_up" else lowest
+        self.top_down = nn.ModuleList(Column(size, drop_path, top_down=True, lowest=low) for low in lowest)
+        trunk = [name for name, _ in self.named_parameters()]
+        self.last_layer = 1 + max(self.layer(name) for name in trunk)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -320,12 +332,15 @@ class RevColV2(nn.Module):
         """Every a at least 0.001 away from 0, with its sign; 0 counts as positive."""
         for unit in self.modules():
             if isinstance(unit, Unit) and unit.a is not None:
-                unit.a.copy_(torch.where(unit.a < 0, unit.a.clamp(max=-1e-3), unit.a.clamp(min=1e-3)))
+                # .data: values that were fit stay the same, so an earlier graph that holds them remains right
+                unit.a.data.copy_(torch.where(unit.a < 0, unit.a.clamp(max=-1e-3), unit.a.clamp(min=1e-3)))
 
     def positions(self, level, grid):
-        return positions(self.channels[level], level, grid, self.stem.weight.device)
+        if grid == self.grid:
+            return getattr(self, f"table_{level}")
+        return positions(self.channels[level], level, grid).to(self.stem.weight.device)
 
-    def run(self, column, *inputs):
+    def through(self, column, *inputs):
         again = self.memory == "column" and torch.is_grad_enabled()
         return checkpoint(column, *inputs, use_reentrant=False) if again else column(*inputs)
 
@@ -339,7 +354,7 @@ class RevColV2(nn.Module):
         stem = self.stem(cells.unflatten(2, (16, -1)).flatten(1, 2)) + table.unflatten(2, (16, -1)).flatten(1, 2)
         x = ()
         for column in self.bottom_up:
-            x = self.run(column, stem, *x)
+            x = self.through(column, stem, *x)
         return x
 
     def fill(self, x, ids_restore, grid):
@@ -361,7 +376,7 @@ class RevColV2(nn.Module):
         if len(self.top_down):
             x = self.fill(x, ids_restore, patch_grid(images.shape[2:], self.patch_size))
             for column in self.top_down:
-                x = self.run(column, None, *x)
+                x = self.through(column, None, *x)
         return x
 
     def features(self, images):
@@ -372,7 +387,7 @@ class RevColV2(nn.Module):
         """(B, C, H, W) -> maps of the four levels at strides p/4, p/2, p and, pooled once more, 2 p"""
         grid = patch_grid(images.shape[2:], self.patch_size)
         maps = [to_map(x, level, grid) for level, x in enumerate(self.levels(images))]
-        return [*maps[:TOP], nn.functional.max_pool2d(maps[TOP], 2)]
+        return [*maps[:TOP], F.max_pool2d(maps[TOP], 2, ceil_mode=True)]
 
     def layer(self, name):
         """For layer-wise decay: 0 the stem; 1 + block's depth in its column's order + column; an `a` its column's first; what
@@ -388,10 +403,6 @@ class RevColV2(nn.Module):
         before = self.depths[int(level) + 1 :] if part == "top_down" else self.depths[: int(level)]
         block = int(rest.split(".")[1]) if rest.startswith("blocks.") else 0
         return 1 + sum(before) + block + column
-
-    @property
-    def last_layer(self):
-        return sum(self.depths) + len(self.bottom_up) + len(self.top_down)
 
 
     @property

@@ -88,7 +88,7 @@ from common import (
     set_lr,
 )
 from finetune import layer_id, own_share
-from revcol_v2 import RevColV2
+from revcol_v2 import SIZES, RevColV2, cell_grid
 from transfer_data import (
     IGNORE,
     Fit,
@@ -111,14 +111,14 @@ class Config(RunConfig):
     recipe: str | None = opt(None, "a paper's settings, see RECIPES; flags override them")
     head: Literal["uper", "linear", "fcn"] = opt("uper", "segmentation: the decoder")
     weights: str | None = opt(None, "file of the encoder's weights, or none for random ones")
-    model: Literal[*get_args(VitSize), "resnet50", "revcol_tiny", "revcol_base", "revcol_large"] = opt(
+    model: Literal[*get_args(VitSize), "resnet50", *(f"revcol_{size}" for size in SIZES)] = opt(
         "base", "ViT, resnet50 or RevColV2; default: what the file says")
     patch_size: int = opt(16, "pixels; likewise")
     resnet_width: int = opt(64, "ResNet: channels of its stem; likewise")
     columns: int = opt(2, "RevColV2: bottom-up, and as many top-down, columns; likewise")
-    drop_path: float = opt(0.1, "ViT: stochastic depth of the last block")
+    drop_path: float = opt(0.1, "ViT, RevColV2: stochastic depth of the last block")
     window: int = opt(14, "detection with a ViT: side of its attention windows in patches; 0 = global attention everywhere")
-    recompute: bool = opt(False, "ViT: compute activations again in the backward pass: less memory, more time")
+    recompute: bool = opt(False, "ViT, RevColV2: compute activations again in the backward pass: less memory, more time")
     channels: int | None = opt(None, "width of the decoder; default: UperNet on a ViT 768, else 512; detection 256")
     rois: int = opt(512, "detection: boxes per image that the heads learn from")
     # data; this and what follows: the defaults of --task seg; those of det: DET
@@ -139,7 +139,7 @@ class Config(RunConfig):
     warmup_iters: int = opt(1500, "linear warm-up")
     weight_decay: float = opt(0.05, "AdamW, SGD")
     betas: tuple[float, float] = opt((0.9, 0.999), "AdamW; SGD: the first is the momentum")
-    layer_decay: float = opt(0.65, "ViT: learning rate of a block = that of the next one times this")
+    layer_decay: float = opt(0.65, "ViT, RevColV2: learning rate of a block = that of the next one times this")
     clip_grad: float = opt(0.0, "largest gradient norm; 0 = no clipping")
     # evaluation
     inference: Literal["slide", "whole"] = opt("slide", "segmentation: windows of --img_size, or the whole image at once")
@@ -164,11 +164,13 @@ class Config(RunConfig):
         if not seg and not resnet and self.patch_size not in (4, 8, 16, 32):
             raise ValueError(f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}")
         if not resnet:
-            if min(patch_grid(self.img_size, self.patch_size)) < 2:  # ValueError unless they fit
+            grid = cell_grid if self.model.startswith("revcol") else patch_grid
+            if min(grid(self.img_size, self.patch_size)) < 2:  # ValueError unless they fit
                 raise ValueError(f"--img_size is one --patch_size of {self.patch_size}: at least two are needed")
         elif self.layer_decay != 1 or self.drop_path or self.recompute:
-            raise ValueError("--layer_decay, --drop_path and --recompute are for ViTs")
-        self.channels = self.channels or (256 if not seg else 512 if resnet or self.head != "uper" else 768)
+            raise ValueError("--layer_decay, --drop_path and --recompute are not for ResNets")
+        wide = self.model in get_args(VitSize) and self.head == "uper"
+        self.channels = self.channels or (256 if not seg else 768 if wide else 512)
 
 
 # Numbers of the papers' text, with their place; what a paper leaves to the code it names (BEiT, MAE, mmsegmentation, MIMDet,
@@ -330,7 +332,8 @@ class RevColEncoder(RevColV2):
 
     def __init__(self, cfg):
         size = cfg.model.removeprefix("revcol_")
-        super().__init__(size, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path, cfg.columns)
+        super().__init__(size, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path, cfg.columns,
+                         "column" if cfg.recompute else "plain")
         self.strides = [self.patch_size * s // 4 for s in (1, 2, 4, 8)]
 
     def forward(self, images):

@@ -54,7 +54,7 @@ def test_cells_are_undone_and_hold_the_pixels_of_their_place(p, grid):
 @pytest.mark.parametrize("level", range(4))
 def test_positions_are_those_of_the_levels_own_grid(level):
     side = (4, 2, 1, 1)[level]
-    table = revcol.positions(16, level, (3, 2), torch.device("cpu"))
+    table = revcol.positions(16, level, (3, 2))
     expected = common.sincos_pos_embed(16, (3 * side, 2 * side))[:, 1:].transpose(1, 2).unflatten(2, (3 * side, 2 * side))
     assert torch.equal(revcol.to_map(table, level, (3, 2)), expected)
 
@@ -67,16 +67,16 @@ def test_target_is_maes_in_another_order():
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("ratio, img_size, patch_size", [(0.75, "32", 4), (0.6, "32", 4), (0.5, "32,48", 8), (0.9, "64", 16)])
-def test_exactly_so_many_cells_are_hidden(ratio, img_size, patch_size):
+@pytest.mark.parametrize("ratio, img_size, patch_size, cells, kept", [
+    (0.75, "32", 4, 64, 16), (0.6, "32", 4, 64, 25), (0.5, "32,48", 8, 24, 12), (0.9, "64", 16, 16, 1),
+    (0.75, "224", 16, 196, 49)])
+def test_exactly_so_many_cells_are_hidden(ratio, img_size, patch_size, cells, kept):
     model, cfg = pretraining("--mask_ratio", ratio, "--img_size", img_size, "--patch_size", patch_size)
-    N = model.grid[0] * model.grid[1]
-    images = torch.randn(2, 3, *cfg.img_size)
-    pred, mask = model.predict(images, torch.rand(2, N))
-    assert mask.sum(1).tolist() == 2 * [N - int(N * (1 - ratio))] and pred.shape == (2, N, patch_size**2 * 3)
-    ids_keep, ids_restore, mask = revcol.random_masking(torch.rand(2, N), ratio)
+    pred, mask = model.predict(torch.randn(2, 3, *cfg.img_size), torch.rand(2, cells))
+    assert mask.sum(1).tolist() == 2 * [cells - kept] and pred.shape == (2, cells, patch_size**2 * 3)
+    ids_keep, ids_restore, mask = revcol.random_masking(torch.rand(2, cells), ratio)
     for b in range(2):
-        assert (mask[b, ids_keep[b]] == 0).all() and ids_restore[b].sort().values.tolist() == list(range(N))
+        assert (mask[b, ids_keep[b]] == 0).all() and ids_restore[b].sort().values.tolist() == list(range(cells))
 
 
 # ---- columns
@@ -139,16 +139,21 @@ def test_columns_against_their_equations_on_maps(columns):
         maps, features = model.maps(images), model.features(images)
     for level in range(3):
         torch.testing.assert_close(maps[level], x[level], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(maps[3], F.max_pool2d(x[3], 2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(maps[3], F.max_pool2d(x[3], 2, ceil_mode=True), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(features, x[3].mean((2, 3)), rtol=1e-4, atol=1e-4)
 
 
-def test_a_unit_and_whole_columns_are_inverted():
+@pytest.mark.parametrize("dtype, scale, tolerance", [(torch.float32, None, 1e-3), (torch.float64, 1e-3, 1e-6)])
+def test_a_unit_and_whole_columns_are_inverted(dtype, scale, tolerance):
+    """Also with the smallest scales that there are, in float64."""
     torch.manual_seed(1)
-    model = randomised(revcol.RevColV2("tiny", (16, 16), 4, columns=2)).eval()
+    model = randomised(revcol.RevColV2("tiny", (16, 16), 4, columns=2)).eval().to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".a") and scale:
+            parameter.data.copysign_(parameter).sign_().mul_(scale)
     N = 16
-    before = [torch.randn(2, N * k, c) for k, c in zip(revcol.POSITIONS, model.channels, strict=True)]
-    stem = torch.randn(2, N * 16, model.channels[0])
+    before = [torch.randn(2, N * k, c, dtype=dtype) for k, c in zip(revcol.POSITIONS, model.channels, strict=True)]
+    stem = torch.randn(2, N * 16, model.channels[0], dtype=dtype)
     with torch.no_grad():
         for column, seed in ((model.bottom_up[1], stem), (model.top_down[0], None)):
             after, found = column(seed, *before), [None] * 4
@@ -158,7 +163,8 @@ def test_a_unit_and_whole_columns_are_inverted():
                 else:  # from the bottom
                     lower, upper = found[level - 1] if level else None, after[level + 1] if level < 3 else None
                 found[level] = column.units[str(level)].inverse(after[level], lower, upper)
-                torch.testing.assert_close(found[level], before[level], rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(found[level], before[level], rtol=tolerance, atol=tolerance)
+                found[level] = before[level] if scale else found[level]  # 1 / a would enlarge the error from level to level
 
 
 def test_hidden_cells_leak_nowhere_but_into_the_target():
@@ -189,7 +195,7 @@ def test_fine_levels_do_not_mix_cells():
     with torch.no_grad():
         for level, (a, b) in enumerate(zip(model.encode(images), model.encode(other), strict=True)):
             changed = (a != b).any(2)[0].view(16, -1).any(1).nonzero().flatten().tolist()
-            assert changed == ([5] if level < 3 else list(range(16))) or level == 2 and changed == list(range(16))
+            assert changed == ([5] if level < 2 else list(range(16)))
 
 
 def test_mask_tokens_fill_the_hidden_cells_of_every_level():
@@ -214,29 +220,50 @@ def test_mask_tokens_fill_the_hidden_cells_of_every_level():
 
 @pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 2e-2)])
 def test_column_equals_plain(dtype, tolerance):
-    """Outputs bit for bit; gradients, with drop path."""
-    images, found = torch.randn(4, 3, 32, 32), []
+    """Outputs bit for bit; gradients, with drop path; and it does store less."""
+    images, found, stored = torch.randn(4, 3, 32, 32), [], []
     for memory in ("plain", "column"):
         torch.manual_seed(2)
         model = randomised(revcol.RevColV2("tiny", (32, 32), 4, drop_path=0.5, memory=memory)).train()
         torch.manual_seed(3)
-        with common.autocast(torch.device("cpu"), dtype):
+        sizes = []
+
+        def note(x, sizes=sizes):
+            sizes.append(x.numel() * x.element_size())
+            return x
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
+        with common.autocast(torch.device("cpu"), dtype), hooks:
             x = model.levels(images)
+        stored.append(sum(sizes))
         sum(level.float().square().mean() for level in x).backward()
         found.append((x, [p.grad for p in model.parameters()]))
+    assert stored[1] < 0.2 * stored[0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
     for a, b in zip(found[0][1], found[1][1], strict=True):
         assert (a - b).abs().max() <= tolerance * a.abs().max()
 
 
 def test_column_equals_plain_on_two_processes(small_npz, tmp_path):
-    losses = []
+    found = []
     for memory in ("plain", "column"):
-        flags = ["--epochs", 0.5, "--batch_size", 24, "--log_every", 1, "--pictures", 0, "--memory", memory, "--out", memory]
+        flags = ["--epochs", 0.5, "--batch_size", 24, "--micro_batch", 6, "--log_every", 1, "--pictures", 0, "--memory", memory]
+        flags += ["--out", memory]
         flags += ["--demo", "--amp", "off", "--workers", 0, "--data", small_npz]
         run_script(["revcol_v2.py", *flags], tmp_path, processes=2)
-        losses.append([line["train/loss"] for line in log(tmp_path / memory)])
-    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+        weights = torch.load(tmp_path / memory / "last.pth", weights_only=True)["model"]
+        found.append(([(line["train/loss"], line["grad_norm"]) for line in log(tmp_path / memory)], weights))
+    (plain, a), (column, b) = found
+    assert len(plain) == 5 and all(x == pytest.approx(y, rel=1e-5) for x, y in zip(plain, column, strict=True))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_forward_passes_before_one_backward_pass():
+    for memory in ("plain", "column"):
+        model, _ = pretraining("--memory", memory)
+        losses = [model(torch.randn(2, 3, 32, 32), torch.rand(2, 64))[0] for _ in range(2)]
+        sum(losses).backward()  # the scales were looked after in between
 
 
 # ---- counts, scales, read-outs
@@ -255,8 +282,7 @@ def test_scales_keep_away_from_0_and_do_not_decay():
     model, cfg = pretraining()
     scales = [unit.a for unit in model.modules() if isinstance(unit, revcol.Unit) and unit.a is not None]
     assert len(scales) == 12 and all((a == 0.5).all() for a in scales)
-    for values in (torch.tensor([0.0, -0.0, 1e-9, -1e-9, 2e-3, -2e-3, 0.7, -0.7]),):
-        scales[0].data[: len(values)] = values
+    scales[0].data[:8] = torch.tensor([0.0, -0.0, 1e-9, -1e-9, 2e-3, -2e-3, 0.7, -0.7])
     model.keep_invertible()
     torch.testing.assert_close(scales[0][:8].detach(), torch.tensor([1e-3, 1e-3, 1e-3, -1e-3, 2e-3, -2e-3, 0.7, -0.7]))
     ids = {id(a) for a in scales}
@@ -268,7 +294,7 @@ def test_scales_keep_away_from_0_and_do_not_decay():
     assert (scales[0] == 1e-3).all()
 
 
-def test_every_parameter_learns_in_pretraining_and_in_classification(tmp_path):
+def test_every_parameter_learns_in_pretraining_and_in_classification():
     model, _ = pretraining()
     model(torch.randn(2, 3, 32, 32), torch.rand(2, 64))[0].backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -311,6 +337,9 @@ def test_layer_ids_and_drop_path():
                 "top_down.1.units.0.a": 4, "head.weight": 11, "fc_norm.bias": 11}
     assert {name: model.layer(name) for name in expected} == expected and model.last_layer == 11
     assert {model.layer(name) for name, _ in model.named_parameters()} == set(range(11))
+    for columns, read in ((1, "top"), (2, "top"), (3, "dense"), (2, "bottom_up")):  # the head comes right after what is there
+        part = revcol.RevColV2("tiny", (32, 32), 4, columns=columns, read=read)
+        assert part.last_layer == part.layer("head.weight") == 1 + max(part.layer(name) for name, _ in part.named_parameters())
     for column in [*model.bottom_up, *model.top_down]:
         rates = [block.drop_path for level in column.order for block in column.units[str(level)].blocks]
         assert rates == pytest.approx([0.1 * i for i in range(7)])
