@@ -38,6 +38,7 @@ SCRIPTS = {
     "ddae.py": ["ddae.py", *TWENTY, "--momentum", "0.9,0.99,0.999"],
     "cim.py": CIM,
     "vision_electra.py": ["vision_electra.py", *TWENTY, "--generator_warmup_epochs", 1.1],
+    "revcol_v2.py": ["revcol_v2.py", *TWENTY, "--memory", "column"],
     "finetune.py": ["finetune.py", *TWENTY, "--weights", "none", "--augment", "full", "--mixup", 0.8, "--erasing", 0.25,
                     "--drop_path", 0.1, "--ema", 0.9, "--warmup_epochs", 0.5],
 }
@@ -76,6 +77,7 @@ def unbroken(tmp_path_factory, small_npz):
     ("ddae.py", [7, 14], ["--workers", 1]),
     ("cim.py", [7, 14], ["--workers", 1]),
     ("vision_electra.py", [7, 14], ["--workers", 1]),
+    ("revcol_v2.py", [7, 14], ["--workers", 1]),
     ("finetune.py", [4, 13], ["--workers", 1]),
 ])
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, small_npz, tmp_path, script, kills, flags):
@@ -217,6 +219,7 @@ def test_resume_refuses_other_settings(unbroken, small_npz, tmp_path):
 
 @pytest.mark.parametrize("script, processes, micro_batch", [
     ("mae_mff.py", 1, 4), ("mae_mff.py", 2, 12), ("mae_mff.py", 2, 3), ("mae_mff.py", 3, 8), ("ddae.py", 2, 6),
+    ("revcol_v2.py", 2, 6),
 ])
 def test_any_split_of_the_batch_gives_the_same_losses(unbroken, small_npz, tmp_path, script, processes, micro_batch):
     run_script([*SCRIPTS[script], "--data", small_npz, "--out", "run", "--micro_batch", micro_batch], tmp_path, processes)

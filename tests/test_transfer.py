@@ -231,7 +231,7 @@ def test_upernet_equals_that_of_transformers():
 
 
 @pytest.mark.parametrize("model, head, grid", [("nano", "uper", 32), ("nano", "linear", 8), ("resnet50", "fcn", 4),
-                                               ("resnet50", "uper", 8)])
+                                               ("resnet50", "uper", 8), ("revcol_tiny", "uper", 32)])
 def test_segmenter_shapes_loss_and_gradients(model, head, grid):
     model = transfer.Segmenter(small("seg", "--model", model, "--head", head, "--resnet_width", 8), 11).train()
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 11, (2, 32, 32))
@@ -429,7 +429,7 @@ def test_boxes_are_pooled_from_the_right_maps_whatever_the_first_image():
         torch.testing.assert_close(pool(maps, boxes, [(128, 128)]), fresh(maps, boxes, [(128, 128)]))
 
 
-@pytest.mark.parametrize("model", ["nano", "resnet50"])
+@pytest.mark.parametrize("model", ["nano", "resnet50", "revcol_tiny"])
 @pytest.mark.parametrize("objects", [0, 1])
 def test_detector_trains_with_and_without_objects(model, objects):
     cfg = small("det", "--model", model, "--resnet_width", 8)
@@ -749,10 +749,10 @@ def test_wrong_flags_are_refused_in_one_line(words, message, capsys, tmp_path, m
 
 
 @pytest.mark.parametrize("task", ["seg", "det"])
-@pytest.mark.parametrize("model", ["nano", "resnet50"])
+@pytest.mark.parametrize("model", ["nano", "resnet50", "revcol_tiny"])
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(scenes, tmp_path, task, model):
     command = [*(SEG if task == "seg" else DET), "--data", scenes / ("ade" if task == "seg" else "coco"), "--workers", 1,
-               "--drop_path", 0.2 if model == "nano" else 0, "--model", model, "--resnet_width", 8]
+               "--drop_path", 0 if model == "resnet50" else 0.2, "--model", model, "--resnet_width", 8]
     run_script([*command, "--out", "whole"], tmp_path)
     attack = sabotaged(tmp_path, [*command, "--out", "run"], "Run.end_update", "os.kill(os.getpid(), signal.SIGKILL)",
                        "args[0] == 5")
