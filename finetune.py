@@ -119,7 +119,9 @@ class Config(RunConfig):
         if no_cls and self.pool == "cls":
             raise ValueError(f"--pool cls: {self.model} has no class token")
         if resnet and (self.layer_decay != 1 or self.drop_path):
-            raise ValueError("--layer_decay and --drop_path are not for ResNets")
+            raise ValueError("--layer_decay and --drop_path are for ViTs and RevColV2")
+        if self.recompute and not revcol:
+            raise ValueError(f"--recompute is for RevColV2, not {self.model}")
         if self.ema and self.mode != "finetune":
             raise ValueError("--ema is for --mode finetune")
 

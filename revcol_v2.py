@@ -11,32 +11,35 @@ Here both are one network of columns, kept whole: bottom-up columns take the vis
 them, with mask tokens, and the lowest level of the last column predicts the hidden pixels. A column changes each level of the
 one before it by an invertible unit: nothing is lost on the way, and semantics (top) and detail (bottom) come apart.
 
-Data flow; n visible cells of N (elsewhere len_keep patches of L), each of p x p pixels; levels l = 0 ... 3 with k = 16, 4, 1, 1
-positions in a cell
+Data flow; n = len_keep visible cells of L, each of p x p pixels; levels l = 0 ... 3 with k = 16, 4, 1, 1 tokens in a cell
     S                     linear on p/4 x p/4 pixels, + positions                              stem         (B, n * 16, C_0)
     x_l^i = F_l^i(x_{l-1}^i, x_{l+1}^{i-1}) + a_l^i x_l^{i-1}     bottom-up, x_{-1} = S        Unit         (B, n * k, C_l)
     x_l^1 = F_l^1(x_{l-1}^1)                                      in the first column
-    x_l   <- mask token of the level in hidden cells, + positions in all                       fill         (B, N * k, C_l)
-    x_l^i = F_l^i(x_{l+1}^i, x_{l-1}^{i-1}) + a_l^i x_l^{i-1}     top-down, from l = 3         Unit         (B, N * k, C_l)
-    p     = linear(LN(x_0)) of the last column                                                 pixel_head   (B, N, p*p*C)
-    t     = (cell - mean) / sqrt(var + 1e-6)                                                   cell_target  (B, N, p*p*C)
+    x_l   <- mask token of the level in hidden cells, + positions in all                       fill         (B, L * k, C_l)
+    x_l^i = F_l^i(x_{l+1}^i, x_{l-1}^{i-1}) + a_l^i x_l^{i-1}     top-down, from l = 3         Unit         (B, L * k, C_l)
+    p     = linear(LN(x_0)) of the last column                                                 pixel_head   (B, L, p*p*C)
+    t     = (cell - mean) / sqrt(var + 1e-6)                                                   cell_target  (B, L, p*p*C)
     loss  = mean over hidden cells of mean over values of (p - t)^2                            masked_mse
 F: what the neighbours send, each through a linear layer and LayerNorm, summed; then blocks. a: per channel, starts at 0.5,
-never closer to 0 than 0.001, no weight decay. Inverse, from the top level: x_l^{i-1} = (x_l^i - F_l^i(...)) / a_l^i (inverse).
+never closer to 0 than 0.001 (0 counts as positive: ours), no weight decay (ours). Inverse, from the top level:
+x_l^{i-1} = (x_l^i - F_l^i(...)) / a_l^i (Unit.inverse).
 
 Ours: 2 + 2 columns; strides p/4, p/2, p, p; channels and blocks (SIZES) that meet the supplement's 88 M / 19 G and 327 M / 67 G
 (table 5) within 3 %; ViT blocks across cells at stride p, MLP blocks without mixing at the finer levels, so that nothing leaks
 into a hidden cell; 2 x 2 neighbours joined on the way up, copies on the way down; 75 % of the cells hidden; MAE's target; a
-mask token per level; fixed sine-cosine positions on each level's own grid, computed anew for other sizes; no class token; MAE's
-initial values; layer-wise decay counts 1 + depth in a column + column.
+mask token per level; fixed sine-cosine positions on each level's own grid, computed anew for other sizes; no class token; the
+LayerNorm in front of the pixel head; MAE's initial values, crops and flip. Layer-wise decay counts 1 + depth in a column +
+column, as RevCol's.
 
 Read-outs. Fine-tuning: mean of the top level of the last top-down column, without the units that it does not depend on (10 M of
 Base); linear probe, kNN: that of the last bottom-up column (supplement 2.2); dense tasks: all maps of the last column, the top
-one pooled once more. --memory column computes a column's inside again in the backward pass and stores only its maps, which is
-what RevCol's code stores. Not built: Cascade R-CNN, Mask2Former, the runs with an extra teacher.
+one pooled once more (a file fine-tuned for classification lacks units for them). --memory column computes a column's inside
+again in the backward pass and stores only its maps, which is what RevCol's code stores. Not built: Cascade R-CNN, Mask2Former,
+the runs with an extra teacher.
 
     python revcol_v2.py --demo                                            two minutes on a CPU
     torchrun --nproc_per_node 8 revcol_v2.py --model base                 supplement, table 1; images in data/imagenet
+    torchrun --nproc_per_node 8 finetune.py --weights runs/revcol_v2/encoder.pth --base_lr 5e-4 --ema 0.9999      table 3
     python finetune.py --weights runs/revcol_v2/encoder.pth --mode linear
 """
 
@@ -84,11 +87,12 @@ from common import (
 )
 
 SIZES = {  # channels and blocks of the four levels, channels of a head (ours)
+    "nano": ((16, 32, 128, 128), (1, 1, 1, 2), 32),
     "tiny": ((32, 64, 128, 128), (1, 1, 2, 3), 32),
     "base": ((48, 96, 448, 448), (1, 1, 4, 5), 64),
     "large": ((64, 128, 768, 768), (1, 1, 5, 6), 64),
 }
-POSITIONS = (16, 4, 1, 1)  # in a cell, by level
+PER_CELL = (16, 4, 1, 1)  # tokens of a level in a cell
 TOP = 3
 
 
@@ -119,14 +123,14 @@ class Config(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.warmup_epochs = min(40.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
-        N = math.prod(cell_grid(self.img_size, self.patch_size))
-        if not 0 < int(N * (1 - self.mask_ratio)) < N:
-            raise ValueError(f"--mask_ratio {self.mask_ratio} of {N} cells hides none or all of them")
+        L = math.prod(cell_grid(self.img_size, self.patch_size))
+        if not 0 < int(L * (1 - self.mask_ratio)) < L:
+            raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} cells hides none or all of them")
 
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat cell has nothing left once its mean and deviation are taken out.
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "tiny", "patch_size": 4, "norm_pix_loss": False, "epochs": 2.0,
-        "batch_size": 128, "base_lr": 4e-3, "warmup_epochs": 0.3, "log_every": 25, "memory": "plain"}
+DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "norm_pix_loss": False, "epochs": 2.0,
+        "batch_size": 64, "base_lr": 8e-3, "warmup_epochs": 0.3, "log_every": 25, "memory": "plain"}
 
 
 def presets(flags):
@@ -144,7 +148,7 @@ def cell_grid(img_size, patch_size):
 
 
 def to_cells(images, p):
-    """(B, C, H, W) -> (B, N, p*p*C): cells row by row; inside, quarters, their quarters, pixels, channels, each row by row."""
+    """(B, C, H, W) -> (B, L, p*p*C): cells row by row; inside, quarters, their quarters, pixels, channels, each row by row."""
     B, C, H, W = images.shape
     q = p // 4
     x = images.reshape(B, C, H // p, 2, 2, q, W // p, 2, 2, q)  # b c h i1 i0 y w j1 j0 x
@@ -159,11 +163,8 @@ def from_cells(cells, p, grid):
 
 
 def to_map(x, level, grid):
-    """Tokens of a level (B, N * k, C), cell by cell -> map (B, C, h, w) of its own grid"""
-    side = math.isqrt(POSITIONS[level])
-    x = x.unflatten(1, (-1, POSITIONS[level]))
-    if side == 1:
-        return x[:, :, 0].transpose(1, 2).unflatten(2, grid)
+    """Tokens of a level (B, L * k, C), cell by cell -> map (B, C, h, w) of its own grid"""
+    side = math.isqrt(PER_CELL[level])
     halves = int(math.log2(side))
     h, w = grid
     x = x.reshape(len(x), h, w, *(2,) * (2 * halves), x.shape[-1])
@@ -171,28 +172,39 @@ def to_map(x, level, grid):
     return x.permute(0, x.ndim - 1, *rows, *columns).reshape(len(x), -1, h * side, w * side)
 
 
-def positions(channels, level, grid):
-    """Sine-cosine table (1, N * k, C) of a level's own grid, in the order of its tokens."""
-    side = math.isqrt(POSITIONS[level])
+def level_pos_embed(channels, level, grid):
+    """Sine-cosine table (1, L * k, C) of a level's own grid, in the order of its tokens."""
+    side = math.isqrt(PER_CELL[level])
     table = sincos_pos_embed(channels, (grid[0] * side, grid[1] * side))[:, 1:]
     image = table.transpose(1, 2).unflatten(2, (grid[0] * side, grid[1] * side))
     cells = image.repeat_interleave(4 // side, 2).repeat_interleave(4 // side, 3)  # so that `to_cells` can order it
-    return to_cells(cells, 4).unflatten(2, (16, channels))[:, :, :: 16 // POSITIONS[level]].flatten(1, 2)
+    return to_cells(cells, 4).unflatten(2, (16, channels))[:, :, :: 16 // PER_CELL[level]].flatten(1, 2)
+
+
+def join(x, k):
+    """Tokens (B, L * k, C) -> cells (B, L, k * C)"""
+    return x.unflatten(1, (-1, k)).flatten(2)
+
+
+def part(x, k):
+    """Undoes `join`."""
+    return x.unflatten(2, (k, -1)).flatten(1, 2)
 
 
 def random_masking(noise, mask_ratio):
     """Which cells stay visible: those with the smallest noise.
 
-    noise: (B, N). Returns ids_keep (B, n), ids_restore (B, N), mask (B, N) float, 1 = hidden; n = int(N * (1 - mask_ratio)).
+    noise: (B, L). Returns ids_keep (B, len_keep), ids_restore (B, L), mask (B, L) float, 1 = hidden; len_keep = int(L * (1 -
+    mask_ratio)).
     """
-    n = int(noise.shape[1] * (1 - mask_ratio))
+    len_keep = int(noise.shape[1] * (1 - mask_ratio))
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
-    return ids_shuffle[:, :n], ids_restore, (ids_restore >= n).float()
+    return ids_shuffle[:, :len_keep], ids_restore, (ids_restore >= len_keep).float()
 
 
 def cell_target(images, p, normalised):
-    """(B, C, H, W) -> (B, N, p*p*C): pixels, normalised per cell over all its values (unbiased variance, eps 1e-6)."""
+    """(B, C, H, W) -> (B, L, p*p*C): pixels, normalised per cell over all its values (unbiased variance, eps 1e-6)."""
     target = to_cells(images, p)
     if not normalised:
         return target
@@ -202,7 +214,7 @@ def cell_target(images, p, normalised):
 def masked_mse(pred, target, mask):
     """Mean squared error on the hidden cells: mean over the values of a cell, then over all hidden cells of the batch.
 
-    pred, target: (B, N, p*p*C); mask: (B, N), 1 = hidden, at least one.
+    pred, target: (B, L, p*p*C); mask: (B, L), 1 = hidden, at least one.
     """
     return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
 
@@ -226,12 +238,12 @@ class Down(nn.Module):
 
     def __init__(self, level, channels):
         super().__init__()
-        self.ratio = POSITIONS[level - 1] // POSITIONS[level]
+        self.ratio = PER_CELL[level - 1] // PER_CELL[level]
         self.proj = nn.Linear(self.ratio * channels[level - 1], channels[level])
         self.norm = nn.LayerNorm(channels[level], eps=1e-6)
 
     def forward(self, x):
-        return self.norm(self.proj(x.unflatten(1, (-1, self.ratio)).flatten(2)))
+        return self.norm(self.proj(join(x, self.ratio))).to(self.norm.weight.dtype)  # a CPU's autocast leaves bf16
 
 
 class Up(nn.Module):
@@ -239,30 +251,30 @@ class Up(nn.Module):
 
     def __init__(self, level, channels):
         super().__init__()
-        self.ratio = POSITIONS[level] // POSITIONS[level + 1]
+        self.ratio = PER_CELL[level] // PER_CELL[level + 1]
         self.proj = nn.Linear(channels[level + 1], channels[level])
         self.norm = nn.LayerNorm(channels[level], eps=1e-6)
 
     def forward(self, x):
-        return self.norm(self.proj(x)).repeat_interleave(self.ratio, dim=1)
+        return self.norm(self.proj(x)).to(self.norm.weight.dtype).repeat_interleave(self.ratio, dim=1)
 
 
 class Unit(nn.Module):
-    """x_l^i = F(lower, upper) + a x_l^{i-1}. `lower`, `upper`: is there such a neighbour? The stem is taken as it is."""
+    """x_l^i = F(lower, upper) + a x_l^{i-1}. The stem is taken as it is."""
 
-    def __init__(self, level, channels, heads, rates, lower, upper, before):
+    def __init__(self, level, channels, heads, rates, has_lower, has_upper, has_before):
         super().__init__()
         dim = channels[level]
-        self.down = (Down(level, channels) if level else nn.Identity()) if lower else None
-        self.up = Up(level, channels) if upper else None
-        self.blocks = nn.Sequential(*(Block(dim, heads, drop_path=rate) if POSITIONS[level] == 1 else MLPBlock(dim, rate)
+        self.down = (Down(level, channels) if level else nn.Identity()) if has_lower else None
+        self.up = Up(level, channels) if has_upper else None
+        self.blocks = nn.Sequential(*(Block(dim, heads, drop_path=rate) if PER_CELL[level] == 1 else MLPBlock(dim, rate)
                                       for rate in rates))
-        self.a = nn.Parameter(torch.full((dim,), 0.5)) if before else None
+        self.a = nn.Parameter(torch.full((dim,), 0.5)) if has_before else None
 
     def transform(self, lower, upper):
         """F"""
         sent = [module(x) for module, x in ((self.down, lower), (self.up, upper)) if module is not None]
-        return self.blocks(sum(sent))
+        return self.blocks(functools.reduce(torch.add, sent))
 
     def forward(self, lower, upper, before):
         """Neighbours' tokens, or None; tokens of this level in the column before, or None in the first one"""
@@ -270,7 +282,7 @@ class Unit(nn.Module):
         return x if self.a is None else x + self.a * before
 
     def inverse(self, x, lower, upper):
-        """The tokens of the column before: what `forward` had as `before`."""
+        """The tokens of the column before: what `forward` had as `before`. A forward pass of the network keeps a from 0."""
         return (x - self.transform(lower, upper)) / self.a
 
 
@@ -282,14 +294,15 @@ class Column(nn.Module):
         super().__init__()
         channels, depths, head = SIZES[size]
         self.top_down, self.lowest = top_down, lowest
-        self.order = list(range(TOP, lowest - 1, -1)) if top_down else list(range(TOP + 1))
+        levels = range(TOP, -1, -1) if top_down else range(TOP + 1)
+        self.order = [level for level in levels if level >= lowest]
         rates = [rate * i / (sum(depths) - 1) for i in range(sum(depths))]  # linear in the order of traversal
         self.units = nn.ModuleDict()
-        for level in range(TOP, -1, -1) if top_down else range(TOP + 1):
+        for level in levels:
             own, rates = rates[: depths[level]], rates[depths[level] :]
             if level in self.order:
-                lower, upper = level > 0 or not top_down, level < TOP and not first
-                self.units[str(level)] = Unit(level, channels, channels[level] // head, own, lower, upper, before=not first)
+                neighbours = level > 0 or not top_down, level < TOP and not first
+                self.units[str(level)] = Unit(level, channels, channels[level] // head, own, *neighbours, has_before=not first)
 
     def forward(self, stem, *before):
         """stem: (B, n * 16, C_0), None in a top-down column; before: the four levels of the column before, or nothing. Returns
@@ -314,14 +327,14 @@ class RevColV2(nn.Module):
         self.patch_size, self.grid, self.embed_dim = patch_size, cell_grid(img_size, patch_size), self.channels[TOP]
         self.memory, self.mask_tokens = memory, None
         for level in range(TOP + 1):  # of the usual size; others are computed when they are met
-            self.register_buffer(f"table_{level}", positions(self.channels[level], level, self.grid), persistent=False)
+            table = level_pos_embed(self.channels[level], level, self.grid)
+            self.register_buffer(f"pos_embed_{level}", table, persistent=False)
         self.stem = nn.Linear((patch_size // 4) ** 2 * in_chans, self.channels[0])
         self.bottom_up = nn.ModuleList(Column(size, drop_path, top_down=False, first=i == 0) for i in range(columns))
         lowest = [max(0, TOP - i) if read == "top" else 0 for i in reversed(range(columns))]
         lowest = [] if read == "bottom_up" else lowest
         self.top_down = nn.ModuleList(Column(size, drop_path, top_down=True, lowest=low) for low in lowest)
-        trunk = [name for name, _ in self.named_parameters()]
-        self.last_layer = 1 + max(self.layer(name) for name in trunk)
+        self.last_layer = 1 + max(self.layer(name) for name, _ in self.named_parameters())
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -335,10 +348,10 @@ class RevColV2(nn.Module):
                 # .data: values that were fit stay the same, so an earlier graph that holds them remains right
                 unit.a.data.copy_(torch.where(unit.a < 0, unit.a.clamp(max=-1e-3), unit.a.clamp(min=1e-3)))
 
-    def positions(self, level, grid):
+    def pos_embed(self, level, grid):
         if grid == self.grid:
-            return getattr(self, f"table_{level}")
-        return positions(self.channels[level], level, grid).to(self.stem.weight.device)
+            return getattr(self, f"pos_embed_{level}")
+        return level_pos_embed(self.channels[level], level, grid).to(self.stem.weight.device)
 
     def through(self, column, *inputs):
         again = self.memory == "column" and torch.is_grad_enabled()
@@ -348,10 +361,10 @@ class RevColV2(nn.Module):
         """(B, C, H, W) -> the four levels of the last bottom-up column, of the visible cells ids_keep (B, n), or of all."""
         self.keep_invertible()
         grid = patch_grid(images.shape[2:], self.patch_size)
-        cells, table = to_cells(images, self.patch_size), self.positions(0, grid).unflatten(1, (-1, 16)).flatten(2)
+        cells, table = to_cells(images, self.patch_size), join(self.pos_embed(0, grid), PER_CELL[0])
         if ids_keep is not None:
             cells, table = take_tokens(cells, ids_keep), take_tokens(table.expand(len(cells), -1, -1), ids_keep)
-        stem = self.stem(cells.unflatten(2, (16, -1)).flatten(1, 2)) + table.unflatten(2, (16, -1)).flatten(1, 2)
+        stem = self.stem(part(cells, PER_CELL[0])) + part(table, PER_CELL[0])
         x = ()
         for column in self.bottom_up:
             x = self.through(column, stem, *x)
@@ -359,15 +372,16 @@ class RevColV2(nn.Module):
 
     def fill(self, x, ids_restore, grid):
         """Levels of the visible cells -> of all: mask tokens in the hidden ones, positions on all. ids_restore None: none is
-        hidden."""
-        filled = []
-        for level, tokens in enumerate(x):
+        hidden. None for levels that the first top-down column does not read."""
+        filled = [None] * (TOP + 1)
+        for level in range(max(0, self.top_down[0].lowest - 1), TOP + 1):
+            tokens = x[level]
             if ids_restore is not None:
-                k, (B, N) = POSITIONS[level], ids_restore.shape
-                cells = tokens.unflatten(1, (-1, k)).flatten(2)
-                hidden = self.mask_tokens[level].to(cells.dtype).expand(B, N - cells.shape[1], k, -1).flatten(2)
-                tokens = take_tokens(torch.cat([cells, hidden], dim=1), ids_restore).unflatten(2, (k, -1)).flatten(1, 2)
-            filled.append(tokens + self.positions(level, grid))
+                k, (B, L) = PER_CELL[level], ids_restore.shape
+                cells = join(tokens, k)
+                hidden = self.mask_tokens[level].to(cells.dtype).expand(B, L - cells.shape[1], k, -1).flatten(2)
+                tokens = part(take_tokens(torch.cat([cells, hidden], dim=1), ids_restore), k)
+            filled[level] = tokens + self.pos_embed(level, grid)
         return filled
 
     def levels(self, images, ids_keep=None, ids_restore=None):
@@ -404,7 +418,6 @@ class RevColV2(nn.Module):
         block = int(rest.split(".")[1]) if rest.startswith("blocks.") else 0
         return 1 + sum(before) + block + column
 
-
     @property
     def beside(self):
         """Names in a file of ours that this read-out has no use for."""
@@ -431,10 +444,10 @@ class MaskedRevCol(RevColV2):
         return {name: value for name, value in self.state_dict().items() if not name.startswith(beside)}
 
     def predict(self, images, noise):
-        """(B, C, H, W), noise (B, N) -> pred (B, N, p*p*C) in the order of `to_cells`, mask (B, N), 1 = hidden."""
+        """(B, C, H, W), noise (B, L) -> pred (B, L, p*p*C) in the order of `to_cells`, mask (B, L), 1 = hidden."""
         ids_keep, ids_restore, mask = random_masking(noise, self.cfg.mask_ratio)
         x = self.levels(images, ids_keep, ids_restore)[0]
-        return self.pixel_head(x).unflatten(1, (-1, 16)).flatten(2), mask
+        return join(self.pixel_head(x), PER_CELL[0]), mask
 
     def forward(self, images, noise):
         """Returns the loss and its terms."""

@@ -168,7 +168,7 @@ class Config(RunConfig):
             if min(grid(self.img_size, self.patch_size)) < 2:  # ValueError unless they fit
                 raise ValueError(f"--img_size is one --patch_size of {self.patch_size}: at least two are needed")
         elif self.layer_decay != 1 or self.drop_path or self.recompute:
-            raise ValueError("--layer_decay, --drop_path and --recompute are not for ResNets")
+            raise ValueError("--layer_decay, --drop_path and --recompute are for ViTs and RevColV2")
         wide = self.model in get_args(VitSize) and self.head == "uper"
         self.channels = self.channels or (256 if not seg else 768 if wide else 512)
 
@@ -223,6 +223,9 @@ def presets(flags):
         except Refused as error:
             hint = ": python mae_mff.py --demo makes it; or --weights none" if weights == ENCODER else ""
             raise Refused(f"{error}{hint}") from None
+        if meta.get("method") == "finetune" and str(meta.get("model")).startswith("revcol"):
+            raise Refused(f"--weights {weights} was fine-tuned for classification, without the units that maps need: use the "
+                          "encoder.pth of revcol_v2.py")
         known = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
         values |= {k: meta[k] for k in known if k in meta}
     if "resnet50" in (flags.model, values.get("model")):

@@ -33,14 +33,14 @@ def measure(size, columns, memory, batch_size, updates):
         parameter.grad = torch.zeros_like(parameter)
     images = torch.randn(batch_size, 3, *cfg.img_size, device=run.device)
     noise = torch.rand(batch_size, model.grid[0] * model.grid[1], device=run.device)
-    before, times = run._peak_memory(), []
+    before, times = run.peak_memory(), []
     for _ in range(1 + updates):
         begin = time.perf_counter()
         loss, _ = model(images, noise)
         loss.backward()
         loss.item()  # waits for the GPU
         times.append(time.perf_counter() - begin)
-    return {"memory": run._peak_memory() - before, "seconds": statistics.median(times[1:])}
+    return {"memory": run.peak_memory() - before, "seconds": statistics.median(times[1:])}
 
 
 def main():

@@ -214,6 +214,16 @@ def test_resume_refuses_other_settings(unbroken, small_npz, tmp_path):
     assert (tmp_path / "run/config.json").read_bytes() == (unbroken / "mae_mff.py/config.json").read_bytes()
 
 
+def test_resume_takes_a_flag_younger_than_the_run_for_its_default(unbroken, small_npz, tmp_path):
+    shutil.copytree(unbroken / "finetune.py", tmp_path / "run")
+    content = torch.load(tmp_path / "run/last.pth", weights_only=True)
+    del content["config"]["columns"]
+    torch.save(content, tmp_path / "run/last.pth")
+    command = [*SCRIPTS["finetune.py"], "--data", small_npz, "--out", "run", "--resume"]
+    assert "columns 2, not 3" in run_script([*command, "--columns", 3], tmp_path, expect=2).splitlines()[-1]
+    run_script(command, tmp_path)
+
+
 # ---- processes
 
 

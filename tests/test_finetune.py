@@ -46,7 +46,7 @@ def classifier(**values):
 
 def test_layer_ids_and_scales_of_vit_base():
     model = classifier(model="base", patch_size=16, drop_path=0.1, pool="avg", mode="finetune")
-    groups = common.parameter_groups(model, 0.05, ("pos_embed", "cls_token"), lambda n: finetune.layer_id(n, 12), 0.75)
+    groups = common.parameter_groups(model, 0.05, ("pos_embed", "cls_token"), model.layer, 0.75)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: group for group in groups for p in group["params"]}
     assert len(found) == len(names)  # everything learns, positions included

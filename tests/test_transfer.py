@@ -167,9 +167,12 @@ def test_recomputing_activations_changes_no_gradient(task):
 def test_positions_follow_the_image_size():
     encoder = transfer.ViTEncoder(small("seg")).eval()
     assert [tuple(x.shape) for x in encoder(torch.randn(2, 3, 24, 40))] == [(2, 128, 6, 10)] * 4
+    encoder = transfer.make_encoder(small("seg", "--model", "revcol_nano")).eval()
+    assert [tuple(x.shape[2:]) for x in encoder(torch.randn(2, 3, 24, 40))] == [(24, 40), (12, 20), (6, 10), (3, 5)]
 
 
-@pytest.mark.parametrize("model, task", [("nano", "seg"), ("nano", "det"), ("resnet50", "seg")])
+@pytest.mark.parametrize("model, task", [("nano", "seg"), ("nano", "det"), ("resnet50", "seg"), ("revcol_nano", "seg"),
+                                         ("revcol_nano", "det")])
 def test_layer_decay_and_weight_decay(model, task):
     cfg = small(task, "--model", model, "--resnet_width", 8)
     net = transfer.Segmenter(cfg, 5) if task == "seg" else transfer.Detector(cfg, 5)
@@ -181,6 +184,8 @@ def test_layer_decay_and_weight_decay(model, task):
     for name, group in found.items():
         inner = name.removeprefix(prefix)
         layer = 5 if inner == name else 0 if not inner.startswith("blocks.") else int(inner.split(".")[1]) + 1
+        if model == "revcol_nano":  # five blocks in each of four columns, so 1 to 5 + 3; the head is 9
+            layer = 5 if inner == name else net.get_submodule(prefix[:-1]).layer(inner) - 4
         assert group["lr_scale"] == pytest.approx(1.0 if model == "resnet50" else 0.75 ** (5 - layer)), name
         vector = net.get_parameter(name).ndim == 1 or name.endswith(("pos_embed", "cls_token"))
         assert group["weight_decay"] == (0.0 if vector else cfg.weight_decay), name
