@@ -129,8 +129,8 @@ class Config(RunConfig):
 
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat cell has nothing left once its mean and deviation are taken out.
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "norm_pix_loss": False, "epochs": 2.0,
-        "batch_size": 64, "base_lr": 8e-3, "warmup_epochs": 0.3, "log_every": 25, "memory": "plain"}
+DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "norm_pix_loss": False, "epochs": 1.6,
+        "batch_size": 32, "base_lr": 1.6e-2, "warmup_epochs": 0.3, "log_every": 25, "memory": "plain"}
 
 
 def presets(flags):
