@@ -37,7 +37,7 @@ one pooled once more (a file fine-tuned for classification lacks units for them)
 again in the backward pass and stores only its maps, which is what RevCol's code stores. Not built: Cascade R-CNN, Mask2Former,
 the runs with an extra teacher.
 
-    python revcol_v2.py --demo                                            two minutes on a CPU
+    python revcol_v2.py --demo                                            three minutes on two CPU cores
     torchrun --nproc_per_node 8 revcol_v2.py --model base                 supplement, table 1; images in data/imagenet
     torchrun --nproc_per_node 8 finetune.py --weights runs/revcol_v2/encoder.pth --base_lr 5e-4 --ema 0.9999      table 3
     python finetune.py --weights runs/revcol_v2/encoder.pth --mode linear
