@@ -235,6 +235,14 @@ class Block(nn.Module):
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
 
+def init_linear(network):
+    """MAE's initial values of all linear layers: Xavier-uniform, bias 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
 class ViT(nn.Module):
     """Vision Transformer trunk: patch embedding, fixed sine-cosine positions, class token, blocks, final LayerNorm; no head.
 
@@ -260,10 +268,7 @@ class ViT(nn.Module):
 
     def init_weights(self):
         """MAE's initial values: Xavier-uniform for every linear layer and the patch embedding, N(0, .02) for tokens."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        init_linear(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         for name, parameter in self.named_parameters():
             if name.endswith(("cls_token", "mask_token")):
@@ -1085,13 +1090,20 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
+def batch_statistics(model):
+    """BatchNorm's running statistics; other buffers are constants."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers()]
+
+
 def remember_statistics(model):
-    """Returns a function that puts the model's buffers back as they are now: the forward pass of an update that is skipped has
-    put what was not finite into BatchNorm's statistics."""
-    before = [buffer.clone() for buffer in model.buffers()]
+    """Returns a function that puts BatchNorm's statistics back as they are now: the forward pass of an update that is skipped
+    has put what was not finite into them."""
+    statistics = batch_statistics(model)
+    before = [buffer.clone() for buffer in statistics]
 
     def restore():
-        for buffer, value in zip(model.buffers(), before, strict=True):
+        for buffer, value in zip(statistics, before, strict=True):
             buffer.copy_(value)
 
     return restore
@@ -1383,7 +1395,7 @@ class Run:
 
     def share_statistics(self, model):
         """BatchNorm's, of the first process, to all: every process evaluates with the statistics that are saved."""
-        for buffer in model.buffers() if self.world_size > 1 else ():
+        for buffer in batch_statistics(model) if self.world_size > 1 else ():
             dist.broadcast(buffer, 0)
 
     def seed(self, step, micro_step):

@@ -126,6 +126,8 @@ class Config(RunConfig):
             raise ValueError("--ema is for --mode finetune")
 
 
+# What a file of weights says of its network and of the images that it was trained on.
+NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
 PLAIN = {"augment": "crop", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "erasing": 0.0, "drop_path": 0.0}
 MODES = {
     "finetune": {},
@@ -147,8 +149,7 @@ def presets(flags):
         values |= {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4} | DEMO[flags.mode]
     if flags.weights not in (None, "none"):
         content = read_file(flags.weights)
-        known = ("model", "img_size", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
-        values |= {k: content["meta"][k] for k in known if k in content.get("meta", {})}
+        values |= {k: content["meta"][k] for k in (*NETWORK, "img_size") if k in content.get("meta", {})}
     if "resnet50" in (flags.model, values.get("model")):
         values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values
@@ -175,8 +176,9 @@ class Classifier(ViT):
         self.init_weights()
         self.requires_grad_(not self.probe)
         self.head = init_head(self.head.requires_grad_(), self.probe)
+        self.beside = []  # names in a file of weights that it has no use for
         if self.pool == "avg" and not self.probe:
-            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.embed_dim, eps=1e-6)
+            self.norm, self.fc_norm, self.beside = nn.Identity(), nn.LayerNorm(self.embed_dim, eps=1e-6), ["norm."]
 
     def features(self, images):
         """(B, C, H, W) -> (B, D): whole images, no masking, deterministic in eval mode."""
@@ -219,6 +221,7 @@ class ResNetClassifier(ResNet50):
         self.requires_grad_(cfg.mode == "finetune")
         self.fc = init_head(nn.Linear(self.embed_dim, num_classes), cfg.mode != "finetune")
         self.to(memory_format=torch.channels_last)
+        self.beside = []
 
     @property
     def head(self):
@@ -409,9 +412,7 @@ def train(cfg, run):
     resnet, revcol = cfg.model == "resnet50", cfg.model.startswith("revcol")
     model = (ResNetClassifier if resnet else RevColClassifier if revcol else Classifier)(cfg, len(source.classes))
     if cfg.weights != "none":
-        unused = (*BESIDE_TRUNK, "norm.") if cfg.mode == "finetune" and cfg.pool == "avg" else BESIDE_TRUNK
-        unused = (*BESIDE_TRUNK, *model.beside) if revcol else unused
-        load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=unused,
+        load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=(*BESIDE_TRUNK, *model.beside),
                      part=PARTS)
     run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     model.to(run.device)

@@ -68,6 +68,7 @@ from common import (
     fill_from_visible,
     finish_update,
     gradient_sync,
+    init_linear,
     launch,
     load_weights,
     make_loader,
@@ -325,7 +326,7 @@ class RevColV2(nn.Module):
         super().__init__()
         self.channels, self.depths, _ = SIZES[size]
         self.patch_size, self.grid, self.embed_dim = patch_size, cell_grid(img_size, patch_size), self.channels[TOP]
-        self.memory, self.mask_tokens = memory, None
+        self.memory = memory
         for level in range(TOP + 1):  # of the usual size; others are computed when they are met
             table = level_pos_embed(self.channels[level], level, self.grid)
             self.register_buffer(f"pos_embed_{level}", table, persistent=False)
@@ -335,10 +336,7 @@ class RevColV2(nn.Module):
         lowest = [] if read == "bottom_up" else lowest
         self.top_down = nn.ModuleList(Column(size, drop_path, top_down=True, lowest=low) for low in lowest)
         self.last_layer = 1 + max(self.layer(name) for name, _ in self.named_parameters())
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        init_linear(self)
 
     @torch.no_grad()
     def keep_invertible(self):
@@ -410,11 +408,11 @@ class RevColV2(nn.Module):
             return 0
         if not name.startswith(("bottom_up", "top_down")):
             return self.last_layer
-        part, number, _, level, rest = name.split(".", 4)
-        column = int(number) + (len(self.bottom_up) if part == "top_down" else 0)
+        way, number, _, level, rest = name.split(".", 4)
+        column = int(number) + (len(self.bottom_up) if way == "top_down" else 0)
         if rest == "a":
             return 1 + column
-        before = self.depths[int(level) + 1 :] if part == "top_down" else self.depths[: int(level)]
+        before = self.depths[int(level) + 1 :] if way == "top_down" else self.depths[: int(level)]
         block = int(rest.split(".")[1]) if rest.startswith("blocks.") else 0
         return 1 + sum(before) + block + column
 
@@ -435,8 +433,7 @@ class MaskedRevCol(RevColV2):
         self.mask_tokens = nn.ParameterList(nn.init.normal_(torch.empty(1, 1, 1, c), std=0.02) for c in self.channels)
         values = (cfg.patch_size // 4) ** 2 * cfg.in_chans
         self.pixel_head = nn.Sequential(nn.LayerNorm(self.channels[0], eps=1e-6), nn.Linear(self.channels[0], values))
-        nn.init.xavier_uniform_(self.pixel_head[1].weight)
-        nn.init.zeros_(self.pixel_head[1].bias)
+        init_linear(self.pixel_head)
 
     def trunk_state(self):
         """What is kept: all but mask tokens and pixel head."""

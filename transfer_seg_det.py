@@ -87,7 +87,7 @@ from common import (
     resize_pos_embed,
     set_lr,
 )
-from finetune import layer_id, own_share
+from finetune import NETWORK, layer_id, own_share
 from revcol_v2 import SIZES, RevColV2, cell_grid
 from transfer_data import (
     IGNORE,
@@ -226,8 +226,7 @@ def presets(flags):
         if meta.get("method") == "finetune" and str(meta.get("model")).startswith("revcol"):
             raise Refused(f"--weights {weights} was fine-tuned for classification, without the units that maps need: use the "
                           "encoder.pth of revcol_v2.py")
-        known = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
-        values |= {k: meta[k] for k in known if k in meta}
+        values |= {k: meta[k] for k in NETWORK if k in meta}
     if "resnet50" in (flags.model, values.get("model")):
         values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values | ({"epochs": None} if flags.iters else {"iters": None} if flags.epochs else {})
