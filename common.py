@@ -215,7 +215,7 @@ def drop_path(x, rate, training):
     """Stochastic depth: zero a residual branch per sample with probability `rate`, rescale the rest by 1 / (1 - rate)."""
     if rate == 0.0 or not training:
         return x
-    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
+    keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
     return x * keep / (1 - rate)
 
 
@@ -291,11 +291,21 @@ class ViT(nn.Module):
         return self.norm(x)
 
 
+class LastNorm(nn.BatchNorm2d):
+    """The BatchNorm that ends a residual branch, with drop path behind it."""
+
+    drop_path = 0.0
+
+    def forward(self, x):
+        return drop_path(super().forward(x), self.drop_path, self.training)
+
+
 class ResNet50(nn.Module):
     """torchvision's ResNet-50 without its classifier, of any width: 64 is the plain one, with torchvision's names, initial
-    values and outputs; 128 and 256 are the x2 and x4 of SimCLR, whose every layer is wider; in_chans as the images have."""
+    values and outputs; 128 and 256 are the x2 and x4 of SimCLR, whose every layer is wider; in_chans as the images have.
+    `drop_path` is the rate of the last block; it grows linearly from 0 at the first."""
 
-    def __init__(self, width=64, in_chans=3):
+    def __init__(self, width=64, in_chans=3, drop_path=0.0):
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -305,9 +315,14 @@ class ResNet50(nn.Module):
             shortcut = nn.Sequential(nn.Conv2d(channels, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner))
             stage = [Bottleneck(channels, inner, stride, shortcut)]
             stage += [Bottleneck(4 * inner, inner) for _ in range(blocks - 1)]
+            for block in stage:
+                block.bn3 = LastNorm(4 * inner)
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
             channels = 4 * inner
         self.embed_dim = channels
+        last_norms = [module for module in self.modules() if isinstance(module, LastNorm)]
+        for i, norm in enumerate(last_norms):
+            norm.drop_path = drop_path * i / (len(last_norms) - 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -362,6 +377,30 @@ BESIDE_TRUNK = ("decoder", "mask_token", "fuse_", "pixel_decoder", "feature_deco
 PARTS = ("enhancer.", "discriminator.")  # first names of that network where a script's checkpoint holds two
 
 
+def weights_of(content):
+    """The named tensors of what read_file gave, without the prefixes of torch.compile and DDP."""
+    return {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in content.get("model", content).items()}
+
+
+def network_of(content):
+    """What a file says of its network and images: our `meta`, or what the names and shapes of timm's, official MAE's and
+    torchvision's ResNet-50 files show; {} if they show nothing."""
+    if "meta" in content:
+        return content["meta"]
+    weights = weights_of(content)
+    if {"patch_embed.proj.weight", "pos_embed"} <= weights.keys():
+        D, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        known = [size for size, (dim, blocks, _) in VIT_SIZES.items() if (dim, blocks) == (D, depth)]
+        side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+        if known and side**2 == weights["pos_embed"].shape[1] - 1:
+            return {"model": known[0], "patch_size": patch_size, "img_size": (side * patch_size,) * 2, "in_chans": in_chans}
+    if {"conv1.weight", "layer4.2.conv3.weight"} <= weights.keys():
+        width, in_chans, *_ = weights["conv1.weight"].shape
+        return {"model": "resnet50", "resnet_width": width, "in_chans": in_chans}
+    return {}
+
+
 def load_weights(model, path, allow_missing=(), ignore=(), part=(), content=None):
     """Copy weights into `model` by name (ours, official MAE, timm, torchvision).
 
@@ -371,8 +410,7 @@ def load_weights(model, path, allow_missing=(), ignore=(), part=(), content=None
     shapes differ. Prints what was done. content: what read_file(path) gave, if it has been read already.
     """
     content = content or read_file(path)
-    meta, weights = content.get("meta", {}), content.get("model", content)
-    weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
+    meta, weights = content.get("meta", {}), weights_of(content)
     parts = {name.removeprefix(prefix): weights[name] for prefix in part for name in weights if name.startswith(prefix)}
     weights, own = parts or weights, model.state_dict()
     for name in [name for name in weights if name.endswith("pos_embed") and name in own]:
@@ -801,15 +839,15 @@ class RandomResizedCrop:
 
 
 class EvalCrop:
-    """Whole image to `size`: short side to 256/224 of it and the centre cut out, as is usual at 128 to 224 px; at other
-    sizes without the margin (above: usual; below: our choice, small images have none to spare)."""
+    """Whole image to `size`: short side to size / ratio, the centre cut out. Default ratio: 224/256, as is usual at 128 to
+    224 px; at other sizes 1 (above: usual; below: our choice, small images have no margin to spare)."""
 
-    def __init__(self, size):
+    def __init__(self, size, ratio=None):
         self.size = size
-        self.margin = 256 / 224 if 128 <= min(size) <= 224 else 1.0
+        self.ratio = ratio or (224 / 256 if 128 <= min(size) <= 224 else 1.0)
 
     def __call__(self, image):
-        image = cover(image, [round(side * self.margin) for side in self.size], InterpolationMode.BICUBIC)
+        image = cover(image, [int(side / self.ratio) for side in self.size], InterpolationMode.BICUBIC)
         return TF.center_crop(image, self.size)
 
 
@@ -941,10 +979,16 @@ def epoch_order(n, seed, epoch):
 
 class KeyedBatches:
     """Yields this process's micro-batches, lists of (epoch, index), from update `start` on. An update takes the next
-    `batch_size` samples of the endless sequence of passes; windows cross epoch ends, nothing is dropped or padded."""
+    `batch_size` samples of the endless sequence of passes; windows cross epoch ends, nothing is dropped or padded.
 
-    def __init__(self, plan, seed, run, start):
+    repeats: copies of each image in an update, each with its own (epoch * repeats + copy, index), so its own crop. They lie
+    batch_size / repeats apart, so that mixup, which mixes neighbours, does not mix an image with itself; an update takes as
+    many images fewer from the sequence of passes.
+    """
+
+    def __init__(self, plan, seed, run, start, repeats=1):
         self.plan, self.seed, self.rank, self.world_size, self.start = plan, seed, run.rank, run.world_size, start
+        self.repeats, self.images = repeats, -(-plan.batch_size // repeats)
 
     def __len__(self):
         return (self.plan.steps - self.start) * self.plan.accum_steps
@@ -953,8 +997,13 @@ class KeyedBatches:
         plan = self.plan
         for micro_step in range(self.start * plan.accum_steps, plan.steps * plan.accum_steps):
             first = (micro_step * self.world_size + self.rank) * plan.micro_batch
-            keys = [divmod(position, plan.n) for position in range(first, first + plan.micro_batch)]
-            yield [(epoch, int(epoch_order(plan.n, self.seed, epoch)[i])) for epoch, i in keys]
+            yield [self.key(position) for position in range(first, first + plan.micro_batch)]
+
+    def key(self, position):
+        update, place = divmod(position, self.plan.batch_size)
+        copy, image = divmod(place, self.images)
+        epoch, i = divmod(update * self.images + image, self.plan.n)
+        return epoch * self.repeats + copy, int(epoch_order(self.plan.n, self.seed, epoch)[i])
 
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -1192,7 +1241,8 @@ class RunConfig:
 # What may differ when a run is resumed, because it does not change what is computed.
 STARTS = ("init", "generator_init", "discriminator_init", "weights")  # what a new run begins with
 FREE_ON_RESUME = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes",
-                  "log_every", "demo", "micro_batch", "tokenizer", "pictures", "recompute", "memory", *STARTS}
+                  "log_every", "demo", "micro_batch", "tokenizer", "pictures", "recompute", "memory", "recipe", "print_recipe",
+                  "draw", *STARTS}
 # What may differ after non-finite updates as well, to get past them.
 FREE_AFTER_NAN = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 
@@ -1327,23 +1377,9 @@ class Run:
         """Process group (only under torchrun), signals, the folder: Refused if --out holds another run. plan: None if there
         is no training to do."""
         self.plan = plan
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        if "RANK" in os.environ and not dist.is_initialized():
-            backend, bound = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
-            limit = timedelta(minutes=10)
-            store, *_ = next(dist.rendezvous("env://", timeout=limit))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node (several count their restarts separately)
-                # torchrun keeps its store when it restarts: without a name of their own, new processes would take the
-                # addresses of the dead ones for each other's, and wait.
-                store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit,
-                                    device_id=bound)
+        self.join()
         if plan:
             self.catch_signals()
-        if hasattr(faulthandler, "register"):  # kill -USR2: where does it hang?
-            faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
         try:
             if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
                 raise Refused(f"{self.out} is not empty: continue the run in it with --resume, or choose another --out")
@@ -1359,6 +1395,24 @@ class Run:
         if plan:
             self.print(f"{plan.n} images, {plan.steps} updates; batch {plan.batch_size} = {self.world_size} processes x "
                        f"{plan.micro_batch} x {plan.accum_steps}; {lr_line}")
+
+    def join(self):
+        """Device and, under torchrun, process group."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if "RANK" in os.environ and not dist.is_initialized():
+            backend, bound = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            limit = timedelta(minutes=10)
+            store, *_ = next(dist.rendezvous("env://", timeout=limit))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node (several count their restarts separately)
+                # torchrun keeps its store when it restarts: without a name of their own, new processes would take the
+                # addresses of the dead ones for each other's, and wait.
+                store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit,
+                                    device_id=bound)
+        if hasattr(faulthandler, "register"):  # kill -USR2: where does it hang?
+            faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
 
     def catch_signals(self):
         """From now on this run is the one that SIGTERM, SIGINT and SIGUSR1 stop."""

@@ -31,11 +31,14 @@ hidden patches of the whole batch, and the low-pass disc is centred between bins
     torchrun --nproc_per_node 4 mae_mff.py --epochs 800                   the paper's run, images in data/imagenet
     torchrun --nproc_per_node 4 mae_mff.py --epochs 800 --resume          carry on after a stop
     python mae_mff.py --data PHOTOS --init encoder.pth --epochs 100       own images, from pre-trained weights
+    python mae_mff.py --data PHOTOS --draw last.pth --out photos.png      what it fills in
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -43,11 +46,13 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
+    FREE_ON_RESUME,
     VIT_SIZES,
     Block,
     KeyedBatches,
     Normalise,
     RandomResizedCrop,
+    Refused,
     RunConfig,
     Views,
     ViT,
@@ -63,6 +68,7 @@ from common import (
     load_weights,
     make_loader,
     make_plan,
+    network_of,
     normalisation,
     open_data,
     opt,
@@ -70,13 +76,16 @@ from common import (
     patch_grid,
     patchify,
     picture_batch,
+    read_file,
     save_pictures,
+    say,
     set_lr,
     sincos_pos_embed,
     spread,
     take_tokens,
     unpatchify,
     warmup_cosine,
+    weights_of,
 )
 
 DECODERS = {  # width, blocks, heads: MAE sec. 4.1 for base to huge, the MFF authors' code for small, the others ours
@@ -115,6 +124,7 @@ class Config(RunConfig):
     clip_grad: float = opt(0.0, "largest gradient norm; 0 = no clipping")
     # run
     init: str | None = opt(None, "start from these weights (ours, official MAE, timm); a fresh schedule")
+    draw: str | None = opt(None, "draw what these weights (last.pth, official MAE's) fill in, to --out X.png, and end")
     pictures: int = opt(8, "images drawn at each epoch's end; 0 = none")
 
     def __post_init__(self):
@@ -136,6 +146,8 @@ class Config(RunConfig):
         L = math.prod(patch_grid(self.img_size, self.patch_size))
         if not 0 < int(L * (1 - self.mask_ratio)) < L:
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
+        if self.draw and not self.pictures:
+            raise ValueError("--draw and --pictures 0: how many?")
 
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat patch has nothing left once its mean and deviation are taken out.
@@ -144,7 +156,16 @@ DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4
 
 
 def presets(flags):
-    return DEMO if flags.demo else {}
+    values = DEMO if flags.demo else {}
+    if flags.draw:  # a file of ours says how it was trained; official ones only show their sizes, and MAE's README the target
+        content = read_file(flags.draw)
+        settings = {name: value for name, value in content.get("config", {}).items() if name not in FREE_ON_RESUME}
+        depth = VIT_SIZES[network_of(content).get("model", "base")][1]
+        raw = "visualize" in Path(flags.draw).name
+        values = {"out": "reconstruction.png", "fuse_layers": (depth - 1,), "target": "raw" if raw else "mae"}
+        values |= network_of(content) | settings
+        values = {field.name: values[field.name] for field in dataclasses.fields(Config) if field.name in values}
+    return values
 
 
 # ---- masking and targets ---------------------------------------------------------------------------------------------
@@ -319,14 +340,33 @@ def draw_pictures(path, model, batch, to_images, cfg):
                   f"target {cfg.target}, {cfg.mask_ratio:.0%} hidden; prediction {statistics}")
 
 
+def draw_file(model, source, to_images, noise, cfg):
+    """--draw: one picture from a file's weights; Refused if it has no decoder, or if --out is there already."""
+    path, names = Path(cfg.out), [name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))]
+    found = len(weights_of(read_file(cfg.draw)).keys() & set(names))
+    if found < len(names):
+        raise Refused(f"{cfg.draw} has {found} of {len(names)} decoder tensors: nothing to draw with; use last.pth, or MAE's "
+                      "mae_visualize_... or mae_pretrain_..._full.pth")
+    if path.suffix != ".png" or path.exists():
+        raise Refused(f"--out {path}: --draw writes one new file, NAME.png" + " (this one is there already)" * path.exists())
+    load_weights(model, cfg.draw)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_pictures(path, model.to(to_images.device), picture_batch(source, cfg, noise), to_images, cfg)
+    say(f"{path}: original, masked, prediction, pasted")
+
+
 def train(cfg, run):
     source = open_data(cfg)
     if cfg.check_data:
         return check_data(source, run.workers)
-    plan = make_plan(len(source), cfg, run.world_size)
     mean, std = normalisation(cfg)
     torch.manual_seed(cfg.seed)
     model = MaskedAutoencoder(cfg, mean, std)
+    noise = functools.partial(torch.rand, math.prod(model.grid))
+    to_images = Normalise(mean, std, run.device)
+    if cfg.draw:
+        return draw_file(model, source, to_images, noise, cfg)
+    plan = make_plan(len(source), cfg, run.world_size)
     if cfg.init:
         load_weights(model, cfg.init, allow_missing=("decoder", "mask_token", "fuse_"), ignore=("head.", "fc_norm."))
     lr = cfg.base_lr * cfg.batch_size / 256
@@ -338,10 +378,8 @@ def train(cfg, run):
     start = run.load(state)
 
     crop = SimpleResizedCrop(cfg.img_size) if cfg.crop == "src" else RandomResizedCrop(cfg.img_size)
-    noise = functools.partial(torch.rand, math.prod(model.grid))
     views = Views(source, crop, cfg.seed, run.bad_files.allow(len(source)), noise)
     batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))
-    to_images = Normalise(mean, std, run.device)
     fixed = picture_batch(source, cfg, noise)
     meta = {"method": "mae_mff", "model": cfg.model, "img_size": cfg.img_size, "patch_size": cfg.patch_size,
             "in_chans": cfg.in_chans, "mean": mean, "std": std}

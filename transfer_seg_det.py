@@ -78,6 +78,7 @@ from common import (
     load_weights,
     make_loader,
     make_plan,
+    network_of,
     normalisation,
     opt,
     parameter_groups,
@@ -219,7 +220,7 @@ def presets(flags):
     weights = flags.weights or values.get("weights", "none")
     if weights != "none":
         try:
-            meta = read_file(weights).get("meta", {})
+            meta = network_of(read_file(weights))
         except Refused as error:
             hint = ": python mae_mff.py --demo makes it; or --weights none" if weights == ENCODER else ""
             raise Refused(f"{error}{hint}") from None

@@ -40,7 +40,8 @@ def test_lars_without_trust_scaling_where_a_norm_is_zero():
 
 
 def classifier(**values):
-    defaults = {"model": "nano", "img_size": (32, 32), "patch_size": 8, "in_chans": 3, "drop_path": 0.0}
+    defaults = {"model": "nano", "img_size": (32, 32), "patch_size": 8, "in_chans": 3, "drop_path": 0.0,
+                "head_init": 0.001}
     return finetune.Classifier(types.SimpleNamespace(**(defaults | values)), 10)
 
 
