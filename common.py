@@ -377,18 +377,25 @@ BESIDE_TRUNK = ("decoder", "mask_token", "fuse_", "pixel_decoder", "feature_deco
 PARTS = ("enhancer.", "discriminator.")  # first names of that network where a script's checkpoint holds two
 
 
+# What a file of weights says of its network and of the images that it was trained on.
+NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
+
+
 def weights_of(content):
     """The named tensors of what read_file gave, without the prefixes of torch.compile and DDP."""
-    return {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in content.get("model", content).items()}
+    weights = content.get("model", content.get("state_dict", content))
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise Refused("this file holds no tensors under names: expected a state dict, alone or as `model` or `state_dict`")
+    return {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
 
 
 def network_of(content):
     """What a file says of its network and images: our `meta`, or what the names and shapes of timm's, official MAE's and
     torchvision's ResNet-50 files show; {} if they show nothing."""
-    if "meta" in content:
+    if isinstance(content.get("meta"), dict) and "model" in content["meta"]:
         return content["meta"]
     weights = weights_of(content)
-    if {"patch_embed.proj.weight", "pos_embed"} <= weights.keys():
+    if {"patch_embed.proj.weight", "pos_embed"} <= weights.keys() and weights["patch_embed.proj.weight"].ndim == 4:
         D, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         known = [size for size, (dim, blocks, _) in VIT_SIZES.items() if (dim, blocks) == (D, depth)]
@@ -410,7 +417,7 @@ def load_weights(model, path, allow_missing=(), ignore=(), part=(), content=None
     shapes differ. Prints what was done. content: what read_file(path) gave, if it has been read already.
     """
     content = content or read_file(path)
-    meta, weights = content.get("meta", {}), weights_of(content)
+    meta, weights = network_of(content), weights_of(content)
     parts = {name.removeprefix(prefix): weights[name] for prefix in part for name in weights if name.startswith(prefix)}
     weights, own = parts or weights, model.state_dict()
     for name in [name for name in weights if name.endswith("pos_embed") and name in own]:
@@ -1218,7 +1225,7 @@ class RunConfig:
     workers: int | None = opt(None, "loader processes per training process; default: its share of the cores, at most 8")
     max_bad: float = opt(0.001, "share of unreadable files (at least one file) above which the run stops")
     check_data: bool = opt(False, "read all images, report, and exit")
-    out: str | None = opt(None, "folder to write into; default runs/SCRIPT")
+    out: str | None = opt(None, "folder to write into; default runs/SCRIPT (one file: --draw, --mode features)")
     resume: bool = opt(False, "continue the run in --out exactly where its checkpoint is; start it if there is none")
     seed: int = opt(0, "seed of everything random")
     amp: Literal["auto", "bf16", "fp16", "off"] = opt("auto", "mixed precision; auto: bf16 or fp16 where that is fast")

@@ -18,8 +18,9 @@ is fine-tuned on the mean of the top level of its last top-down column, without 
 a file serves no dense task), and probed on that of its last bottom-up column (RevColV2's supplement, 2.2).
 
 Not in the papers (our choice): random erasing draws one box per image without retries; mixup and cutmix pair each image with
-its neighbour in the batch; the targets of `--loss bce` are the mixed, smoothed labels, without a threshold; with `--repeats`
-the copies of an image share an update, and all images come before one returns (elsewhere a pass sees 1/repeats of them).
+its neighbour in the batch; RandAugment's posterize keeps at least one bit, and the flip comes after it; the targets of
+`--loss bce` are the mixed, smoothed labels, without a threshold; with `--repeats` the copies of an image share an update, and
+all images come before one returns (elsewhere a pass sees 1/repeats of them).
 
     python finetune.py --demo --mode linear --weights runs/mae_mff/encoder.pth
     python finetune.py --recipe cim_resnet_300 --print_recipe
@@ -46,6 +47,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from common import (
     BESIDE_TRUNK,
+    NETWORK,
     PARTS,
     EvalCrop,
     KeyedBatches,
@@ -59,6 +61,7 @@ from common import (
     VitSize,
     adamw,
     autocast,
+    batch_statistics,
     check_data,
     finish_update,
     gradient_sync,
@@ -77,6 +80,7 @@ from common import (
     say,
     set_lr,
     warmup_cosine,
+    weights_of,
     write_atomically,
 )
 from revcol_v2 import SIZES, RevColV2, cell_grid
@@ -130,6 +134,8 @@ class Config(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.mode = self.mode or "finetune"
+        if self.recipe and family(meant := recipe_of(self.recipe).get("model", (self.model, ""))[0]) != family(self.model):
+            raise ValueError(f"--recipe {self.recipe} is for a {family(meant)}, not for {self.model}")
         if self.weights is None and not self.check_data and not self.print_recipe:
             raise ValueError("--weights FILE is needed; --weights none is the baseline with random weights")
         resnet = self.model == "resnet50"
@@ -142,12 +148,18 @@ class Config(RunConfig):
             raise ValueError(f"--pool cls: {self.model} has no class token")
         if resnet and self.layer_decay != 1:
             raise ValueError("--layer_decay is for ViTs and RevColV2")
-        self.test_size = self.test_size or self.img_size
-        if self.test_size != self.img_size and not no_cls:
-            raise ValueError(f"--test_size {self.test_size[0]},{self.test_size[1]}: a ViT's positions are those of --img_size "
-                             f"{self.img_size[0]},{self.img_size[1]}; train at that size")
-        if not 0 < (self.test_crop or 1) <= 1:
+        H, W = self.eval_size
+        if not no_cls and self.eval_size != self.img_size or min(H, W) <= 0:
+            raise ValueError(f"--test_size {H},{W}: expected --img_size {self.img_size[0]},{self.img_size[1]}, for which a ViT "
+                             "has positions; for a ResNet or RevColV2 any other above 0")
+        if revcol:
+            cell_grid(self.eval_size, self.patch_size)
+        if self.test_crop is not None and not 0 < self.test_crop <= 1:
             raise ValueError(f"--test_crop {self.test_crop}, expected more than 0, at most 1")
+        if self.mode == "linear" and self.augment == "none" and (self.mixup or self.cutmix or self.erasing):
+            raise ValueError("--mixup, --cutmix and --erasing work on images: --augment none keeps only features")
+        if self.repeats > 1 and self.batch_size < 2 * self.repeats:
+            raise ValueError(f"--repeats {self.repeats}: expected a --batch_size of at least {2 * self.repeats}, two images")
         if not 0 <= self.randaug <= 10:
             raise ValueError(f"--randaug {self.randaug}, expected 0 to 10")
         if self.base_lr is not None and self.lr is not None:
@@ -162,12 +174,14 @@ class Config(RunConfig):
             raise ValueError(f"--mode {self.mode} has no recipe")
 
     @property
+    def eval_size(self):
+        return self.test_size or self.img_size
+
+    @property
     def peak_lr(self):
         return self.lr if self.base_lr is None else self.base_lr * self.batch_size / 256
 
 
-# What a file of weights says of its network and of the images that it was trained on.
-NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
 PLAIN = {"augment": "crop", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "erasing": 0.0, "drop_path": 0.0}
 # What the papers' tables take for granted: MAE's and BEiT's code agree on it. head_init: MAE's N(0, 2e-5), BEiT's .02 x .001.
 CODE = {"pool": "avg", "loss": "ce", "betas": (0.9, 0.999), "min_lr": 1e-6, "clip_grad": 0.0, "ema": 0.0, "head_init": 0.001,
@@ -177,8 +191,7 @@ BEIT = CODE | MIXES
 TABLE = MIXES | {"epochs": 100.0, "batch_size": 1024, "warmup_epochs": 5.0, "weight_decay": 0.05, "betas": (0.9, 0.999)}
 MFF = TABLE | {"base_lr": 1e-3, "layer_decay": 0.75}
 DDAE = {"epochs": 100.0, "batch_size": 1024, "warmup_epochs": 5.0, "weight_decay": 0.05}
-CIM_VIT = TABLE | {"layer_decay": 0.8, "clip_grad": 0.0, "loss": "ce", "img_size": (224, 224), "test_size": (224, 224),
-                   "test_crop": 0.95}
+CIM_VIT = TABLE | {"layer_decay": 0.8, "clip_grad": 0.0, "loss": "ce", "img_size": (224, 224), "test_crop": 0.95}
 CIM_RESNET = {"model": "resnet50", "batch_size": 2048, "lr": 12e-3, "warmup_epochs": 5.0, "layer_decay": 1.0, "loss": "bce",
               "cutmix": 1.0, "img_size": (224, 224), "test_size": (224, 224), "test_crop": 0.95}
 REVCOL = TABLE | {"model": "revcol_base", "head_init": 0.001}
@@ -194,14 +207,14 @@ RECIPES = {  # name: {source: values}, the later ones win; docs/RECIPES.md shows
     "cim_resnet_100": {"BEiT's code": CODE, "RSB": {"erasing": 0.0}, "CIM, table 15": CIM_RESNET | {
         "epochs": 100.0, "img_size": (160, 160), "weight_decay": 0.02, "repeats": 1, "randaug": 6.0, "mixup": 0.1,
         "smoothing": 0.1, "drop_path": 0.0}},
-    "cim_resnet_300": {"BEiT's code": CODE, "RSB": {"erasing": 0.0}, "CIM, table 15": CIM_RESNET | {
-        "epochs": 300.0, "weight_decay": 0.02, "repeats": 3, "randaug": 7.0, "mixup": 0.1, "smoothing": 0.0, "drop_path": 0.0}},
-    "cim_resnet_600": {"BEiT's code": CODE, "RSB": {"erasing": 0.0}, "CIM, table 15": CIM_RESNET | {
-        "epochs": 600.0, "weight_decay": 0.01, "repeats": 3, "randaug": 7.0, "mixup": 0.2, "smoothing": 0.1,
-        "drop_path": 0.05}},
-    "ve": {"BEiT's code": BEIT, "VE, supplement 0.1": {  # it prints 1.25e-3: read as per 512 images
-        "model": "base", "epochs": 100.0, "batch_size": 160, "base_lr": 1.25e-3 / 2, "warmup_epochs": 20.0,
-        "weight_decay": 0.05, "betas": (0.9, 0.999), "drop_path": 0.1, "layer_decay": 0.9}},
+    "cim_resnet_300": {"BEiT's code": CODE, "RSB": {"erasing": 0.0, "repeats": 3}, "CIM, table 15": CIM_RESNET | {
+        "epochs": 300.0, "weight_decay": 0.02, "randaug": 7.0, "mixup": 0.1, "smoothing": 0.0, "drop_path": 0.0}},
+    "cim_resnet_600": {"BEiT's code": CODE, "RSB": {"erasing": 0.0, "repeats": 3}, "CIM, table 15": CIM_RESNET | {
+        "epochs": 600.0, "weight_decay": 0.01, "randaug": 7.0, "mixup": 0.2, "smoothing": 0.1, "drop_path": 0.05}},
+    "ve": {"BEiT's code": BEIT, "VE, supplement 0.1": {
+        "model": "base", "epochs": 100.0, "warmup_epochs": 20.0, "weight_decay": 0.05, "betas": (0.9, 0.999),
+        "drop_path": 0.1, "layer_decay": 0.9},
+        "VE, supplement 0.1, read as 160 in all, 1.25e-3 per 512": {"batch_size": 160, "base_lr": 1.25e-3 / 2}},
     "revcol_in22k": {"MAE's code": CODE, "RevColV2 supplement, table 2": REVCOL | {
         "epochs": 90.0, "batch_size": 4096, "base_lr": 2.5e-4, "layer_decay": 0.8, "ema": 0.0}},
     "revcol_in1k_b": {"MAE's code": CODE, "RevColV2 supplement, table 3": REVCOL | {
@@ -209,7 +222,7 @@ RECIPES = {  # name: {source: values}, the later ones win; docs/RECIPES.md shows
     "revcol_in1k_after22k": {"MAE's code": CODE, "RevColV2 supplement, table 4": REVCOL | {
         "epochs": 30.0, "batch_size": 512, "base_lr": 2.5e-5, "warmup_epochs": 0.0, "weight_decay": 0.01, "layer_decay": 0.9,
         "mixup": 0.0, "cutmix": 0.0, "ema": 0.9999}},
-    "revcol_scratch": {"MAE's code": CODE, "MAE, training from scratch": MIXES | {
+    "revcol_scratch": {"MAE's code": CODE, "MAE, table 11": MIXES | {
         "model": "revcol_base", "epochs": 300.0, "batch_size": 4096, "base_lr": 1e-4, "warmup_epochs": 20.0,
         "weight_decay": 0.3, "betas": (0.9, 0.95), "layer_decay": 1.0},
         "RevColV2 supplement, 2.1": {"weights": "none", "ema": 0.999}},
@@ -225,7 +238,7 @@ for base, source, values in (  # where a table has other values for Large
         ("revcol_in22k", "RevColV2 supplement, table 2", {"drop_path": 0.2}),
         ("revcol_in1k_b", "RevColV2 supplement, table 3", {"epochs": 50.0}),
         ("revcol_in1k_after22k", "RevColV2 supplement, table 4", {"drop_path": 0.2}),
-        ("revcol_scratch", "MAE, training from scratch", {"epochs": 200.0, "drop_path": 0.2})):
+        ("revcol_scratch", "MAE, table 11", {"epochs": 200.0, "drop_path": 0.2})):
     large = RECIPES[base][source] | values | {"model": "revcol_large"}
     RECIPES[f"{base.removesuffix('_b')}_l"] = RECIPES[base] | {source: large}
 USUAL = {"finetune": "mff", "linear": "linear_mae"}
@@ -247,21 +260,22 @@ def presets(flags):
     usual = {"finetune": "demo", "linear": "demo_linear"} if flags.demo else USUAL
     name = flags.recipe or usual.get(flags.mode or "finetune")
     recipe = {field: value for field, (value, _) in recipe_of(name).items()} if name else PLAIN
-    values = {"recipe": name, "mode": flags.mode or "finetune"} | recipe
-    if flags.mode not in (None, values["mode"]):
-        raise Refused(f"--recipe {name} is for --mode {values['mode']}")
+    mode = recipe.get("mode", "finetune") if name else flags.mode
+    if flags.mode not in (None, mode):
+        raise Refused(f"--recipe {name} is for --mode {mode}")
+    values = {"recipe": name, "mode": mode} | recipe
     if flags.lr is not None or flags.base_lr is not None:
         values |= {"lr": None, "base_lr": None}
     if flags.demo:
+        if {"model", "img_size"} & recipe.keys():
+            raise Refused(f"--demo and --recipe {name} both set model or size: for a small trial give --data shapes, "
+                          "--img_size, --model, --epochs and --batch_size beside the recipe")
         values |= {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4}
-        values |= {"pool": "avg"} if flags.mode in ("knn", "features") else {}
-    if (flags.weights or recipe.get("weights", "none")) != "none":
+        values |= {"pool": "avg"} if mode in ("knn", "features") else {}
+    if flags.weights not in (None, "none"):
         said = network_of(read_file(flags.weights))
         values |= {k: said[k] for k in (*NETWORK, "img_size") if k in said and not (k == "img_size" and k in recipe)}
-    model = flags.model if flags.model != Config.model else values.get("model", flags.model)
-    if flags.recipe and "model" in recipe and family(recipe["model"]) != family(model):
-        raise Refused(f"--recipe {name} is for a {family(recipe['model'])}, not for {model}")
-    if model == "resnet50" and "model" not in recipe:
+    if "resnet50" in (flags.model, values.get("model")) and "model" not in recipe:
         values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values
 
@@ -271,10 +285,11 @@ def print_recipe(cfg):
     say(f"recipe {cfg.recipe}: {cfg.mode}")
     recipe = recipe_of(cfg.recipe)
     for field, now in vars(cfg).items():
-        if field in recipe:
-            value, source = recipe[field]
-            own = "" if now == value or value is None else f"a flag or the file; {value} in "
-            say(f"  {field:14} {now!s:16} {own}{source}")
+        value, source = recipe.get(field, (None, None))
+        if source:
+            say(f"  {field:14} {now!s:16} " + ("" if now == value else f"a flag or the file; {value} in ") + source)
+        elif field in ("lr", "base_lr") and now is not None:
+            say(f"  {field:14} {now!s:16} a flag")
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -299,14 +314,19 @@ class Classifier(ViT):
         self.requires_grad_(not self.probe)
         self.head = make_head(self.embed_dim, num_classes, cfg)
         self.beside = []  # names in a file of weights that it has no use for
+        self.fc_norm = nn.Identity()
         if self.pool == "avg" and not self.probe:
-            self.norm, self.fc_norm, self.beside = nn.Identity(), nn.LayerNorm(self.embed_dim, eps=1e-6), ["norm."]
+            self.norm_the_mean()
+
+    def norm_the_mean(self):
+        """Read out by LayerNorm of the mean, as MAE fine-tunes, in place of the mean of normalised tokens."""
+        self.pool, self.beside = "avg", ["norm."]
+        self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.embed_dim, eps=1e-6).requires_grad_(not self.probe)
 
     def features(self, images):
         """(B, C, H, W) -> (B, D): whole images, no masking, deterministic in eval mode."""
         x = super().forward(images)
-        x = x[:, 1:].mean(1) if self.pool == "avg" else x[:, 0]
-        return x if self.probe or self.pool == "cls" else self.fc_norm(x)
+        return self.fc_norm(x[:, 1:].mean(1) if self.pool == "avg" else x[:, 0])
 
     def layer(self, name):
         return layer_id(name, self.depth)
@@ -477,7 +497,7 @@ def own_share(n, run, batch=256):
 
 def eval_batches(source, cfg, run):
     """This process's share of a data set, centre-cropped."""
-    views = Views(source, EvalCrop(cfg.test_size, cfg.test_crop), cfg.seed, run.bad_files.allow(len(source)), flip=False)
+    views = Views(source, EvalCrop(cfg.eval_size, cfg.test_crop), cfg.seed, run.bad_files.allow(len(source)), flip=False)
     yield from run.timed(make_loader(views, own_share(len(source), run), run))
     run.bad_files.share()
 
@@ -536,7 +556,7 @@ def knn_scores(queries, features, labels, num_classes, k, temperature):
 def train_transform(cfg, mean):
     """What the loader does to a training image; the flip follows on the device."""
     if cfg.augment == "none":
-        return EvalCrop(cfg.img_size)
+        return EvalCrop(cfg.img_size, cfg.test_crop)
     crop = RandomResizedCrop(cfg.img_size, scale=(0.08, 1.0))
     if cfg.augment == "crop":
         return crop
@@ -609,7 +629,7 @@ def probe_step(features_of, head, batches, to_inputs, mix, optimizer, scaler, st
     return finish_update(run, optimizer, scaler, {"loss": loss.detach()}, cfg.clip_grad), samples
 
 
-def write_features(model, to_images, cfg, run):
+def write_features(model, source, to_images, cfg, run):
     """--mode features: --out (N, D) float32 .npy, and beside it the images' names, one per line. What cannot be read is left
     out of both."""
     path = Path(cfg.out or "features.npy")
@@ -618,16 +638,17 @@ def write_features(model, to_images, cfg, run):
         raise Refused(f"--out {path}: --mode features writes one file, NAME.npy")
     if there := [str(p) for p in (path, names_path) if p.exists()]:
         raise Refused(f"{there[0]} is there already: move it away or choose another --out")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"cannot write --out {path}: {error}") from None
     run.join()
-    model.to(run.device)
-    source = open_data(cfg)
-    features, _ = extract(model, source, to_images, cfg, run)
+    features, _ = extract(model.to(run.device), source, to_images, cfg, run)
     good = [i for i in range(len(source)) if source.name(i) not in run.bad_files.known]
     if run.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
         names = "".join(f"{source.name(i)}\n" for i in good)
+        write_atomically(path, lambda file: np.save(file, features.cpu().numpy()[good]))
         write_atomically(names_path, lambda file: file.write(names.encode(errors="surrogateescape")))
-        write_atomically(path, lambda file: np.save(file, features[good].cpu().numpy()))
     left_out = f"; {len(source) - len(good)} unreadable ones left out" if len(good) < len(source) else ""
     run.print(f"{path}: {len(good)} images x {features.shape[1]}, names in {names_path}{left_out}")
 
@@ -637,8 +658,12 @@ def load_model(cfg, num_classes):
     classifier = {"ViT": Classifier, "ResNet": ResNetClassifier, "RevColV2": RevColClassifier}[family(cfg.model)]
     model = classifier(cfg, num_classes)
     if cfg.weights != "none":
-        load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=(*BESIDE_TRUNK, *model.beside),
-                     part=PARTS)
+        content = read_file(cfg.weights)
+        ignore, names = {*BESIDE_TRUNK, *model.beside}, weights_of(content).keys()
+        if cfg.mode != "finetune" and classifier is Classifier and "fc_norm.weight" in names and "norm.weight" not in names:
+            model.norm_the_mean()  # a fine-tuned network is looked at through the norm it was fine-tuned with
+            ignore -= {"fc_norm."}
+        load_weights(model, cfg.weights, allow_missing=("head.", "fc_norm.", "fc."), ignore=ignore, part=PARTS, content=content)
     return model
 
 
@@ -651,12 +676,12 @@ def train(cfg, run):
     mean, std = normalisation(cfg)
     to_images = Normalise(mean, std, run.device)
     if cfg.mode == "features":
-        return write_features(load_model(cfg, 1), to_images, cfg, run)
+        return write_features(load_model(cfg, 1), source, to_images, cfg, run)
     if not source.classes:
         raise Refused(f"--data {cfg.data} has no labels: expected {cfg.data}/train/CLASS/*.jpg and {cfg.data}/val/CLASS/*.jpg")
     held_out = open_data(cfg, "val", source.classes)
     plan = None if cfg.mode == "knn" else make_plan(len(source), cfg, run.world_size)
-    if plan and plan.micro_batch < 2:
+    if cfg.mode == "finetune" and plan.micro_batch < 2:
         raise Refused("mixup, cutmix and BatchNorm need two images per forward pass: raise --batch_size or --micro_batch")
     lr = cfg.peak_lr
     model = load_model(cfg, len(source.classes))
@@ -731,8 +756,8 @@ def train(cfg, run):
         elif ema:
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - cfg.ema)
-                for averaged, buffer in zip(ema.buffers(), model.buffers(), strict=True):  # BatchNorm's are averages already
-                    averaged.copy_(buffer)
+                for averaged, now_is in zip(batch_statistics(ema), batch_statistics(model), strict=True):  # averages already
+                    averaged.copy_(now_is)
         run.end_update(step + 1, stats, now, samples)
         epoch = plan.epoch(step + 1)
         with run.off_the_clock():

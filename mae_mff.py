@@ -34,7 +34,6 @@ hidden patches of the whole batch, and the low-pass disc is centred between bins
     python mae_mff.py --data PHOTOS --draw last.pth --out photos.png      what it fills in
 """
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    FREE_ON_RESUME,
+    NETWORK,
     VIT_SIZES,
     Block,
     KeyedBatches,
@@ -155,16 +154,20 @@ DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4
         "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5, "log_every": 25}
 
 
+DRAWN = ("mask_ratio", "fuse_layers", "target", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+
+
 def presets(flags):
     values = DEMO if flags.demo else {}
-    if flags.draw:  # a file of ours says how it was trained; official ones only show their sizes, and MAE's README the target
+    if flags.draw:  # a file of ours says how it was trained; the tensors of official ones show their sizes, but not the target
         content = read_file(flags.draw)
-        settings = {name: value for name, value in content.get("config", {}).items() if name not in FREE_ON_RESUME}
-        depth = VIT_SIZES[network_of(content).get("model", "base")][1]
-        raw = "visualize" in Path(flags.draw).name
-        values = {"out": "reconstruction.png", "fuse_layers": (depth - 1,), "target": "raw" if raw else "mae"}
-        values |= network_of(content) | settings
-        values = {field.name: values[field.name] for field in dataclasses.fields(Config) if field.name in values}
+        config, network = content.get("config", {}), network_of(content)
+        if network.get("model") not in VIT_SIZES:
+            raise Refused(f"--draw {flags.draw}: {network.get('model', 'nothing')} in it that mae_mff.py could draw with")
+        raw = not getattr(content.get("args"), "norm_pix_loss", "visualize" not in Path(flags.draw).name)
+        values = values | {"out": "reconstruction.png", "fuse_layers": (VIT_SIZES[network["model"]][1] - 1,)}
+        values |= {"target": "raw" if raw else "mae"} | {name: config[name] for name in DRAWN if name in config}
+        values |= {name: network[name] for name in (*NETWORK, "img_size") if name in network and hasattr(Config, name)}
     return values
 
 
@@ -342,15 +345,15 @@ def draw_pictures(path, model, batch, to_images, cfg):
 
 def draw_file(model, source, to_images, noise, cfg):
     """--draw: one picture from a file's weights; Refused if it has no decoder, or if --out is there already."""
-    path, names = Path(cfg.out), [name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))]
-    found = len(weights_of(read_file(cfg.draw)).keys() & set(names))
+    path, content = Path(cfg.out), read_file(cfg.draw)
+    names = [name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))]
+    found = len(weights_of(content).keys() & set(names))
     if found < len(names):
         raise Refused(f"{cfg.draw} has {found} of {len(names)} decoder tensors: nothing to draw with; use last.pth, or MAE's "
                       "mae_visualize_... or mae_pretrain_..._full.pth")
     if path.suffix != ".png" or path.exists():
         raise Refused(f"--out {path}: --draw writes one new file, NAME.png" + " (this one is there already)" * path.exists())
-    load_weights(model, cfg.draw)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    load_weights(model, cfg.draw, content=content)
     draw_pictures(path, model.to(to_images.device), picture_batch(source, cfg, noise), to_images, cfg)
     say(f"{path}: original, masked, prediction, pasted")
 
@@ -365,7 +368,7 @@ def train(cfg, run):
     noise = functools.partial(torch.rand, math.prod(model.grid))
     to_images = Normalise(mean, std, run.device)
     if cfg.draw:
-        return draw_file(model, source, to_images, noise, cfg)
+        return draw_file(model, source, to_images, noise, cfg) if run.is_main else None
     plan = make_plan(len(source), cfg, run.world_size)
     if cfg.init:
         load_weights(model, cfg.init, allow_missing=("decoder", "mask_token", "fuse_"), ignore=("head.", "fc_norm."))

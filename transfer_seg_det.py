@@ -59,6 +59,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from common import (
     BESIDE_TRUNK,
+    NETWORK,
     PARTS,
     Attention,
     KeyedBatches,
@@ -88,7 +89,7 @@ from common import (
     resize_pos_embed,
     set_lr,
 )
-from finetune import NETWORK, layer_id, own_share
+from finetune import layer_id, own_share
 from revcol_v2 import SIZES, RevColV2, cell_grid
 from transfer_data import (
     IGNORE,

@@ -65,8 +65,8 @@ def test_drop_path_keeps_the_mean_and_whole_samples():
 
 
 def config(**values):
-    defaults = {"model": "base", "img_size": (224, 224), "patch_size": 16, "in_chans": 3, "drop_path": 0.0, "pool": "avg", "head_init": 0.001,
-                "mode": "finetune"}
+    defaults = {"model": "base", "img_size": (224, 224), "patch_size": 16, "in_chans": 3, "drop_path": 0.0, "pool": "avg",
+                "mode": "finetune", "head_init": 0.001}
     return types.SimpleNamespace(**(defaults | values))
 
 

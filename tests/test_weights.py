@@ -1,0 +1,286 @@
+"""Weights that go anywhere: what the scripts write loads into timm, torchvision and transformers with equal outputs, and theirs
+load here; official MAE files; features; pictures from a file. docs/WEIGHTS.md is run as it stands."""
+
+import argparse
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+from torch import nn
+from torchvision.models import resnet50
+
+import common
+import finetune
+import mae_mff
+from common import Refused
+from convert_dalle import DVAE
+
+ONE = ["--demo", "--workers", 0, "--batch_size", 50, "--epochs", 0.2, "--pictures", 0]
+IMAGES = 3, 3, 32, 32
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory, small_npz):
+    """Folder with SCRIPT/encoder.pth after one update: four ViTs and a plain ResNet-50; and a fine-tuned ViT."""
+    folder = tmp_path_factory.mktemp("encoders")
+    torch.save({"model": DVAE((8, 8), 32, 8).state_dict()}, folder / "tokenizer.pth")
+    tokenizer = ["--in_chans", 3, "--tokenizer", folder / "tokenizer.pth"]
+    for name, flags in {"mae_mff": [], "ddae": [], "cim": tokenizer, "vision_electra": ["--generator_warmup_epochs", 0.1],
+                        "cim_resnet": [*tokenizer, "--enhancer", "resnet50", "--resnet_width", 64]}.items():
+        script = name.removesuffix("_resnet")
+        run_script([f"{script}.py", *ONE, *flags, "--data", small_npz, "--out", name], folder)
+    run_script(["finetune.py", "--demo", "--data", small_npz, "--weights", "mae_mff/encoder.pth", "--batch_size", 50,
+                "--epochs", 1, "--warmup_epochs", 0.1, "--workers", 0, "--out", "finetune"], folder)
+    return folder
+
+
+def timms(**values):
+    timm = pytest.importorskip("timm")
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    return timm.create_model("vit_tiny_patch16_224", **(shape | values)).eval()
+
+
+# ---- there
+
+
+@pytest.mark.parametrize("script", ["mae_mff", "ddae", "cim", "vision_electra"])
+def test_encoders_load_into_timm(encoders, script):
+    content = torch.load(encoders / f"{script}/encoder.pth", weights_only=True)
+    theirs = timms(num_classes=0)
+    theirs.load_state_dict(content["model"])  # strict
+    meta = content["meta"]
+    ours = common.ViT(meta["model"], meta["img_size"], meta["patch_size"]).eval()
+    common.load_weights(ours, encoders / f"{script}/encoder.pth")
+    images = torch.randn(IMAGES)
+    torch.testing.assert_close(ours(images), theirs.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+def test_fine_tuned_weights_load_into_timm_with_equal_logits(encoders):
+    content = torch.load(encoders / "finetune/best.pth", weights_only=True)
+    theirs = timms(num_classes=len(content["meta"]["classes"]), global_pool="avg")
+    theirs.load_state_dict(content["model"])
+    cfg = common.parse_config(finetune.Config, finetune.presets, ["--weights", str(encoders / "finetune/best.pth")])
+    ours = finetune.Classifier(cfg, len(content["meta"]["classes"])).eval()
+    ours.load_state_dict(content["model"])
+    images = torch.randn(IMAGES)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+
+def test_resnet_loads_into_torchvision(encoders):
+    theirs = resnet50(num_classes=7).eval()
+    missing = theirs.load_state_dict(torch.load(encoders / "cim_resnet/encoder.pth", weights_only=True)["model"], strict=False)
+    assert missing == (["fc.weight", "fc.bias"], [])
+    theirs.fc = nn.Identity()
+    cfg = common.parse_config(finetune.Config, finetune.presets, ["--weights", str(encoders / "cim_resnet/encoder.pth")])
+    ours = finetune.load_model(cfg, 7).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours.features(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+
+# ---- and back
+
+
+def test_timms_files_load_here_and_need_no_flags(tmp_path, capsys):
+    theirs = timms(num_classes=5)
+    nn.init.normal_(theirs.pos_embed)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    cfg = common.parse_config(finetune.Config, finetune.presets, ["--mode", "linear", "--weights", str(tmp_path / "timm.pth")])
+    assert (cfg.model, cfg.patch_size, cfg.img_size, cfg.in_chans) == ("nano", 4, (32, 32), 3)
+    ours = finetune.load_model(cfg, 5).eval()
+    images = torch.randn(IMAGES)
+    torch.testing.assert_close(ours.features(images), theirs.forward_features(images)[:, 0], rtol=1e-5, atol=1e-5)
+    assert "ignored: head\n" in capsys.readouterr().out
+
+
+def test_torchvisions_file_loads_here(tmp_path):
+    theirs = resnet50(num_classes=3).eval()
+    for module in theirs.modules():  # statistics that are not those of the start
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
+    cfg = common.parse_config(finetune.Config, finetune.presets, ["--weights", str(tmp_path / "resnet.pth")])
+    assert (cfg.model, cfg.resnet_width, cfg.layer_decay) == ("resnet50", 64, 1.0)
+    ours, theirs.fc = finetune.load_model(cfg, 3).eval(), nn.Identity()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)  # such statistics amplify the rounding of another memory layout
+    torch.testing.assert_close(ours.double().features(images), theirs.double()(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_classifier_of_ours_equals_the_wrapped_one_of_transformers(encoders):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("timm")
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=shape)
+    wrapper = transformers.TimmWrapperModel(config)
+    wrapper.timm_model.load_state_dict(torch.load(encoders / "mae_mff/encoder.pth", weights_only=True)["model"])
+    ours = common.ViT("nano", (32, 32), 4).eval()
+    common.load_weights(ours, encoders / "mae_mff/encoder.pth")
+    images = torch.randn(IMAGES)
+    with torch.no_grad():
+        found = wrapper.eval()(images).last_hidden_state
+    torch.testing.assert_close(ours(images), found, rtol=1e-5, atol=1e-5)
+
+
+# ---- official MAE files
+
+
+def official(tmp_path, name, decoder, size="base", img_size=(224, 224), patch_size=16):
+    """A file as MAE's authors publish them: their names, depths and shapes; values of ours."""
+    cfg = mae_mff.Config(model=size, img_size=img_size, patch_size=patch_size,
+                         fuse_layers=(common.VIT_SIZES[size][1] - 1,))
+    model = mae_mff.MaskedAutoencoder(cfg, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    weights = model.state_dict() if decoder else model.trunk_state()
+    torch.save({"model": weights} | ({"args": argparse.Namespace(lr=1)} if decoder else {}), tmp_path / name)
+    return model
+
+
+def test_official_files_are_known_by_their_tensors(tmp_path):
+    for size, img_size, patch_size, decoder in (("base", (224, 224), 16, False), ("nano", (32, 32), 8, True)):
+        model = official(tmp_path, "file.pth", decoder, size, img_size, patch_size)
+        cfg = common.parse_config(finetune.Config, finetune.presets, ["--weights", str(tmp_path / "file.pth")])
+        assert (cfg.model, cfg.patch_size, cfg.img_size, cfg.in_chans) == (size, patch_size, img_size, 3)
+        found = finetune.load_model(cfg, 10).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in model.trunk_state().items() if name in found)
+    with torch.device("meta"):
+        for size, patch_size in (("large", 16), ("huge", 14)):
+            weights = common.ViT(size, (224, 224), patch_size).state_dict()
+            assert common.network_of({"model": weights})["model"] == size
+
+
+def test_what_shows_nothing_is_left_to_the_flags():
+    assert common.network_of({"x": torch.zeros(1)}) == {}
+    weights = common.ViT("nano", (32, 64), 8).state_dict()  # no square: the grid cannot be told
+    assert common.network_of(weights) == {}
+    assert common.network_of({"patch_embed.proj.weight": torch.zeros(8, 3, 2, 4, 4), "pos_embed": torch.zeros(1, 5, 8)}) == {}
+
+
+@pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {"model": torch.zeros(1)}, {"meta": None, "model": 3}])
+def test_what_is_no_state_dict_is_refused(content):
+    with pytest.raises(Refused, match="this file holds no tensors under names"):
+        common.network_of(content)
+
+
+def test_the_state_dict_of_a_trainers_file_is_found(tmp_path):
+    torch.save({"state_dict": timms().state_dict(), "epoch": 3}, tmp_path / "model_best.pth.tar")
+    cfg = common.parse_config(finetune.Config, finetune.presets, ["--weights", str(tmp_path / "model_best.pth.tar")])
+    assert (cfg.model, cfg.patch_size) == ("nano", 4) and finetune.load_model(cfg, 3)
+
+
+@pytest.mark.parametrize("name, target", [("mae_visualize_vit_nano.pth", "raw"), ("mae_pretrain_vit_nano_full.pth", "mae")])
+def test_pictures_from_an_official_file(tmp_path, folder, name, target):
+    model = official(tmp_path, name, True, "nano", (32, 32), 8)
+    command = ["mae_mff.py", "--draw", name, "--data", folder, "--pictures", 3, "--out", "p.png"]
+    output = run_script(command, tmp_path, processes=2)
+    count = len(model.state_dict())
+    assert f"{count}/{count} tensors loaded" in output and output.count("p.png: original, masked, prediction, pasted") == 1
+    with Image.open(tmp_path / "p.png") as picture:
+        picture.verify()
+    before = (tmp_path / "p.png").read_bytes()
+    assert "this one is there already" in run_script(command, tmp_path, expect=2)
+    assert (tmp_path / "p.png").read_bytes() == before
+    cfg = common.parse_config(mae_mff.Config, mae_mff.presets, ["--draw", str(tmp_path / name)])
+    assert (cfg.target, cfg.fuse_layers, cfg.model, cfg.img_size) == (target, (3,), "nano", (32, 32))
+
+
+def test_the_target_of_maes_own_checkpoints_is_that_of_their_arguments(tmp_path):
+    weights = common.ViT("nano", (32, 32), 8).state_dict()
+    for norm_pix_loss, target in ((True, "mae"), (False, "raw")):
+        torch.save({"model": weights, "args": argparse.Namespace(norm_pix_loss=norm_pix_loss)}, tmp_path / "checkpoint-799.pth")
+        cfg = common.parse_config(mae_mff.Config, mae_mff.presets, ["--draw", str(tmp_path / "checkpoint-799.pth")])
+        assert cfg.target == target
+
+
+def test_a_picture_from_a_runs_file_is_the_one_it_drew(small_npz, tmp_path):
+    command = ["mae_mff.py", "--demo", "--target", "mae", "--mask_ratio", 0.6, "--mean", "0.4,0.5,0.6", "--amp", "off"]
+    run_script([*command, "--data", small_npz, "--batch_size", 50, "--epochs", 0.2, "--workers", 0], tmp_path)
+    run_script(["mae_mff.py", "--draw", "runs/mae_mff/last.pth", "--data", small_npz], tmp_path)
+    drawn = (tmp_path / "runs/mae_mff/pictures/epoch_0001.png").read_bytes()
+    assert (tmp_path / "reconstruction.png").read_bytes() == drawn
+
+
+@pytest.mark.parametrize("name", ["mae_mff/encoder.pth", "finetune/best.pth", "cim_resnet/encoder.pth"])
+def test_without_a_decoder_nothing_is_drawn(encoders, folder, tmp_path, name):
+    output = run_script(["mae_mff.py", "--draw", encoders / name, "--data", folder, "--out", "p.png"], tmp_path, expect=2)
+    words = "resnet50 in it" if "resnet" in name else r"has 0 of \d+ decoder tensors: nothing to draw with; use last.pth"
+    assert re.search(words, output) and output.count("\n") == 1
+    assert not (tmp_path / "p.png").exists()
+
+
+@pytest.mark.parametrize("mode", ["knn", "linear"])
+def test_a_fine_tuned_network_is_read_out_through_its_own_norm(encoders, mode):
+    content = torch.load(encoders / "finetune/best.pth", weights_only=True)
+    theirs = timms(num_classes=0, global_pool="avg")
+    theirs.load_state_dict({name: value for name, value in content["model"].items() if not name.startswith("head")})
+    flags = ["--mode", mode, "--weights", str(encoders / "finetune/best.pth")]
+    ours = finetune.load_model(common.parse_config(finetune.Config, finetune.presets, flags), 3).eval()
+    images = torch.randn(IMAGES)
+    torch.testing.assert_close(ours.features(images), theirs(images), rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for name, p in ours.named_parameters() if not name.startswith("head"))
+
+
+def test_prefixes_and_a_namespace_are_no_hindrance(tmp_path):
+    model = mae_mff.MaskedAutoencoder(mae_mff.Config(model="nano", img_size=(32, 32), patch_size=8), (0.5,) * 3, (0.5,) * 3)
+    weights = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"model": weights, "args": argparse.Namespace(a=[1]), "epoch": 3}, tmp_path / "file.pth")
+    cfg = common.parse_config(finetune.Config, finetune.presets, ["--weights", str(tmp_path / "file.pth")])
+    assert (cfg.model, cfg.patch_size, cfg.img_size) == ("nano", 8, (32, 32))
+    assert torch.equal(finetune.load_model(cfg, 3).blocks[3].mlp.fc2.weight, model.blocks[3].mlp.fc2.weight)
+
+
+def test_files_of_another_network_are_refused(tmp_path):
+    weights = timms().state_dict() | {"blocks.0.ls1.gamma": torch.ones(128)}
+    torch.save(weights, tmp_path / "layer_scale.pth")
+    cfg = common.parse_config(finetune.Config, finetune.presets, ["--weights", str(tmp_path / "layer_scale.pth")])
+    with pytest.raises(Refused, match="1 unexpected tensors"):
+        finetune.load_model(cfg, 3)
+
+
+# ---- features
+
+
+def test_features_are_deterministic_never_masked_and_named(encoders, folder, tmp_path):
+    (folder / "class0/nested/06.png").write_bytes(b"no image")
+    command = ["finetune.py", "--mode", "features", "--weights", encoders / "mae_mff/encoder.pth", "--data", folder,
+               "--workers", 1, "--amp", "off"]
+    output = run_script([*command, "--out", "deep/feats.npy"], tmp_path)
+    assert "39 images x 128, names in deep/feats.txt; 1 unreadable ones left out" in output
+    run_script([*command, "--out", "two.npy"], tmp_path, processes=2)
+    features, names = np.load(tmp_path / "deep/feats.npy"), (tmp_path / "deep/feats.txt").read_text().splitlines()
+    assert features.shape == (39, 128) and features.dtype == np.float32 and len(names) == 39
+    assert "06.png" not in " ".join(names) and names == (tmp_path / "two.txt").read_text().splitlines()
+    np.testing.assert_allclose(features, np.load(tmp_path / "two.npy"), rtol=1e-5, atol=1e-5)
+    theirs = timms(num_classes=0)
+    theirs.load_state_dict(torch.load(encoders / "mae_mff/encoder.pth", weights_only=True)["model"])
+    normalise = common.Normalise(common.IMAGENET_MEAN, common.IMAGENET_STD, "cpu")
+    for row in (0, 17, 38):  # each row is its own name's image
+        image = common.EvalCrop((32, 32))(common.read_image(names[row], 3))
+        with torch.no_grad():
+            expected = theirs.forward_features(normalise({"image": image[None]}))[0, 0]
+        np.testing.assert_allclose(features[row], expected.numpy(), rtol=1e-4, atol=1e-4)
+    before = (tmp_path / "two.npy").read_bytes()
+    assert "two.npy is there already" in run_script([*command, "--out", "two.npy"], tmp_path, expect=2)
+    assert "writes one file, NAME.npy" in run_script([*command, "--out", "folder"], tmp_path, expect=2)
+    assert (tmp_path / "two.npy").read_bytes() == before and not (tmp_path / "folder").exists()
+
+
+# ---- the page
+
+
+def test_the_pages_lines_for_timm_torchvision_and_transformers_run(encoders, monkeypatch):
+    """The Python blocks of docs/WEIGHTS.md, with a file of ours and, for it, the small network's sizes."""
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/WEIGHTS.md").read_text(), re.DOTALL)
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    create, config = timm.create_model, transformers.TimmWrapperConfig
+    monkeypatch.setattr(timm, "create_model", lambda name, **values: create(name, **(shape | values)))
+    monkeypatch.setattr(transformers, "TimmWrapperConfig",
+                        lambda architecture: config(architecture=architecture, model_args=shape))
+    for block, folder in zip(blocks, ("mae_mff", "finetune", "cim_resnet", "mae_mff"), strict=True):
+        monkeypatch.chdir(encoders / folder)
+        names = {}
+        exec(compile(block, "docs/WEIGHTS.md", "exec"), names)
+        file = torch.load(encoders / folder / ("best.pth" if folder == "finetune" else "encoder.pth"), weights_only=True)
+        found = getattr(names["model"], "timm_model", names["model"]).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in file["model"].items())
