@@ -142,6 +142,17 @@ def small_npz(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, small_npz):
+    """Folder of twenty updates of each script; a pass has 250 / 24 of them, so that one window crosses its end."""
+    from commands import SCRIPTS
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    for script, command in SCRIPTS.items():
+        run_script([*command, "--data", small_npz, "--out", script], folder)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
     """40 small PNG photographs, so to say, in two nested class folders."""

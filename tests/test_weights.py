@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from commands import CIM
 from conftest import ROOT, run_script
 from PIL import Image
 from torch import nn
@@ -16,25 +17,17 @@ import common
 import finetune
 import mae_mff
 from common import Refused
-from convert_dalle import DVAE
 
-ONE = ["--demo", "--workers", 0, "--batch_size", 50, "--epochs", 0.2, "--pictures", 0]
 IMAGES = 3, 3, 32, 32
+VITS = ["mae_mff.py", "ddae.py", "cim.py", "vision_electra.py"]
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory, small_npz):
-    """Folder with SCRIPT/encoder.pth after one update: four ViTs and a plain ResNet-50; and a fine-tuned ViT."""
-    folder = tmp_path_factory.mktemp("encoders")
-    torch.save({"model": DVAE((8, 8), 32, 8).state_dict()}, folder / "tokenizer.pth")
-    tokenizer = ["--in_chans", 3, "--tokenizer", folder / "tokenizer.pth"]
-    for name, flags in {"mae_mff": [], "ddae": [], "cim": tokenizer, "vision_electra": ["--generator_warmup_epochs", 0.1],
-                        "cim_resnet": [*tokenizer, "--enhancer", "resnet50", "--resnet_width", 64]}.items():
-        script = name.removesuffix("_resnet")
-        run_script([f"{script}.py", *ONE, *flags, "--data", small_npz, "--out", name], folder)
-    run_script(["finetune.py", "--demo", "--data", small_npz, "--weights", "mae_mff/encoder.pth", "--batch_size", 50,
-                "--epochs", 1, "--warmup_epochs", 0.1, "--workers", 0, "--out", "finetune"], folder)
-    return folder
+def encoders(unbroken, small_npz):
+    """Folder with SCRIPT/encoder.pth of four ViTs, finetune.py/best.pth, and the plain ResNet-50 of cim_resnet/encoder.pth."""
+    command = [*CIM, "--enhancer", "resnet50", "--resnet_width", 64, "--batch_size", 50, "--epochs", 0.2, "--pictures", 0]
+    run_script([*command, "--data", small_npz, "--out", "cim_resnet"], unbroken)
+    return unbroken
 
 
 def timms(**values):
@@ -46,7 +39,7 @@ def timms(**values):
 # ---- there
 
 
-@pytest.mark.parametrize("script", ["mae_mff", "ddae", "cim", "vision_electra"])
+@pytest.mark.parametrize("script", VITS)
 def test_encoders_load_into_timm(encoders, script):
     content = torch.load(encoders / f"{script}/encoder.pth", weights_only=True)
     theirs = timms(num_classes=0)
@@ -59,10 +52,10 @@ def test_encoders_load_into_timm(encoders, script):
 
 
 def test_fine_tuned_weights_load_into_timm_with_equal_logits(encoders):
-    content = torch.load(encoders / "finetune/best.pth", weights_only=True)
+    content = torch.load(encoders / "finetune.py/best.pth", weights_only=True)
     theirs = timms(num_classes=len(content["meta"]["classes"]), global_pool="avg")
     theirs.load_state_dict(content["model"])
-    cfg = common.parse_config(finetune.Config, finetune.presets, ["--weights", str(encoders / "finetune/best.pth")])
+    cfg = common.parse_config(finetune.Config, finetune.presets, ["--weights", str(encoders / "finetune.py/best.pth")])
     ours = finetune.Classifier(cfg, len(content["meta"]["classes"])).eval()
     ours.load_state_dict(content["model"])
     images = torch.randn(IMAGES)
@@ -114,9 +107,9 @@ def test_a_classifier_of_ours_equals_the_wrapped_one_of_transformers(encoders):
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
     config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=shape)
     wrapper = transformers.TimmWrapperModel(config)
-    wrapper.timm_model.load_state_dict(torch.load(encoders / "mae_mff/encoder.pth", weights_only=True)["model"])
+    wrapper.timm_model.load_state_dict(torch.load(encoders / "mae_mff.py/encoder.pth", weights_only=True)["model"])
     ours = common.ViT("nano", (32, 32), 4).eval()
-    common.load_weights(ours, encoders / "mae_mff/encoder.pth")
+    common.load_weights(ours, encoders / "mae_mff.py/encoder.pth")
     images = torch.randn(IMAGES)
     with torch.no_grad():
         found = wrapper.eval()(images).last_hidden_state
@@ -200,7 +193,7 @@ def test_a_picture_from_a_runs_file_is_the_one_it_drew(small_npz, tmp_path):
     assert (tmp_path / "reconstruction.png").read_bytes() == drawn
 
 
-@pytest.mark.parametrize("name", ["mae_mff/encoder.pth", "finetune/best.pth", "cim_resnet/encoder.pth"])
+@pytest.mark.parametrize("name", ["mae_mff.py/encoder.pth", "finetune.py/best.pth", "cim_resnet/encoder.pth"])
 def test_without_a_decoder_nothing_is_drawn(encoders, folder, tmp_path, name):
     output = run_script(["mae_mff.py", "--draw", encoders / name, "--data", folder, "--out", "p.png"], tmp_path, expect=2)
     words = "resnet50 in it" if "resnet" in name else r"has 0 of \d+ decoder tensors: nothing to draw with; use last.pth"
@@ -210,10 +203,10 @@ def test_without_a_decoder_nothing_is_drawn(encoders, folder, tmp_path, name):
 
 @pytest.mark.parametrize("mode", ["knn", "linear"])
 def test_a_fine_tuned_network_is_read_out_through_its_own_norm(encoders, mode):
-    content = torch.load(encoders / "finetune/best.pth", weights_only=True)
+    content = torch.load(encoders / "finetune.py/best.pth", weights_only=True)
     theirs = timms(num_classes=0, global_pool="avg")
     theirs.load_state_dict({name: value for name, value in content["model"].items() if not name.startswith("head")})
-    flags = ["--mode", mode, "--weights", str(encoders / "finetune/best.pth")]
+    flags = ["--mode", mode, "--weights", str(encoders / "finetune.py/best.pth")]
     ours = finetune.load_model(common.parse_config(finetune.Config, finetune.presets, flags), 3).eval()
     images = torch.randn(IMAGES)
     torch.testing.assert_close(ours.features(images), theirs(images), rtol=1e-5, atol=1e-5)
@@ -242,7 +235,7 @@ def test_files_of_another_network_are_refused(tmp_path):
 
 def test_features_are_deterministic_never_masked_and_named(encoders, folder, tmp_path):
     (folder / "class0/nested/06.png").write_bytes(b"no image")
-    command = ["finetune.py", "--mode", "features", "--weights", encoders / "mae_mff/encoder.pth", "--data", folder,
+    command = ["finetune.py", "--mode", "features", "--weights", encoders / "mae_mff.py/encoder.pth", "--data", folder,
                "--workers", 1, "--amp", "off"]
     output = run_script([*command, "--out", "deep/feats.npy"], tmp_path)
     assert "39 images x 128, names in deep/feats.txt; 1 unreadable ones left out" in output
@@ -252,7 +245,7 @@ def test_features_are_deterministic_never_masked_and_named(encoders, folder, tmp
     assert "06.png" not in " ".join(names) and names == (tmp_path / "two.txt").read_text().splitlines()
     np.testing.assert_allclose(features, np.load(tmp_path / "two.npy"), rtol=1e-5, atol=1e-5)
     theirs = timms(num_classes=0)
-    theirs.load_state_dict(torch.load(encoders / "mae_mff/encoder.pth", weights_only=True)["model"])
+    theirs.load_state_dict(torch.load(encoders / "mae_mff.py/encoder.pth", weights_only=True)["model"])
     normalise = common.Normalise(common.IMAGENET_MEAN, common.IMAGENET_STD, "cpu")
     for row in (0, 17, 38):  # each row is its own name's image
         image = common.EvalCrop((32, 32))(common.read_image(names[row], 3))
@@ -277,10 +270,10 @@ def test_the_pages_lines_for_timm_torchvision_and_transformers_run(encoders, mon
     monkeypatch.setattr(timm, "create_model", lambda name, **values: create(name, **(shape | values)))
     monkeypatch.setattr(transformers, "TimmWrapperConfig",
                         lambda architecture: config(architecture=architecture, model_args=shape))
-    for block, folder in zip(blocks, ("mae_mff", "finetune", "cim_resnet", "mae_mff"), strict=True):
+    for block, folder in zip(blocks, ("mae_mff.py", "finetune.py", "cim_resnet", "mae_mff.py"), strict=True):
         monkeypatch.chdir(encoders / folder)
         names = {}
         exec(compile(block, "docs/WEIGHTS.md", "exec"), names)
-        file = torch.load(encoders / folder / ("best.pth" if folder == "finetune" else "encoder.pth"), weights_only=True)
+        file = torch.load(encoders / folder / ("best.pth" if folder == "finetune.py" else "encoder.pth"), weights_only=True)
         found = getattr(names["model"], "timm_model", names["model"]).state_dict()
         assert all(torch.equal(found[name], value) for name, value in file["model"].items())
