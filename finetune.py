@@ -234,14 +234,20 @@ RECIPES = {  # name: {source: values}, the later ones win; docs/RECIPES.md shows
 }
 RECIPES["demo_linear"] = RECIPES["linear_mae"] | {"our choice": {
     "pool": "avg", "epochs": 30.0, "batch_size": 512, "augment": "none", "warmup_epochs": 3.0, "base_lr": 4.0}}
-for base, source, values in (  # where a table has other values for Large
-        ("revcol_in22k", "RevColV2 supplement, table 2", {"drop_path": 0.2}),
-        ("revcol_in1k_b", "RevColV2 supplement, table 3", {"epochs": 50.0}),
-        ("revcol_in1k_after22k", "RevColV2 supplement, table 4", {"drop_path": 0.2}),
-        ("revcol_scratch", "MAE, table 11", {"epochs": 200.0, "drop_path": 0.2})):
-    large = RECIPES[base][source] | values | {"model": "revcol_large"}
-    RECIPES[f"{base.removesuffix('_b')}_l"] = RECIPES[base] | {source: large}
-USUAL = {"finetune": "mff", "linear": "linear_mae"}
+
+
+def large(name, source, **values):
+    """The recipe for RevColV2-L, for which that table has these other values."""
+    return RECIPES[name] | {source: RECIPES[name][source] | {"model": "revcol_large"} | values}
+
+
+RECIPES |= {
+    "revcol_in22k_l": large("revcol_in22k", "RevColV2 supplement, table 2", drop_path=0.2),
+    "revcol_in1k_l": large("revcol_in1k_b", "RevColV2 supplement, table 3", epochs=50.0),
+    "revcol_in1k_after22k_l": large("revcol_in1k_after22k", "RevColV2 supplement, table 4", drop_path=0.2),
+    "revcol_scratch_l": large("revcol_scratch", "MAE, table 11", epochs=200.0, drop_path=0.2),
+}
+USUAL, DEMO = {"finetune": "mff", "linear": "linear_mae"}, {"finetune": "demo", "linear": "demo_linear"}
 
 
 def recipe_of(name):
@@ -257,8 +263,7 @@ def presets(flags):
     """Defaults by --recipe, --mode and --demo, then by what the file of weights says."""
     if flags.recipe not in (None, *RECIPES):
         raise Refused(f"--recipe {flags.recipe} is none of: {', '.join(RECIPES)}")
-    usual = {"finetune": "demo", "linear": "demo_linear"} if flags.demo else USUAL
-    name = flags.recipe or usual.get(flags.mode or "finetune")
+    name = flags.recipe or (DEMO if flags.demo else USUAL).get(flags.mode or "finetune")
     recipe = {field: value for field, (value, _) in recipe_of(name).items()} if name else PLAIN
     mode = recipe.get("mode", "finetune") if name else flags.mode
     if flags.mode not in (None, mode):
@@ -692,7 +697,8 @@ def train(cfg, run):
     def report(step, epoch, result):
         line = {"step": step, "epoch": epoch, **result, "train_images": len(source)}
         run.log(line)
-        run.print(f"{cfg.mode} of {cfg.weights}: top-1 {result['eval/top1']:.2f} %, top-5 {result['eval/top5']:.2f} % on "
+        how = f"knn (k {cfg.k}, temperature {cfg.temperature})" if cfg.mode == "knn" else cfg.mode
+        run.print(f"{how} of {cfg.weights}: top-1 {result['eval/top1']:.2f} %, top-5 {result['eval/top5']:.2f} % on "
                   f"{result['eval/n']} images, {len(source)} training images")
 
     if cfg.mode == "knn":
