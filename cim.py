@@ -132,7 +132,7 @@ class Config(RunConfig):
     # optimisation: table 13
     epochs: float = opt(300.0, "passes over the data")
     batch_size: int = opt(2048, "images per update, over all processes")
-    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that fits, up to 256")
+    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that divides, up to 256")
     lr: float = opt(1.5e-3, "peak learning rate, absolute: not scaled with the batch")
     min_lr: float = opt(1e-5, "where the cosine ends")
     warmup_epochs: float | None = opt(None, "linear warm-up; default a fifth of the epochs, at most the paper's 10")

@@ -84,7 +84,7 @@ def refuse(method, error):
     if rank != "0":
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(6)
         text = f"{method}: [process {rank}] {error}"
     say(("\r\033[K" if sys.stderr.isatty() else "") + text, everywhere=True, file=sys.stderr)
     if dist.is_initialized():
@@ -368,7 +368,8 @@ def read_file(path):
         raise Refused(f"reading {path} needs: pip install safetensors") from None
     except Exception as error:  # zip, pickle and storage errors, by kind of damage
         telling = [line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line]
-        raise Refused(f"cannot read {path} safely: {telling[0][:200] if telling else reason(error)}") from None
+        what = f"{telling[0].strip()[:200]}; save model.state_dict(), not the object" if telling else reason(error)
+        raise Refused(f"cannot read {path} safely, as a .pth or .safetensors of weights: {what}") from None
 
 
 # First names of what our scripts, and others' classifiers, keep beside the network that is taken elsewhere.
@@ -544,16 +545,17 @@ class ImageFiles:
 
 
 class ImageArray:
-    """Images in memory, uint8 (N, H, W, C)."""
+    """Images in memory, uint8 (N, H, W, C); numbers: what each is called in `title`, where that has more."""
 
-    def __init__(self, images, labels, classes, in_chans, title):
+    def __init__(self, images, labels, classes, in_chans, title, numbers=None):
         self.images, self.labels, self.classes, self.in_chans, self.title = images, labels, classes, in_chans, title
+        self.numbers = range(len(images)) if numbers is None else numbers
 
     def __len__(self):
         return len(self.images)
 
     def name(self, index):
-        return f"{self.title}[{index}]"
+        return f"{self.title}[{self.numbers[index]}]"
 
     def read(self, index):
         image = torch.from_numpy(self.images[index]).permute(2, 0, 1)
@@ -718,7 +720,7 @@ def open_folder(root, in_chans, classes=None):
 def open_list(path, in_chans, split):
     """A text file with one path per line, relative to it or absolute; no labels."""
     paths = [os.path.join(path.parent, line.strip()) for line in path.read_text().splitlines() if line.strip()]
-    if not paths or split != "pretrain":
+    if not paths or split not in ("pretrain", "all"):
         raise Refused(f"--data {path}: a list of paths is for pre-training, it has no labels" if paths else f"{path} is empty")
     return ImageFiles(paths, [-1] * len(paths), None, in_chans)
 
@@ -733,13 +735,14 @@ def open_npz(path, in_chans, split):
         raise Refused(f"{path} has {sorted(arrays)}; expected `images` uint8 (N, H, W, C), got {images.dtype} {images.shape}")
     part = arrays.get("split", np.zeros(len(images), np.int64))
     held_out = (part != "train") if part.dtype.kind in "US" else (part != 0)
-    chosen = held_out if split == "val" else ~held_out
+    chosen = held_out if split == "val" else ~held_out | (split == "all")
     if not chosen.any():
         raise Refused(f"{path} has no image for {split}: mark them in an array `split` (N,), 0 = train, 1 = val")
     labels = arrays.get("labels")
     classes = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
     labels = np.full(chosen.sum(), -1) if labels is None else labels[chosen]
-    return ImageArray(images if chosen.all() else images[chosen], labels, classes, in_chans, path.name)
+    images = images if chosen.all() else images[chosen]
+    return ImageArray(images, labels, classes, in_chans, path.name, np.flatnonzero(chosen))
 
 
 def open_torchvision(name, in_chans, split, download):
@@ -772,8 +775,8 @@ def data_path(data):
 def open_data(cfg, split="pretrain", classes=None):
     """The images of `--data`: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i), classes or None.
 
-    split: "pretrain" (labels are not needed), "train" or "val". Of a folder, "val" is its `val/`, with labels numbered by the
-    training `classes`; the others its `train/` if there is one, else all of it.
+    split: "pretrain" (labels are not needed), "train", "val", or "all". Of a folder, "val" is its `val/`, with labels numbered
+    by the training `classes`; "all" all of it; the others its `train/` if there is one. Of named data "all" is "train".
     """
     if cfg.data == "shapes":
         return Shapes(cfg.img_size, cfg.in_chans, "val" if split == "val" else "train")
@@ -788,10 +791,12 @@ def open_data(cfg, split="pretrain", classes=None):
     try:
         if root.suffix == ".npz":
             return open_npz(root, cfg.in_chans, split)
+        if root.suffix.lower() in EXTENSIONS:
+            raise Refused(f"--data {root} is one image: give its folder")
         if root.is_file():
             return open_list(root, cfg.in_chans, split)
         if split != "val":
-            return open_folder(root / "train" if (root / "train").is_dir() else root, cfg.in_chans)
+            return open_folder(root / "train" if split != "all" and (root / "train").is_dir() else root, cfg.in_chans)
         if (root / "val").is_dir():
             return open_folder(root / "val", cfg.in_chans, classes)
     except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
@@ -846,7 +851,7 @@ class RandomResizedCrop:
 
 
 class EvalCrop:
-    """Whole image to `size`: short side to size / ratio, the centre cut out. Default ratio: 224/256, as is usual at 128 to
+    """The centre of an image: short side to size / ratio, `size` cut out. Default ratio: 224/256, as is usual at 128 to
     224 px; at other sizes 1 (above: usual; below: our choice, small images have no margin to spare)."""
 
     def __init__(self, size, ratio=None):
@@ -1225,7 +1230,7 @@ class RunConfig:
     workers: int | None = opt(None, "loader processes per training process; default: its share of the cores, at most 8")
     max_bad: float = opt(0.001, "share of unreadable files (at least one file) above which the run stops")
     check_data: bool = opt(False, "read all images, report, and exit")
-    out: str | None = opt(None, "folder to write into; default runs/SCRIPT (one file: --draw, --mode features)")
+    out: str | None = opt(None, "folder to write into; default runs/SCRIPT. A file: --draw, --mode features")
     resume: bool = opt(False, "continue the run in --out exactly where its checkpoint is; start it if there is none")
     seed: int = opt(0, "seed of everything random")
     amp: Literal["auto", "bf16", "fp16", "off"] = opt("auto", "mixed precision; auto: bf16 or fp16 where that is fast")
@@ -1297,6 +1302,7 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **how)
         else:
             convert, choices = _converter(types[field.name])
+            how["help"] += f" [{', '.join(choices)}]" if choices else ""
             parser.add_argument(f"--{field.name}", type=convert, choices=choices, metavar=field.name.upper(), **how)
     words = []
     for word in sys.argv[1:] if argv is None else argv:
@@ -1321,6 +1327,20 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
         return config_type(**vars(parser.parse_args(words)))
     except (ValueError, Refused) as error:
         parser.error(str(error))
+
+
+def new_file(path, suffix):
+    """--out as the path of one file, its folder made; Refused if it is there already."""
+    path = Path(path)
+    if path.suffix != suffix or path.is_dir():
+        raise Refused(f"--out {path}: expected the name of a new file, NAME{suffix}")
+    if path.exists():
+        raise Refused(f"--out {path} is there already: move it away or choose another")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"cannot write --out {path}: {error}") from None
+    return path
 
 
 def write_atomically(path, save, keep=None):
@@ -1389,7 +1409,8 @@ class Run:
             self.catch_signals()
         try:
             if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
-                raise Refused(f"{self.out} is not empty: continue the run in it with --resume, or choose another --out")
+                way = "continue the run in it with --resume, or choose another --out" if plan else "choose another --out"
+                raise Refused(f"{self.out} is not empty: {way}")
             if dist.is_initialized():
                 dist.barrier()  # all have looked before the first one writes
             if self.is_main:
@@ -1678,6 +1699,8 @@ def launch(config_type, presets, train, method):
         train(cfg, run)
     except Refused as error:
         refuse(method, error)
+    except KeyboardInterrupt:  # in training: the second one
+        refuse(method, Refused("interrupted", code=130))
     except RuntimeError as error:
         if not re.search("Connection (closed|reset) by peer|Timed out waiting", str(error)):
             raise

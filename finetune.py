@@ -34,7 +34,6 @@ import copy
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -70,6 +69,7 @@ from common import (
     make_loader,
     make_plan,
     network_of,
+    new_file,
     normalisation,
     open_data,
     opt,
@@ -90,7 +90,7 @@ from revcol_v2 import SIZES, RevColV2, cell_grid
 class Config(RunConfig):
     # model
     mode: Literal["finetune", "linear", "knn", "features"] | None = opt(None, "default: the recipe's, else finetune")
-    recipe: str | None = opt(None, "a paper's settings, by name (RECIPES); flags beside it win")
+    recipe: str | None = opt(None, "a paper's settings, by name: docs/RECIPES.md; flags beside it win")
     print_recipe: bool = opt(False, "print all settings with their sources, and end")
     weights: str | None = opt(None, "file of weights, or none for random ones")
     model: Literal[*get_args(VitSize), "resnet50", *(f"revcol_{size}" for size in SIZES)] = opt(
@@ -105,7 +105,7 @@ class Config(RunConfig):
     # optimisation; here and below: the defaults of the recipe mff
     epochs: float = opt(100.0, "passes over the data")
     batch_size: int = opt(1024, "images per update, over all processes")
-    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that fits, up to 256")
+    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that divides, up to 256")
     base_lr: float | None = opt(None, "learning rate per 256 images; default: the recipe's, mff 1e-3")
     lr: float | None = opt(None, "learning rate whatever the batch, in place of --base_lr")
     loss: Literal["ce", "bce"] = opt("ce", "cross-entropy, or binary cross-entropy (mean over batch and classes)")
@@ -170,6 +170,10 @@ class Config(RunConfig):
             raise ValueError(f"--recompute is for RevColV2, not {self.model}")
         if self.mode != "finetune" and (self.ema or self.loss != "ce" or self.repeats > 1):
             raise ValueError("--ema, --loss bce and --repeats are for --mode finetune")
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature {self.temperature}, expected more than 0")
+        if self.resume and self.mode in ("knn", "features"):
+            raise ValueError(f"--mode {self.mode} has nothing to resume")
         if self.print_recipe and not self.recipe:
             raise ValueError(f"--mode {self.mode} has no recipe")
 
@@ -273,8 +277,8 @@ def presets(flags):
         values |= {"lr": None, "base_lr": None}
     if flags.demo:
         if {"model", "img_size"} & recipe.keys():
-            raise Refused(f"--demo and --recipe {name} both set model or size: for a small trial give --data shapes, "
-                          "--img_size, --model, --epochs and --batch_size beside the recipe")
+            raise Refused(f"--demo and --recipe {name} both set model or size: for a small trial give --data shapes, --model, "
+                          "--patch_size, --img_size, --test_size, --epochs, --warmup_epochs and --batch_size beside the recipe")
         values |= {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4}
         values |= {"pool": "avg"} if mode in ("knn", "features") else {}
     if flags.weights not in (None, "none"):
@@ -292,9 +296,10 @@ def print_recipe(cfg):
     for field, now in vars(cfg).items():
         value, source = recipe.get(field, (None, None))
         if source:
-            say(f"  {field:14} {now!s:16} " + ("" if now == value else f"a flag or the file; {value} in ") + source)
-        elif field in ("lr", "base_lr") and now is not None:
-            say(f"  {field:14} {now!s:16} a flag")
+            own = "" if now == value else f"a flag, the file or the network's kind; {value} in "
+            say(f"  {field:14} {'-' if now is None else now!s:16} {own}{source}")
+        elif field in ("lr", "base_lr", "model", "img_size", "patch_size") and now is not None:
+            say(f"  {field:14} {now!s:16} " + ("a flag" if field.endswith("lr") else "a flag, the file or the default"))
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -551,7 +556,8 @@ def knn_scores(queries, features, labels, num_classes, k, temperature):
     with torch.autocast(queries.device.type, enabled=False):
         cosine = F.normalize(queries.float(), dim=1) @ features.T
     similarity, nearest = cosine.topk(min(k, len(features)), dim=1)
-    votes = F.one_hot(labels[nearest], num_classes) * (similarity / temperature).exp()[..., None]
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1: nothing overflows, the order stays
+    votes = F.one_hot(labels[nearest], num_classes) * weights[..., None]
     return votes.sum(1)
 
 
@@ -637,16 +643,8 @@ def probe_step(features_of, head, batches, to_inputs, mix, optimizer, scaler, st
 def write_features(model, source, to_images, cfg, run):
     """--mode features: --out (N, D) float32 .npy, and beside it the images' names, one per line. What cannot be read is left
     out of both."""
-    path = Path(cfg.out or "features.npy")
-    names_path = path.with_suffix(".txt")
-    if path.suffix != ".npy":
-        raise Refused(f"--out {path}: --mode features writes one file, NAME.npy")
-    if there := [str(p) for p in (path, names_path) if p.exists()]:
-        raise Refused(f"{there[0]} is there already: move it away or choose another --out")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"cannot write --out {path}: {error}") from None
+    path = new_file(cfg.out or "features.npy", ".npy")
+    names_path = new_file(path.with_suffix(".txt"), ".txt")
     run.join()
     features, _ = extract(model.to(run.device), source, to_images, cfg, run)
     good = [i for i in range(len(source)) if source.name(i) not in run.bad_files.known]
@@ -654,8 +652,9 @@ def write_features(model, source, to_images, cfg, run):
         names = "".join(f"{source.name(i)}\n" for i in good)
         write_atomically(path, lambda file: np.save(file, features.cpu().numpy()[good]))
         write_atomically(names_path, lambda file: file.write(names.encode(errors="surrogateescape")))
-    left_out = f"; {len(source) - len(good)} unreadable ones left out" if len(good) < len(source) else ""
-    run.print(f"{path}: {len(good)} images x {features.shape[1]}, names in {names_path}{left_out}")
+    bad = f"; {len(source) - len(good)} unreadable ones left out, not replaced" if len(good) < len(source) else ""
+    H, W = cfg.eval_size
+    run.print(f"{path}: {len(good)} images x {model.embed_dim} ({H} x {W} px, pool {cfg.pool}), names in {names_path}{bad}")
 
 
 def load_model(cfg, num_classes):
@@ -675,7 +674,7 @@ def load_model(cfg, num_classes):
 def train(cfg, run):
     if cfg.print_recipe:
         return print_recipe(cfg)
-    source = open_data(cfg, "pretrain" if cfg.mode == "features" else "train")
+    source = open_data(cfg, "all" if cfg.mode == "features" else "train")
     if cfg.check_data:
         return check_data(source, run.workers)
     mean, std = normalisation(cfg)
@@ -683,7 +682,8 @@ def train(cfg, run):
     if cfg.mode == "features":
         return write_features(load_model(cfg, 1), source, to_images, cfg, run)
     if not source.classes:
-        raise Refused(f"--data {cfg.data} has no labels: expected {cfg.data}/train/CLASS/*.jpg and {cfg.data}/val/CLASS/*.jpg")
+        raise Refused(f"--data {cfg.data} has no labels: expected a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or "
+                      "an .npz with `labels`")
     held_out = open_data(cfg, "val", source.classes)
     plan = None if cfg.mode == "knn" else make_plan(len(source), cfg, run.world_size)
     if cfg.mode == "finetune" and plan.micro_batch < 2:
@@ -691,13 +691,18 @@ def train(cfg, run):
     lr = cfg.peak_lr
     model = load_model(cfg, len(source.classes))
     scaled = "" if cfg.base_lr is None else f" = {cfg.base_lr:.3g} x {cfg.batch_size} / 256"
-    run.start(plan, f"recipe {cfg.recipe}, lr {lr:.3g}{scaled}")
+    sizes = " x ".join(map(str, cfg.img_size)) + (" px" if cfg.eval_size == cfg.img_size else
+                                                  f" px, tested at {cfg.eval_size[0]} x {cfg.eval_size[1]}")
+    run.start(plan, f"recipe {cfg.recipe}, {sizes}, lr {lr:.3g}{scaled}")
+    if plan and cfg.warmup_epochs >= cfg.epochs:
+        run.print(f"--warmup_epochs {cfg.warmup_epochs} of {cfg.epochs} --epochs: the learning rate only rises, to "
+                  f"{lr * cfg.epochs / cfg.warmup_epochs:.3g}")
     model.to(run.device)
 
     def report(step, epoch, result):
         line = {"step": step, "epoch": epoch, **result, "train_images": len(source)}
         run.log(line)
-        how = f"knn (k {cfg.k}, temperature {cfg.temperature})" if cfg.mode == "knn" else cfg.mode
+        how = f"knn (k {min(cfg.k, len(source))}, temperature {cfg.temperature})" if cfg.mode == "knn" else cfg.mode
         run.print(f"{how} of {cfg.weights}: top-1 {result['eval/top1']:.2f} %, top-5 {result['eval/top5']:.2f} % on "
                   f"{result['eval/n']} images, {len(source)} training images")
 
@@ -748,7 +753,8 @@ def train(cfg, run):
         update = functools.partial(train_step, run.prepare(model))
     meta = {"method": "finetune", "weights": cfg.weights, "model": cfg.model, "img_size": cfg.img_size,
             "patch_size": cfg.patch_size, "resnet_width": cfg.resnet_width, "columns": cfg.columns, "in_chans": cfg.in_chans,
-            "mean": mean, "std": std, "classes": list(source.classes)}
+            "mean": mean, "std": std, "classes": list(source.classes), "pool": cfg.pool, "test_size": cfg.eval_size,
+            "test_crop": cfg.test_crop, "recipe": cfg.recipe}
 
     learner = model.head if cfg.mode == "linear" else model
     learner.train()

@@ -68,6 +68,7 @@ from common import (
     make_loader,
     make_plan,
     network_of,
+    new_file,
     normalisation,
     open_data,
     opt,
@@ -114,7 +115,7 @@ class Config(RunConfig):
     # optimisation: MFF appendix, table 1 (MAE's)
     epochs: float = opt(800.0, "passes over the data")
     batch_size: int = opt(4096, "images per update, over all processes")
-    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that fits, up to 256")
+    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that divides, up to 256")
     base_lr: float = opt(1.5e-4, "learning rate per 256 images")
     min_lr: float = opt(0.0, "where the cosine ends")
     warmup_epochs: float | None = opt(None, "linear warm-up; default a fifth of the epochs, at most the papers' 40")
@@ -163,7 +164,8 @@ def presets(flags):
         content = read_file(flags.draw)
         config, network = content.get("config", {}), network_of(content)
         if network.get("model") not in VIT_SIZES:
-            raise Refused(f"--draw {flags.draw}: {network.get('model', 'nothing')} in it that mae_mff.py could draw with")
+            raise Refused(f"--draw {flags.draw} holds {network.get('model', 'no known network')}, not a ViT with decoder: use "
+                          "the last.pth of this script, or official MAE's")
         raw = not getattr(content.get("args"), "norm_pix_loss", "visualize" not in Path(flags.draw).name)
         values = values | {"out": "reconstruction.png", "fuse_layers": (VIT_SIZES[network["model"]][1] - 1,)}
         values |= {"target": "raw" if raw else "mae"} | {name: config[name] for name in DRAWN if name in config}
@@ -345,14 +347,13 @@ def draw_pictures(path, model, batch, to_images, cfg):
 
 def draw_file(model, source, to_images, noise, cfg):
     """--draw: one picture from a file's weights; Refused if it has no decoder, or if --out is there already."""
-    path, content = Path(cfg.out), read_file(cfg.draw)
+    content = read_file(cfg.draw)
     names = [name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))]
     found = len(weights_of(content).keys() & set(names))
     if found < len(names):
-        raise Refused(f"{cfg.draw} has {found} of {len(names)} decoder tensors: nothing to draw with; use last.pth, or MAE's "
-                      "mae_visualize_... or mae_pretrain_..._full.pth")
-    if path.suffix != ".png" or path.exists():
-        raise Refused(f"--out {path}: --draw writes one new file, NAME.png" + " (this one is there already)" * path.exists())
+        raise Refused(f"{cfg.draw} has {found} of {len(names)} decoder tensors: nothing to draw with; use the last.pth of this "
+                      "script, or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
+    path = new_file(cfg.out, ".png")
     load_weights(model, cfg.draw, content=content)
     draw_pictures(path, model.to(to_images.device), picture_batch(source, cfg, noise), to_images, cfg)
     say(f"{path}: original, masked, prediction, pasted")

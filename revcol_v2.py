@@ -110,7 +110,7 @@ class Config(RunConfig):
     # optimisation: supplement, table 1
     epochs: float = opt(1600.0, "passes over the data")
     batch_size: int = opt(4096, "images per update, over all processes")
-    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that fits, up to 256")
+    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that divides, up to 256")
     base_lr: float = opt(1.5e-4, "learning rate per 256 images")
     min_lr: float = opt(0.0, "where the cosine ends")
     warmup_epochs: float | None = opt(None, "linear warm-up; default a fifth of the epochs, at most the paper's 40")

@@ -132,7 +132,7 @@ class Config(RunConfig):
     iters: int | None = opt(None, "updates; default: segmentation 160000")
     epochs: float | None = opt(None, "passes over the data, in place of --iters; default: detection 100")
     batch_size: int = opt(16, "images per update, over all processes")
-    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that fits, up to 256")
+    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that divides, up to 256")
     optimizer: Literal["adamw", "sgd"] = opt("adamw", "AdamW, or SGD with momentum")
     lr: float = opt(1e-4, "peak learning rate, whatever the batch")
     min_lr: float = opt(0.0, "where the schedule ends (poly, cosine)")

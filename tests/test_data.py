@@ -292,3 +292,8 @@ def test_crops_cover_rectangles():
     image = torch.randint(0, 256, (3, 50, 90), dtype=torch.uint8)
     for size in ((32, 32), (64, 96), (96, 64), (224, 224)):
         assert common.EvalCrop(size)(image).shape == common.RandomResizedCrop(size)(image).shape == (3, *size)
+
+
+def test_one_image_is_no_data_set(folder):
+    with pytest.raises(common.Refused, match="is one image: give its folder"):
+        common.open_data(common.RunConfig(data=str(folder / "class0/nested/00.png")))

@@ -78,7 +78,11 @@ def test_knn_against_a_loop():
         expected = [0.0] * 4
         for j in sorted(range(30), key=lambda j: -cosine[j])[:6]:
             expected[labels[j]] += math.exp(cosine[j] / 0.1)
-        torch.testing.assert_close(scores[q], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+        nearest = math.exp(max(cosine) / 0.1)  # weights are those of the nearest, so that no temperature overflows
+        torch.testing.assert_close(scores[q], torch.tensor(expected) / nearest, rtol=1e-4, atol=1e-4)
+    cold = finetune.knn_scores(queries, F.normalize(features, dim=1), labels, 4, k=6, temperature=1e-4)
+    one = finetune.knn_scores(queries, F.normalize(features, dim=1), labels, 4, k=1, temperature=1.0)
+    assert torch.isfinite(cold).all() and torch.equal(cold.argmax(1), one.argmax(1))
 
 
 @pytest.mark.parametrize("n, world_size", [(10, 3), (7, 2), (1, 2), (600, 1)])

@@ -79,7 +79,8 @@ def test_print_recipe_names_values_and_sources(name, capsys):
     changed = config("--recipe", name, "--print_recipe", "--epochs", 7, "--lr", 0.25)
     finetune.print_recipe(changed)
     output = capsys.readouterr().out
-    assert re.search(r"epochs +7.0 +a flag or the file; [\d.]+ in ", output) and re.search(r" lr +0.25 +a flag", output)
+    assert re.search(r"epochs +7.0 +a flag, the file or the network's kind; [\d.]+ in ", output)
+    assert re.search(r" lr +0.25 +a flag", output)
 
 
 def test_print_recipe_is_a_command_that_needs_nothing(tmp_path):
@@ -132,6 +133,8 @@ def test_what_wins_flag_file_or_recipe(tmp_path):
     (["--weights", "none", "--randaug", "15"], "--randaug 15.0, expected 0 to 10"),
     (["--weights", "none", "--mode", "linear", "--loss", "bce"], "are for --mode finetune"),
     (["--mode", "knn", "--print_recipe"], "--mode knn has no recipe"),
+    (["--mode", "knn", "--weights", "none", "--resume"], "--mode knn has nothing to resume"),
+    (["--mode", "knn", "--weights", "none", "--temperature", "0"], "--temperature 0.0, expected more than 0"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(flags, words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -157,7 +160,7 @@ def here(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", finetune.RECIPES)
-def test_three_steps_with_all_ingredients(name, here, small_npz, monkeypatch):
+def test_three_steps_with_all_ingredients(name, here, small_npz, monkeypatch, capsys):
     model = finetune.recipe_of(name).get("model", ("base", ""))[0]
     size = {"ResNet": ["--resnet_width", 8], "RevColV2": ["--model", "revcol_nano", "--patch_size", 4],
             "ViT": ["--model", "nano", "--patch_size", 8]}[finetune.family(model)]
@@ -187,6 +190,7 @@ def test_three_steps_with_all_ingredients(name, here, small_npz, monkeypatch):
     spy(common.Views, "__getitem__", lambda self, key: keys.append(key) if self.flip else None)
     spy(finetune, "warmup_cosine", lambda epoch, *values: seen.update(schedule=values))
     cfg, out = here("--data", small_npz, "--weights", "none", "--recipe", name, *size, "--batch_size", 24, "--epochs", 0.29)
+    assert ("the learning rate only rises" in capsys.readouterr().out) == (cfg.warmup_epochs > 0.29)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 3 and log[-1]["eval/n"] == 53 and math.isfinite(log[0]["train/loss"])
     recipe = {field: value for field, (value, _) in finetune.recipe_of(name).items()}

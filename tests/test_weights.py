@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import CIM
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, sabotaged
 from PIL import Image
 from torch import nn
 from torchvision.models import resnet50
@@ -171,7 +171,7 @@ def test_pictures_from_an_official_file(tmp_path, folder, name, target):
     with Image.open(tmp_path / "p.png") as picture:
         picture.verify()
     before = (tmp_path / "p.png").read_bytes()
-    assert "this one is there already" in run_script(command, tmp_path, expect=2)
+    assert "p.png is there already" in run_script(command, tmp_path, expect=2)
     assert (tmp_path / "p.png").read_bytes() == before
     cfg = common.parse_config(mae_mff.Config, mae_mff.presets, ["--draw", str(tmp_path / name)])
     assert (cfg.target, cfg.fuse_layers, cfg.model, cfg.img_size) == (target, (3,), "nano", (32, 32))
@@ -196,7 +196,7 @@ def test_a_picture_from_a_runs_file_is_the_one_it_drew(small_npz, tmp_path):
 @pytest.mark.parametrize("name", ["mae_mff.py/encoder.pth", "finetune.py/best.pth", "cim_resnet/encoder.pth"])
 def test_without_a_decoder_nothing_is_drawn(encoders, folder, tmp_path, name):
     output = run_script(["mae_mff.py", "--draw", encoders / name, "--data", folder, "--out", "p.png"], tmp_path, expect=2)
-    words = "resnet50 in it" if "resnet" in name else r"has 0 of \d+ decoder tensors: nothing to draw with; use last.pth"
+    words = "holds resnet50, not a ViT" if "resnet" in name else r"has 0 of \d+ decoder tensors: nothing to draw with; use the"
     assert re.search(words, output) and output.count("\n") == 1
     assert not (tmp_path / "p.png").exists()
 
@@ -238,7 +238,7 @@ def test_features_are_deterministic_never_masked_and_named(encoders, folder, tmp
     command = ["finetune.py", "--mode", "features", "--weights", encoders / "mae_mff.py/encoder.pth", "--data", folder,
                "--workers", 1, "--amp", "off"]
     output = run_script([*command, "--out", "deep/feats.npy"], tmp_path)
-    assert "39 images x 128, names in deep/feats.txt; 1 unreadable ones left out" in output
+    assert "39 images x 128 (32 x 32 px, pool cls), names in deep/feats.txt; 1 unreadable ones left out, not replaced" in output
     run_script([*command, "--out", "two.npy"], tmp_path, processes=2)
     features, names = np.load(tmp_path / "deep/feats.npy"), (tmp_path / "deep/feats.txt").read_text().splitlines()
     assert features.shape == (39, 128) and features.dtype == np.float32 and len(names) == 39
@@ -254,8 +254,25 @@ def test_features_are_deterministic_never_masked_and_named(encoders, folder, tmp
         np.testing.assert_allclose(features[row], expected.numpy(), rtol=1e-4, atol=1e-4)
     before = (tmp_path / "two.npy").read_bytes()
     assert "two.npy is there already" in run_script([*command, "--out", "two.npy"], tmp_path, expect=2)
-    assert "writes one file, NAME.npy" in run_script([*command, "--out", "folder"], tmp_path, expect=2)
+    assert "expected the name of a new file, NAME.npy" in run_script([*command, "--out", "folder"], tmp_path, expect=2)
     assert (tmp_path / "two.npy").read_bytes() == before and not (tmp_path / "folder").exists()
+    interrupted = sabotaged(tmp_path, [*command, "--out", "three.npy"], "Run.join", "raise KeyboardInterrupt")
+    assert run_script(interrupted, tmp_path, expect=130).endswith("finetune: interrupted\n")
+    assert not (tmp_path / "three.npy").exists()
+
+
+def test_features_of_an_npz_are_those_of_all_its_images_under_their_numbers(encoders, small_npz, tmp_path):
+    with np.load(small_npz) as data:
+        arrays = dict(data)
+    mixed = np.random.default_rng(0).permutation(len(arrays["images"]))
+    np.savez(tmp_path / "mixed.npz", **{name: values[mixed] for name, values in arrays.items()})
+    run_script(["finetune.py", "--mode", "features", "--weights", encoders / "mae_mff.py/encoder.pth", "--data", "mixed.npz",
+                "--out", "f.npy", "--workers", 0], tmp_path)
+    assert np.load(tmp_path / "f.npy").shape == (303, 128)
+    assert (tmp_path / "f.txt").read_text().splitlines() == [f"mixed.npz[{i}]" for i in range(303)]
+    held_out = common.open_data(common.RunConfig(data=str(tmp_path / "mixed.npz")), "val")
+    split = arrays["split"][mixed]
+    assert [held_out.name(i) for i in range(len(held_out))] == [f"mixed.npz[{i}]" for i in np.flatnonzero(split)]
 
 
 # ---- the page
