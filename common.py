@@ -294,7 +294,9 @@ class ViT(nn.Module):
 class LastNorm(nn.BatchNorm2d):
     """The BatchNorm that ends a residual branch, with drop path behind it."""
 
-    drop_path = 0.0
+    def __init__(self, channels, drop_path):
+        super().__init__(channels)
+        self.drop_path = drop_path
 
     def forward(self, x):
         return drop_path(super().forward(x), self.drop_path, self.training)
@@ -309,20 +311,17 @@ class ResNet50(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        channels = width
+        channels, rates = width, iter([drop_path * i / 15 for i in range(16)])
         for i, blocks in enumerate((3, 4, 6, 3)):
             inner, stride = width * 2**i, 1 if i == 0 else 2
             shortcut = nn.Sequential(nn.Conv2d(channels, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner))
             stage = [Bottleneck(channels, inner, stride, shortcut)]
             stage += [Bottleneck(4 * inner, inner) for _ in range(blocks - 1)]
             for block in stage:
-                block.bn3 = LastNorm(4 * inner)
+                block.bn3 = LastNorm(4 * inner, next(rates))
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
             channels = 4 * inner
         self.embed_dim = channels
-        last_norms = [module for module in self.modules() if isinstance(module, LastNorm)]
-        for i, norm in enumerate(last_norms):
-            norm.drop_path = drop_path * i / (len(last_norms) - 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

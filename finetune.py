@@ -138,8 +138,7 @@ class Config(RunConfig):
             raise ValueError(f"--recipe {self.recipe} is for a {family(meant)}, not for {self.model}")
         if self.weights is None and not self.check_data and not self.print_recipe:
             raise ValueError("--weights FILE is needed; --weights none is the baseline with random weights")
-        resnet = self.model == "resnet50"
-        revcol = self.model.startswith("revcol")
+        resnet, revcol = family(self.model) == "ResNet", family(self.model) == "RevColV2"
         if not resnet:
             (cell_grid if revcol else patch_grid)(self.img_size, self.patch_size)  # ValueError unless they fit
         no_cls = resnet or revcol

@@ -321,8 +321,7 @@ def test_drop_path_of_a_resnet(monkeypatch):
     norms = [module for module in model.modules() if isinstance(module, common.LastNorm)]
     assert [norm.drop_path for norm in norms] == pytest.approx([0.4 * i / 15 for i in range(16)])
     x = torch.randn(400, 32, 2, 2)
-    norm = common.LastNorm(32)
-    norm.drop_path = 0.4
+    norm = common.LastNorm(32, 0.4)
     whole, out = F.batch_norm(x, None, None, training=True), norm(x)
     dropped = (out == 0).flatten(1).all(1)
     assert 0.3 < dropped.float().mean() < 0.5
