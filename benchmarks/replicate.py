@@ -1,0 +1,315 @@
+"""The papers' claims at small scale: one command, resumable, one table.
+
+Every method is pre-trained on the same images for the same number of updates of as many images, three seeds each, and read out
+by a linear probe and by fine-tuning; each claim compares two of these runs, seed by seed. What a table says about ImageNet
+after hundreds of epochs need not hold on CIFAR-10 after some minutes: a row says whether the sign of the difference is found.
+
+    python benchmarks/replicate.py --data cifar10.npz                            ViT-Tiny, 2,150 updates of 256; for a GPU
+    python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2     ViT-nano, 500 updates of 64; two CPU cores
+
+`--data` is an .npz of 32 x 32 px images with labels and `split`. Repeat the command to go on after a stop: what is finished is
+not run again. `--only mff,ddae` runs a part, `--jobs` so many at a time. Runs go to --out, the table to --table, and all logs,
+one compressed file per kind of run, to --logs.
+"""
+
+import argparse
+import collections
+import gzip
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALES = {  # model, updates and batch of pre-training, MAE's learning rate; training images and passes of the read-outs
+    "small": {"model": "nano", "updates": 500, "batch": 64, "lr": 6e-3, "images": 10_000, "tune_epochs": 2},
+    "full": {"model": "tiny", "updates": 2150, "batch": 256, "lr": 1.5e-3, "images": 50_000, "tune_epochs": 5},
+}
+READ_OUTS = {
+    "finetune": "--batch_size 64 --base_lr 2e-3 --warmup_epochs 0.3 --augment crop --mixup 0 --cutmix 0 --erasing 0 "
+                "--drop_path 0 --eval_every 100",
+    "linear": "--mode linear --augment none --batch_size 1024 --base_lr 1.0 --epochs 50 --warmup_epochs 5 --eval_every 50",
+}
+
+
+@dataclass
+class Arm:
+    """One way to pre-train: the script and its flags; `start`: arms whose files it begins with, by flag."""
+
+    script: str
+    flags: str
+    start: dict = None
+
+
+def arms(scale):
+    """{name: Arm}. The same batch, updates, crops and order of images for all; learning rates are each method's own."""
+    last = {"nano": 3, "tiny": 11}[scale["model"]]
+    mae, fused = f"--base_lr {scale['lr']} --decoder_depth 1", f"--fuse_layers {last}"
+    ddae = f"--base_lr {scale['lr']} --decoder_depth 1 --target mae --momentum 0.99"
+    steps = "--no-distill --decoder mae"
+    cim = "--lr 2e-3 --generator_depth 2 --initial mae"
+    resnet = f"{cim} --enhancer resnet50 --resnet_width 16 --img_size 64 --patch_size 8"
+    tokenizer, raw = {"--tokenizer": "tokenizer/tokenizer.pth"}, f"{mae} {fused} --target raw"
+    continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
+    return {
+        "mae": Arm("mae_mff.py", f"{mae} {fused}"),
+        "mff": Arm("mae_mff.py", mae),
+        "mff_detach": Arm("mae_mff.py", f"{mae} --detach_shallow"),
+        "pixmim": Arm("mae_mff.py", f"{mae} {fused} --target pixmim"),
+        "blocks": Arm("ddae.py", f"{ddae} {steps} --no-dynamic --num_levels 1"),
+        "d": Arm("ddae.py", f"{ddae} {steps} --num_levels 1"),
+        "ds": Arm("ddae.py", f"{ddae} {steps} --no-dynamic"),
+        "dds": Arm("ddae.py", f"{ddae} {steps}"),
+        "ddae": Arm("ddae.py", ddae),
+        "tokenizer": Arm("cim.py", "--train_tokenizer --vocab_size 512 --tokenizer_width 16 --lr 3e-3"),
+        "respix": Arm("cim.py", cim, tokenizer),
+        "respix_none": Arm("cim.py", f"{cim} --pixel_norm none", tokenizer),
+        "respix_patch": Arm("cim.py", f"{cim} --pixel_norm patch", tokenizer),
+        "respix_argmax": Arm("cim.py", f"{cim} --sampling argmax", tokenizer),
+        "respix_uniform": Arm("cim.py", f"{cim} --sampling uniform", tokenizer),
+        "revdet": Arm("cim.py", f"{cim} --objective revdet", tokenizer),
+        "resnet_respix": Arm("cim.py", resnet, tokenizer),
+        "resnet_revdet": Arm("cim.py", f"{resnet} --objective revdet", tokenizer),
+        "raw": Arm("mae_mff.py", raw),
+        "raw_on": Arm("mae_mff.py", raw, {"--init": "raw/last.pth"}),
+        "ve": Arm("vision_electra.py", "--base_lr 2e-3", continued),
+        "ve_half": Arm("vision_electra.py", "--base_lr 2e-3 --gan_weight 0.5", continued),
+        "revcol": Arm("revcol_v2.py", "--base_lr 6e-3 --memory plain"),
+        "scratch": Arm(None, ""),
+        "resnet_scratch": Arm(None, "--model resnet50 --resnet_width 16 --img_size 64"),
+        "revcol_scratch": Arm(None, "--model revcol_nano"),
+    }
+
+
+@dataclass
+class Claim:
+    """`first` is better than `second`; paper: where it says so, and by how many points (on ImageNet)."""
+
+    group: str
+    words: str
+    paper: str
+    first: str
+    second: str
+    equal: bool = False  # the paper finds no difference
+    ways: tuple = ("finetune", "linear")
+
+
+TUNED = ("finetune",)  # the paper probes no features
+CLAIMS = [
+    Claim("mff", "MFF beats MAE", "MFF, abstract", "mff", "mae"),
+    Claim("mff", "without gradients through the shortcuts it is as good", "MFF A.8: -0.1", "mff_detach", "mff", equal=True),
+    Claim("mff", "the low-pass target beats MAE's", "PixMIM; MFF table 1", "pixmim", "mae"),
+    Claim("ddae", "DDAE beats MAE", "DDAE, abstract", "ddae", "mae"),
+    Claim("ddae", "DDAE beats MAE with the same masks", "DDAE, abstract", "ddae", "blocks"),
+    Claim("ddae", "the dynamic loss helps", "DDAE, table 3", "d", "blocks"),
+    Claim("ddae", "deep supervision helps", "DDAE, table 3", "ds", "blocks"),
+    Claim("ddae", "both together help more", "DDAE, table 3", "dds", "ds"),
+    Claim("ddae", "self-distillation helps", "DDAE, table 4", "ddae", "dds"),
+    Claim("cim", "ResPix beats random weights, ViT", "CIM, table 1: +1.0", "respix", "scratch", ways=TUNED),
+    Claim("cim", "RevDet beats random weights, ViT", "CIM, table 1: +1.0", "revdet", "scratch", ways=TUNED),
+    Claim("cim", "ResPix beats random weights, ResNet", "CIM, table 2: +0.1", "resnet_respix", "resnet_scratch", ways=TUNED),
+    Claim("cim", "RevDet beats random weights, ResNet", "CIM, table 2: +0.7", "resnet_revdet", "resnet_scratch", ways=TUNED),
+    Claim("cim", "the window beats no normalisation", "CIM, table 6: +0.5", "respix", "respix_none", ways=TUNED),
+    Claim("cim", "the window beats patches", "CIM, table 6: +0.3", "respix", "respix_patch", ways=TUNED),
+    Claim("cim", "sampling beats argmax", "CIM, table 7: +4.8", "respix", "respix_argmax", ways=TUNED),
+    Claim("cim", "sampling beats uniform tokens", "CIM, table 7: +6.1", "respix", "respix_uniform", ways=TUNED),
+    Claim("ve", "continual VE beats its start", "VE, table 1: continual runs gain", "ve", "raw"),
+    Claim("ve", "continual VE beats as much more MAE", "VE, abstract", "ve", "raw_on"),
+    Claim("ve", "a weight of 0.2 beats 0.5", "VE, supplement: +6.7", "ve", "ve_half"),
+    Claim("revcol", "pre-training beats random weights", "RevColV2, supplement 2.1: +1.6", "revcol", "revcol_scratch"),
+]
+
+
+class Bench:
+    def __init__(self, args):
+        self.args, self.scale, self.out, self.data = args, SCALES[args.scale], args.out.resolve(), args.data.resolve()
+        self.arms, self.commit = arms(self.scale), git_commit()
+        self.locks = collections.defaultdict(threading.Lock)  # arms that start from the same run wait for one another
+        with np.load(self.data) as data:
+            images, labels, split = (data[name] for name in ("images", "labels", "split"))
+        train = np.flatnonzero(split == 0)
+        self.epochs = self.scale["updates"] * self.scale["batch"] / len(train)
+        pixels = images[train[:5000]].reshape(-1, 3) / 255
+        mean, std = (",".join(f"{v:.4f}" for v in f(pixels, axis=0)) for f in (np.mean, np.std))
+        self.shape = ["--img_size", "32", "--patch_size", "4", "--mean", mean, "--std", std]
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.labelled = self.out / "labelled.npz"  # what the read-outs learn from
+        if not self.labelled.exists():
+            keep = np.concatenate([train[: self.scale["images"]], np.flatnonzero(split == 1)])
+            with open(self.out / "labelled.tmp", "wb") as file:
+                np.savez(file, images=images[keep], labels=labels[keep], split=split[keep])
+            os.replace(self.out / "labelled.tmp", self.labelled)
+
+    def run(self, name, command):
+        """One script into out/name, unless it is done: `done` says that it ended well, and from which commit."""
+        folder = self.out / name
+        with self.locks[name]:
+            if (folder / "done").exists():
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            words = [sys.executable, ROOT / command[0], *command[1:], "--out", folder / "run", "--resume"]
+            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.args.jobs))}
+            with open(folder / "output.txt", "ab") as file:
+                code = subprocess.run([str(word) for word in words], stdout=file, stderr=file, env=environment).returncode
+            # A script that was asked to stop has saved, and ends with 0 too.
+            if code or "\ndone:" not in (folder / "output.txt").read_text():
+                raise RuntimeError(f"{name} did not end (exit code {code}); see {folder}/output.txt")
+            (folder / "done").write_text(self.commit)
+            print(f"done: {name}", flush=True)
+
+    def pretrain(self, name, seed):
+        """Path of the encoder."""
+        arm, scale = self.arms[name], self.scale
+        seed = 0 if name == "tokenizer" else seed
+        start = []
+        for flag, file in (arm.start or {}).items():
+            other, file = file.split("/")
+            start += [flag, self.pretrain(other, seed).with_name(file)]
+        model = ["--model", scale["model"]] if name != "tokenizer" else []
+        self.run(f"{name}/{seed}", [arm.script, "--data", self.data, *self.shape, *model, "--batch_size", scale["batch"],
+                                    "--epochs", f"{self.epochs:.6g}", "--warmup_epochs", f"{self.epochs / 10:.6g}",
+                                    "--pictures", 0, "--seed", seed, *start, *arm.flags.split()])
+        return self.out / name / str(seed) / "run/encoder.pth"
+
+    def read_out(self, name, seed, ways):
+        """{way: top-1} of one arm with one seed."""
+        flags = self.arms[name].flags.split()
+        if self.arms[name].script:
+            size = flags[flags.index("--img_size"):][:2] if "--img_size" in flags else []
+            shape = [*self.shape, *size, "--weights", self.pretrain(name, seed)]
+        else:
+            shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none"]
+        result = {}
+        for way in ways:
+            epochs = [] if way == "linear" else ["--epochs", self.scale["tune_epochs"]]
+            self.run(f"{name}/{seed}_{way}", ["finetune.py", "--data", self.labelled, *shape, *READ_OUTS[way].split(), *epochs,
+                                              "--seed", seed])
+            result[way] = read_log(self.out / f"{name}/{seed}_{way}")[-1]["eval/top1"]
+        return result
+
+
+def git_commit():
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def read_log(folder):
+    with open(folder / "run/log.jsonl") as log:
+        return [json.loads(line) for line in log]
+
+
+def pooled_spread(results, way):
+    """Standard deviation of one run's top-1 over seeds, pooled over all arms (NaN from one seed)."""
+    by_arm = collections.defaultdict(list)
+    for (name, _), result in results.items():
+        if way in result:
+            by_arm[name].append(result[way])
+    freedom = sum(len(values) - 1 for values in by_arm.values())
+    squares = sum(statistics.pvariance(values) * len(values) for values in by_arm.values())
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
+def verdict(difference, error, equal):
+    """agrees, disagrees, or within noise: a difference of means against twice its standard error."""
+    if math.isnan(error):
+        return "one seed"
+    if abs(difference) < 2 * error:
+        return "agrees" if equal else "within noise"
+    return "disagrees" if equal or difference < 0 else "agrees"
+
+
+def cell(values):
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}" if values else ""
+
+
+def table(bench, claims, results):
+    """Markdown: one row per claim, one per arm."""
+    scale, seeds = bench.scale, bench.args.seeds
+    commits = sorted({file.read_text() for file in bench.out.glob("*/*/done")})
+    spreads = {way: pooled_spread(results, way) for way in READ_OUTS}
+    lines = [
+        f"Scale `{bench.args.scale}`: {scale['model']}, patches of 4 px, {scale['updates']} updates of {scale['batch']} images "
+        f"({bench.epochs:.2f} passes), read out on {scale['images']:,} training images: fine-tuned for {scale['tune_epochs']} "
+        "passes, or by a linear probe on frozen features. Top-1 on the test images in %, mean over seeds ± standard deviation.",
+        "", f"Seeds {', '.join(map(str, seeds))}; commit {', '.join(commits)}; torch {torch.__version__}, {os.cpu_count()} "
+        f"cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
+        "A difference counts when it is beyond twice its standard error, for which the spread over seeds is pooled over all "
+        f"runs (fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); otherwise it is *within noise*.",
+        "", "| claim | paper (ImageNet) | fine-tuned | | linear probe | |", "|---|---|---|---|---|---|"]
+    for claim in claims:
+        cells = []
+        for way in READ_OUTS:
+            first, second = ([results[name, seed][way] for seed in seeds if way in results.get((name, seed), {})]
+                             for name in (claim.first, claim.second))
+            if not first or not second:
+                cells += ["", ""]
+                continue
+            difference = statistics.mean(first) - statistics.mean(second)
+            error = spreads[way] * math.sqrt(1 / len(first) + 1 / len(second))
+            cells += [f"{difference:+.2f} ± {error:.2f}", verdict(difference, error, claim.equal)]
+        lines.append(f"| {claim.words} (`{claim.first}` - `{claim.second}`) | {claim.paper} | " + " | ".join(cells) + " |")
+    lines += ["", "| run | command | seeds | fine-tuned | linear probe |", "|---|---|---|---|---|"]
+    for name, arm in bench.arms.items():
+        found = [results[name, seed] for seed in seeds if (name, seed) in results]
+        if found:
+            command = f"`{arm.script} {arm.flags}`" if arm.script else f"no pre-training `{arm.flags}`".replace(" ``", "")
+            cells = [cell([result[way] for result in found if way in result]) for way in READ_OUTS]
+            lines.append(f"| `{name}` | {command} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_logs(bench, folder):
+    """NAME.jsonl.gz: the log lines of all finished runs of one arm, each with its `run`: seed, and read-out if it is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in bench.arms:
+        lines = [json.dumps({"run": f"{name}/{done.parent.name}"} | line) for done in sorted(bench.out.glob(f"{name}/*/done"))
+                 for line in read_log(done.parent)]
+        if lines:
+            with open(folder / f"{name}.jsonl.gz", "wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed:
+                packed.write(("\n".join(lines) + "\n").encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--only", help="groups of claims, by commas: mff, ddae, cim, ve, revcol (default all)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/replicate"))
+    parser.add_argument("--table", type=Path, default=Path("runs/replicate/table.md"))
+    parser.add_argument("--logs", type=Path, default=Path("runs/replicate/logs"))
+    args = parser.parse_args()
+    claims = [claim for claim in CLAIMS if not args.only or claim.group in args.only.split(",")]
+    if not claims:
+        parser.error(f"--only {args.only}: no such group of claims")
+    bench, ways = Bench(args), collections.defaultdict(dict)
+    for claim in claims:
+        for name in (claim.first, claim.second):
+            ways[name] |= dict.fromkeys(claim.ways)
+    with ThreadPoolExecutor(args.jobs) as pool:  # seed by seed, so that a table of one seed is there early
+        jobs = {(name, seed): pool.submit(bench.read_out, name, seed, ways[name]) for seed in args.seeds for name in ways}
+        results = {}
+        try:
+            for key, job in jobs.items():
+                results[key] = job.result()
+                args.table.write_text(table(bench, claims, results), encoding="utf-8")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    write_logs(bench, args.logs)
+    print(args.table.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
