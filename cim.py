@@ -42,7 +42,7 @@ Not in the paper, our choice or our reading
               --initial mae spares short runs the hundreds of updates that it takes to learn which patches are near
     Table 10  an MAE hides exactly half; its RGB is drawn from a Gaussian of deviation --rgb_std around its prediction
 
-    python cim.py --demo [--objective revdet --enhancer resnet50]       four minutes on a CPU, tokenizer included
+    python cim.py --demo [--objective revdet --enhancer resnet50]       three minutes on a CPU, tokenizer included
     python convert_dalle.py encoder.pkl decoder.pkl --out dalle.pth     OpenAI's tokenizer, once
     torchrun --nproc_per_node 4 cim.py --tokenizer dalle.pth            the paper's run, images in data/imagenet
     torchrun --nproc_per_node 4 cim.py --train_tokenizer --out runs/tokenizer     or one of your own

@@ -28,8 +28,8 @@ Ours: 2 + 2 columns; strides p/4, p/2, p, p; channels and blocks (SIZES) that me
 (table 5) within 3 %; ViT blocks across cells at stride p, MLP blocks without mixing at the finer levels, so that nothing leaks
 into a hidden cell; 2 x 2 neighbours joined on the way up, copies on the way down; 75 % of the cells hidden; MAE's target; a
 mask token per level; fixed sine-cosine positions on each level's own grid, computed anew for other sizes; no class token; the
-LayerNorm in front of the pixel head; MAE's initial values, crops and flip. Layer-wise decay counts 1 + depth in a column +
-column, as RevCol's.
+LayerNorm in front of the pixel head; MAE's initial values, size of crops, and flip; no losses on columns half-way, which RevCol
+has. Layer-wise decay counts 1 + depth in a column + column, as RevCol's.
 
 Read-outs. Fine-tuning: mean of the top level of the last top-down column, without the units that it does not depend on (10 M of
 Base); linear probe, kNN: that of the last bottom-up column (supplement 2.2); dense tasks: all maps of the last column, the top
@@ -39,7 +39,7 @@ the runs with an extra teacher.
 
     python revcol_v2.py --demo                                            three minutes on two CPU cores
     torchrun --nproc_per_node 8 revcol_v2.py --model base                 supplement, table 1; images in data/imagenet
-    torchrun --nproc_per_node 8 finetune.py --weights runs/revcol_v2/encoder.pth --base_lr 5e-4 --ema 0.9999      table 3
+    torchrun --nproc_per_node 8 finetune.py --weights runs/revcol_v2/encoder.pth --base_lr 5e-4 --ema 0.9999      table 3, Base
     python finetune.py --weights runs/revcol_v2/encoder.pth --mode linear
 """
 

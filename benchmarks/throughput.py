@@ -1,22 +1,24 @@
-"""Speed, side by side in one run: rivals take turns, the table shows medians. Prints Markdown and writes it to --out.
+"""Speed, side by side in one run: rivals take turns, the table shows medians. Writes Markdown to --out, part by part.
 
 step     One pre-training update of ViT-B/16 at 224 px: ours (from the 8-bit batch to the optimizer, with all checks) against
          transformers' ViTMAEForPreTraining and an MAE of timm's blocks (ready float batch, fused AdamW); with the share of the
          machine's matrix-product speed, measured in the same run, and where our time goes.
-methods  One update of each of our methods with that encoder, against MAE's: measured, and expected from the FLOPs of its parts.
+methods  One update of every method and size in turns with MAE's: images/s, cost measured and expected from the FLOPs, share of
+         the matrix-product speed, and the peak memory of a process that trains it. The GPU: also Large.
+compile  The same updates with torch.compile and without, and what compiling takes: Base (CPU: nano, and MAE alone).
 cim      One update of CIM against one of a BEiT-B with the same tokenizer encoder (DALL-E's shape, random weights), as in the
-         paper's A.1: measured, with the time and the FLOPs of each part.
-electra  One update of Vision ELECTRA against the sum of its three passes, each timed alone.
+         paper's A.1: measured, with the time and the FLOPs of each part. A quarter of the batch.
+electra  One update of Vision ELECTRA against the sum of its three passes, each timed alone. Half the batch.
 loader   Images per second and core on a folder of photographs (--data): ours against MAE's published pipeline (Pillow,
          RandomResizedCrop bicubic, flip, ToTensor, Normalize) and against decoding alone; what DDAE's masks cost.
 wait     Is `data_wait` honest? A loader that is too slow for its model: the logged share against one computed from rates.
 start    From the command `python mae_mff.py --demo` to its first and its tenth update.
 
-    python benchmarks/throughput.py --data PHOTOS        about ten minutes on two cores; needs requirements-dev.txt
+    python benchmarks/throughput.py --data PHOTOS        half an hour on two cores; needs requirements-dev.txt
 """
 
 import argparse
-import json
+import math
 import os
 import platform
 import statistics
@@ -24,12 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_image
@@ -41,11 +45,21 @@ import cim  # noqa: E402  (found through the line above)
 import common  # noqa: E402
 import ddae  # noqa: E402
 import mae_mff  # noqa: E402
+import revcol_v2  # noqa: E402
 import vision_electra  # noqa: E402
 from convert_dalle import DVAE  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = {"fp32": "off", "bf16": "bf16"}
+METHODS = {  # script and settings
+    "MAE": (mae_mff, lambda size: {"fuse_layers": (common.VIT_SIZES[size][1] - 1,)}),
+    "MFF": (mae_mff, lambda size: {}),
+    "DDAE": (ddae, lambda size: {}),
+    "CIM-ResPix": (cim, lambda size: {}),
+    "CIM-RevDet": (cim, lambda size: {"objective": "revdet"}),
+    "Vision ELECTRA": (vision_electra, lambda size: {}),
+    "RevColV2": (revcol_v2, lambda size: {}),
+}
 
 
 def turns(rivals, rounds):
@@ -105,59 +119,52 @@ class TimmMAE(nn.Module):
         return (((pred - target) ** 2).mean(-1) * (restore >= kept)).sum() / (B * (L - kept))
 
 
-def for_an_update(script, model, cfg):
-    """Moves the model to the device; returns what one update of it is called with beside batches and what the method adds."""
+def make_update(script, batch_size, amp="off", compiled=False, **values):
+    """(model, function that makes one update) of a method on one fixed batch of noise, from 8-bit images to the optimizer"""
+    cfg = script.Config(amp=amp, batch_size=batch_size, **({"tokenizer": "random"} if script is cim else {}), **values)
+    mean, std = common.normalisation(cfg)
+    positions, more = math.prod(common.patch_grid(cfg.img_size, cfg.patch_size)), ()
+
+    def draw():
+        return torch.rand(positions)
+
+    if script is mae_mff:
+        model = mae_mff.MaskedAutoencoder(cfg, mean, std)
+    elif script is ddae:
+        model, draw = ddae.DeepDynamicAutoEncoder(cfg), ddae.mask_source(cfg)
+    elif script is cim:
+        model, mean, std = cim.CorruptedImageModel(cfg, 8192, mean, std), (0.0,) * 3, (1.0,) * 3
+        tokenizer = DVAE(cfg.grid).to(DEVICE).requires_grad_(False)
+        more = ({"n_masked": torch.tensor(sum(cfg.num_masked) // 2, device=DEVICE), "tokenizer": tokenizer},)
+    elif script is vision_electra:
+        model, more = vision_electra.VisionElectra(cfg), (cfg.gan_weight,)
+    else:
+        model = revcol_v2.MaskedRevCol(cfg)
     model.to(DEVICE)
+    if compiled:
+        model.compile()
     optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
     common.set_lr(optimizer, 1e-4)
-    plan, run = common.make_plan(10 * cfg.batch_size, cfg, 1), common.Run(cfg, script.__name__)
-    return optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), 0, cfg, plan, run
+    batch = {"image": torch.randint(256, (batch_size, 3, *cfg.img_size), dtype=torch.uint8), "index": torch.arange(batch_size),
+             "flip": torch.arange(batch_size) % 2 == 0, "draw": torch.stack([draw() for _ in range(batch_size)])}
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
+    rest = (optimizer, scaler, 0, cfg, common.make_plan(10 * batch_size, cfg, 1), common.Run(cfg, script.__name__))
+    models, to_images = (model, model) if script is ddae else (model,), common.Normalise(mean, std, DEVICE)
+    return model, lambda: script.train_step(*models, iter([batch]), to_images, *more, *rest)
 
 
-def our_model(script, images, amp, **values):
-    """(model, draws of a batch like `images`, settings, what one update of it is called with)"""
-    cfg = script.Config(amp=amp, batch_size=len(images), **values)
-    mean, std = common.normalisation(cfg)
-    if script is ddae:
-        model, draw = ddae.DeepDynamicAutoEncoder(cfg), ddae.mask_source(cfg)
-    else:
-        model, draw = mae_mff.MaskedAutoencoder(cfg, mean, std), lambda: torch.rand(len(model.pos_embed[0]) - 1)
-    batch = {"image": images, "flip": torch.arange(len(images)) % 2 == 0, "draw": torch.stack([draw() for _ in images]),
-             "index": torch.arange(len(images))}
-    return model, batch, common.Normalise(mean, std, DEVICE), for_an_update(script, model, cfg)
+def count_flops(function):
+    """FLOPs of all matrix products, convolutions and attentions of one call (what is computed twice counts twice)."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention on a CPU is not counted
+        function()
+    return counter.get_total_flops()
 
 
-def our_step(script, images, amp, **values):
-    """Function of one update of mae_mff.py or ddae.py."""
-    model, batch, to_images, rest = our_model(script, images, amp, **values)
-    models = (model, model) if script is ddae else (model,)
-    return lambda: script.train_step(*models, iter([batch]), to_images, *rest)
-
-
-def our_flops(script, images, **values):
-    """{part of the model: FLOPs of its forward and, where it learns, backward pass on the batch}"""
-    model, batch, to_images, _ = our_model(script, images, "bf16", **values)
-    images, draw, parts = to_images(batch), batch["draw"].to(DEVICE), {}
-
-    def count(part, function):
-        with FlopCounterMode(display=False) as counter, torch.autocast(DEVICE.type, torch.bfloat16):
-            output = function()
-            if output.requires_grad:
-                output.sum().backward()
-        parts[part] = counter.get_total_flops()
-        return output.detach().requires_grad_()
-
-    if script is ddae:
-        ids_restore = model.encode(images, draw)[1]
-        latent = count("encoder", lambda: model.encode(images, draw)[0])
-        count("pixel decoder, all levels", lambda: model.decode(model.pixel_decoder, latent, ids_restore))
-        count("feature decoder, all levels", lambda: model.decode(model.feature_decoder, latent, ids_restore))
-        count("momentum encoder, whole image", lambda: model.feature_target(images))
-    else:
-        ids_keep, ids_restore, _ = mae_mff.random_masking(draw, 0.75)
-        latent = count("encoder", lambda: model.encode(images, ids_keep))
-        count("decoder", lambda: model.decode(latent, ids_restore))
-    return parts
+def matrix_product(amp):
+    """(function of one large product, its FLOPs)"""
+    n, dtype = 2048 if DEVICE.type == "cpu" else 8192, torch.bfloat16 if amp == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    return lambda: [a @ b for _ in range(4)], 4 * 2 * n**3
 
 
 def peer_step(model, images, amp, loss):
@@ -199,28 +206,26 @@ def profile(step):
 def bench_step(args):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8)
-    n = 2048 if DEVICE.type == "cpu" else 8192
-    ours = {"mae_mff.py, MAE": {"fuse_layers": (11,)}, "mae_mff.py, MFF": {}}
-    counts = {kind: sum(our_flops(mae_mff, images, **values).values()) for kind, values in ours.items()}
-    mae, out, shares = counts["mae_mff.py, MAE"], [], {}
+    images, out, shares, flops = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8), [], {}, {}
     for precision, amp in PRECISIONS.items():
-        rivals = {kind: our_step(mae_mff, images, amp, **values) for kind, values in ours.items()}
+        rivals = {f"mae_mff.py, {name}": make_update(script, args.batch, amp, **values("base"))[1]
+                  for name, (script, values) in list(METHODS.items())[:2]}
+        flops = flops or {name: count_flops(update) for name, update in rivals.items()}
         rivals["transformers ViTMAEForPreTraining"] = peer_step(
             ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True)), images, amp, lambda output: output.loss)
         rivals["MAE of timm's blocks"] = peer_step(TimmMAE(), images, amp, lambda value: value)
-        a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if amp == "bf16" else torch.float32) for _ in range(2))
-        seconds = turns(rivals | {"product": lambda a=a, b=b: [a @ b for _ in range(4)]}, args.rounds)
-        peak = 4 * 2 * n**3 / seconds.pop("product")
+        product, work = matrix_product(amp)
+        seconds = turns(rivals | {"product": product}, args.rounds)
+        peak = work / seconds.pop("product")
         best = min(seconds[name] for name in list(rivals)[2:])
         for name, value in seconds.items():
-            used = counts.get(name, mae) / value
+            used = flops.get(name, flops["mae_mff.py, MAE"]) / value
             out.append([precision, name, f"{args.batch / value:.2f}", f"{best / value:.2f}", f"{used / peak:.0%}"])
         shares[precision] = profile(rivals["mae_mff.py, MAE"])
-        out.append([precision, f"(matrix product of {n} x {n}: {peak / 1e9:,.0f} GFLOP/s)", "", "", "100%"])
+        out.append([precision, f"(matrix product: {peak / 1e9:,.0f} GFLOP/s)", "", "", "100%"])
     parts = [[group, *(f"{share[group]:.0%}" for share in shares.values())] for group in [*GROUPS, "everything else"]]
-    gflop = f"{mae / args.batch / 1e9:.1f} GFLOP per image"
-    setting = f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns; {gflop}"
+    gflop = f"{flops['mae_mff.py, MAE'] / args.batch / 1e9:.1f} GFLOP per image"
+    setting = f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns; {gflop}, forward and backward."
     return [setting, "",
             *table(["precision", "update", "images/s", "against the best peer", "of the matrix-product speed"], out),
             "Where our time goes (MAE, one profiled update):", "", *table(["share of the time", *shares], parts)]
@@ -230,38 +235,70 @@ def bench_step(args):
 
 
 def bench_methods(args):
-    images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8)
-    methods = {"MAE": (mae_mff, {"fuse_layers": (11,)}), "DDAE": (ddae, {})}
-    parts = {name: our_flops(script, images, **values) for name, (script, values) in methods.items()}
-    total = {name: sum(counts.values()) for name, counts in parts.items()}
-    per_part = [[name, part, f"{count / args.batch / 1e9:.1f}", f"{count / total['MAE']:.2f}"]
-                for name, counts in parts.items() for part, count in counts.items()]
-    measured = []
-    for precision, amp in PRECISIONS.items():
-        seconds = turns({name: our_step(script, images, amp, **values) for name, (script, values) in methods.items()},
-                        args.rounds)
-        for name in list(methods)[1:]:
-            expected, found = total[name] / total["MAE"], seconds[name] / seconds["MAE"]
-            measured.append([name, precision, f"{args.batch / seconds['MAE']:.2f}", f"{args.batch / seconds[name]:.2f}",
-                             f"{found:.2f}", f"{expected:.2f}", f"{found / expected - 1:+.0%}"])
-    return [f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns.", "",
-            *table(["method", "part", "GFLOP per image", "of MAE's update"], per_part),
-            *table(["method", "precision", "MAE, images/s", "its images/s", "MAE's cost x", "expected", "off by"], measured)]
+    rows = []
+    for size in ("tiny", "small", "base", *(["large"] if DEVICE.type == "cuda" else [])):
+        product, work = matrix_product("bf16")
+        base, base_flops = make_update(mae_mff, args.batch, "bf16", model=size, **METHODS["MAE"][1](size))[1], 0
+        for name, (script, values) in METHODS.items():
+            if script is revcol_v2 and size not in revcol_v2.SIZES:
+                continue
+            update = base if name == "MAE" else make_update(script, args.batch, "bf16", model=size, **values(size))[1]
+            flops = count_flops(update)
+            base_flops = base_flops or flops
+            seconds = turns({"MAE": base, name: update, "product": product}, args.rounds)
+            command = [sys.executable, __file__, "--memory_of", name, size, "--batch", str(args.batch)]
+            memory = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+            rows.append([size, name, f"{args.batch / seconds[name]:.3g}", f"{seconds[name] / seconds['MAE']:.2f}",
+                         f"{flops / base_flops:.2f}", f"{flops / args.batch / 1e9:.1f}",
+                         f"{flops / seconds[name] / (work / seconds['product']):.0%}", memory])
+    held = "the allocator's peak" if DEVICE.type == "cuda" else "of the process, Python and torch included"
+    return [f"224 px, bf16, batch {args.batch}, median of {args.rounds} turns with MAE's update of the same size. RevColV2's "
+            f"FLOPs include what its backward pass computes again. Memory: {held}.", "",
+            *table(["size", "method", "images/s", "cost, MAE = 1", "expected from the FLOPs", "GFLOP per image",
+                    "of the matrix-product speed", "peak memory, GiB"], rows)]
+
+
+def print_memory(name, size, batch_size):
+    """GiB of a process that makes two updates."""
+    script, values = METHODS[name]
+    _, update = make_update(script, batch_size, "bf16", model=size, **values(size))
+    update()
+    update()
+    if DEVICE.type == "cuda":
+        print(f"{torch.cuda.max_memory_allocated() / 2**30:.2f}")
+    else:  # not getrusage's peak, which on Linux is the parent's where that is larger
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        print(f"{int(status['VmHWM'].split()[0]) / 2**20:.2f}")
+
+
+# ---- compile
+
+
+def bench_compile(args):
+    rows, size = [], "base" if DEVICE.type == "cuda" else "nano"
+    for name, (script, values) in list(METHODS.items())[: None if DEVICE.type == "cuda" else 1]:
+        updates = {kind: make_update(script, args.batch, "bf16", compiled=kind == "compiled", model=size, **values(size))[1]
+                   for kind in ("eager", "compiled")}
+        begin = time.perf_counter()
+        updates["compiled"]()
+        first = time.perf_counter() - begin
+        seconds = turns(updates, args.rounds)
+        rows.append([name, *(f"{args.batch / seconds[kind]:.3g}" for kind in updates),
+                     f"{seconds['eager'] / seconds['compiled']:.2f}", f"{first:.0f}"])
+    return [f"Size {size}, 224 px, bf16, batch {args.batch}, median of {args.rounds} turns.", "",
+            *table(["method", "images/s", "images/s, compiled", "compiled is faster by x", "first update, s"], rows)]
 
 
 # ---- CIM
 
 
 def bench_cim(args):
-    pixels = torch.rand(args.batch, 3, 224, 224, device=DEVICE)
-    batch = {"image": (255 * pixels).byte(), "flip": torch.zeros(args.batch).bool(), "draw": torch.rand(args.batch, 196),
-             "index": torch.arange(args.batch)}
-    to_pixels = common.Normalise((0.0,) * 3, (1.0,) * 3, DEVICE)
+    n = max(1, args.batch // 4)
+    pixels, noise = torch.rand(n, 3, 224, 224, device=DEVICE), torch.rand(n, 196, device=DEVICE)
     tokenizer = DVAE((14, 14)).to(DEVICE).requires_grad_(False)
-    settings = {"n_masked": torch.tensor(110, device=DEVICE), "tokenizer": tokenizer}
     kinds = {"BEiT-B": {"objective": "none", "generator_depth": 12}, "CIM-ResPix": {}, "CIM-RevDet": {"objective": "revdet"}}
-    mask, positions = batch["draw"].to(DEVICE) < 0.5, batch["draw"].to(DEVICE).argsort(1)[:, :120]
-    logits, ids = torch.randn(args.batch, 120, 8192, device=DEVICE), torch.randint(8192, (args.batch, 196), device=DEVICE)
+    mask, positions = noise < 0.5, noise.argsort(1)[:, :120]
+    logits, ids = torch.randn(n, 120, 8192, device=DEVICE), torch.randint(8192, (n, 196), device=DEVICE)
 
     def run(function, learns, amp):
         with common.autocast(DEVICE, common.amp_dtype(amp, DEVICE)):
@@ -271,16 +308,12 @@ def bench_cim(args):
 
     rows, parts_rows = [], []
     for precision, amp in PRECISIONS.items():
-        steps, models = {}, {}
+        models, steps = {}, {}
         for kind, values in kinds.items():
-            cfg = cim.Config(amp=amp, batch_size=args.batch, tokenizer="random", **values)
-            model = cim.CorruptedImageModel(cfg, 8192, *common.normalisation(cfg))
-            rest = (settings, *for_an_update(cim, model, cfg))
-            steps[kind] = lambda model=model, rest=rest: cim.train_step(model, iter([batch]), to_pixels, *rest)
-            models[kind] = model
+            models[kind], steps[kind] = make_update(cim, n, amp, **values)
         seconds = turns(steps, args.rounds)
         for kind in list(kinds)[1:]:
-            rows.append([kind, precision, *(f"{args.batch / seconds[name]:.2f}" for name in ("BEiT-B", kind)),
+            rows.append([kind, precision, *(f"{n / seconds[name]:.2f}" for name in ("BEiT-B", kind)),
                          f"{seconds[kind] / seconds['BEiT-B']:.2f}"])
         beit, model = models["BEiT-B"], models["CIM-ResPix"]
         parts = {  # name: what runs, and whether backward runs too
@@ -292,35 +325,27 @@ def bench_cim(args):
             "(BEiT's 12 blocks)": (lambda beit=beit: beit.generator(pixels, mask, positions).sum(), True),
         }
         seconds = turns({name: lambda part=part, amp=amp: run(*part, amp) for name, part in parts.items()}, args.rounds)
-        flops = {}
-        for name, part in parts.items():
-            with FlopCounterMode(display=False) as counter:
-                run(*part, amp)
-            flops[name] = counter.get_total_flops() / args.batch
-        parts_rows += [[precision, name, f"{1000 * value / args.batch:.0f}", f"{flops[name] / 1e9:.1f}"]
+        flops = {name: count_flops(lambda part=part, amp=amp: run(*part, amp)) / n for name, part in parts.items()}
+        parts_rows += [[precision, name, f"{1000 * value / n:.0f}", f"{flops[name] / 1e9:.1f}"]
                        for name, value in seconds.items()]
     beit = sum(flops[name] for name in ("tokenizer's encoder", "(BEiT's 12 blocks)"))
     expected = sum(value for name, value in flops.items() if not name.startswith("(")) / beit
-    return [f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns. CIM's cost by FLOPs: {expected:.2f} x "
-            "BEiT's.", "", *table(["method", "precision", "BEiT-B, images/s", "its images/s", "BEiT's cost x"], rows),
+    return [f"ViT-B/16, 224 px, batch {n}, median of {args.rounds} turns. CIM's cost by FLOPs: {expected:.2f} x BEiT's.", "",
+            *table(["method", "precision", "BEiT-B, images/s", "its images/s", "BEiT's cost x"], rows),
             *table(["precision", "part (with backward where it learns)", "ms per image", "GFLOP per image"], parts_rows)]
 
 
 def bench_electra(args):
-    batch = {"image": torch.randint(256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=DEVICE),
-             "flip": torch.zeros(args.batch).bool(), "draw": torch.rand(args.batch, 196), "index": torch.arange(args.batch)}
-    rows = []
+    n, rows = max(1, args.batch // 2), []
+    images, draw = torch.randn(n, 3, 224, 224, device=DEVICE), torch.rand(n, 196, device=DEVICE)
     for precision, amp in PRECISIONS.items():
-        cfg = vision_electra.Config(amp=amp, batch_size=args.batch)
-        model, to_images = vision_electra.VisionElectra(cfg), common.Normalise(*common.normalisation(cfg), DEVICE)
-        rest = (cfg.gan_weight, *for_an_update(vision_electra, model, cfg))
-        images, draw = to_images(batch), batch["draw"].to(DEVICE)
+        model, update = make_update(vision_electra, n, amp)
         frozen = {name: parameter.detach() for name, parameter in model.discriminator.named_parameters()}
         parts = {  # what runs, forward and backward
-            "generator": lambda model=model, images=images, draw=draw: model.generate(images, draw)[0].square().mean(),
-            "discriminator on originals and composites": lambda model=model, images=images: sum(
+            "generator": lambda model=model: model.generate(images, draw)[0].square().mean(),
+            "discriminator on originals and composites": lambda model=model: sum(
                 s.mean() for s in model.discriminator(torch.cat([images, images])).values()),
-            "generator's pass through it": lambda model=model, images=images, frozen=frozen: sum(
+            "generator's pass through it": lambda model=model, frozen=frozen: sum(
                 s.mean() for s in functional_call(model.discriminator, frozen, (images.clone().requires_grad_(),)).values()),
         }
 
@@ -331,13 +356,12 @@ def bench_electra(args):
             loss.backward()
 
         rivals = {name: lambda part=part, run=run: run(part) for name, part in parts.items()}
-        rivals["one update"] = lambda model=model, to_images=to_images, rest=rest: vision_electra.train_step(
-            model, iter([batch]), to_images, *rest)
+        rivals["one update"] = update
         seconds = turns(rivals, args.rounds)
         whole = seconds.pop("one update")
-        rows += [[precision, name, f"{1000 * value / args.batch:.0f}", f"{value / sum(seconds.values()):.2f}"]
+        rows += [[precision, name, f"{1000 * value / n:.0f}", f"{value / sum(seconds.values()):.2f}"]
                  for name, value in [*seconds.items(), ("one update", whole)]]
-    return [f"ViT-B/16 twice, 224 px, batch {args.batch}, median of {args.rounds} turns; the update has normalisation, losses, "
+    return [f"ViT-B/16 twice, 224 px, batch {n}, median of {args.rounds} turns; the update has normalisation, losses, "
             "diversity, gradient norms and optimizer besides.", "",
             *table(["precision", "what, forward and backward", "ms per image", "of the sum of the parts"], rows)]
 
@@ -413,7 +437,7 @@ def bench_wait(args):
     source = common.ImageFiles(paths, [-1] * len(paths), None, 3)
     values = {"model": "nano", "patch_size": 16, "workers": 1}
     cfg = mae_mff.Config(batch_size=batch, epochs=1e3, amp="off", **values)
-    step = our_step(mae_mff, torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), "off", **values)
+    step = make_update(mae_mff, batch, **values)[1]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for pause in (0.0, 0.01, 0.02, 0.05):
@@ -468,13 +492,16 @@ def bench_start(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="step,methods,cim,electra,loader,wait,start", help="which, by commas (default all)")
+    parser.add_argument("--parts", default="step,methods,compile,cim,electra,loader,wait,start", help="by commas (default all)")
     parser.add_argument("--data", help="folder of photographs, for loader and wait")
     parser.add_argument("--images", type=int, default=200, help="how many of them the loader part reads")
-    parser.add_argument("--batch", type=int, default=16, help="of the step part")
+    parser.add_argument("--batch", type=int, default=16, help="of an update")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each rival")
-    parser.add_argument("--out", type=Path, default=Path("runs/throughput.md"), help="the table (default runs/throughput.md)")
+    parser.add_argument("--out", type=Path, default=Path("runs/throughput.md"), help="the tables (default runs/throughput.md)")
+    parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory_of:
+        return print_memory(*args.memory_of, args.batch)
     parts = args.parts.split(",")
     if not args.data and {"loader", "wait"} & set(parts):
         parser.error("--data FOLDER is needed for the parts loader and wait")
@@ -482,17 +509,17 @@ def main():
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
         if Path("/proc/cpuinfo").exists() else iter([]), platform.processor())
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    machine = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    lines = [f"{machine}, torch {torch.__version__}, commit {commit}", ""]
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "torchvision", "transformers", "timm"))
+    options = f"--parts {args.parts} --batch {args.batch} --rounds {args.rounds} --images {args.images} --data PHOTOS"
+    lines = ["# Speed", "", f"Written by `python benchmarks/throughput.py {options}`; what each part measures is in that "
+             f"script's docstring. {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+             f"{'CUDA' if DEVICE.type == 'cuda' else 'no GPU'}; {versions}; commit {commit}.", ""]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        part_lines = [f"### {part}", "", *globals()[f"bench_{part}"](args)]
+        part_lines = [f"## {part}", "", *globals()[f"bench_{part}"](args)]
         print("\n".join(part_lines), flush=True)
         lines += part_lines
         args.out.write_text("\n".join(lines))
-    versions = {package: __import__(package).__version__ for package in ("transformers", "timm")} if "step" in parts else {}
-    lines += [json.dumps(versions)] if versions else []
-    args.out.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "benchmarks", "docs")]
 
 import common  # noqa: E402  (found through the line above)
 

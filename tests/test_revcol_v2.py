@@ -353,7 +353,7 @@ def test_read_outs_are_parts_of_the_whole(columns):
 
 
 def test_layer_ids_and_drop_path():
-    """d + i: depth in the column's own order, plus the column; top-down columns counted on (METHODS 1.5)."""
+    """d + i: depth in the column's own order, plus the column; top-down columns counted on."""
     model = revcol.RevColV2("tiny", (32, 32), 4, drop_path=0.6)  # depths 1, 1, 2, 3
     expected = {"stem.weight": 0, "bottom_up.0.units.0.blocks.0.mlp.fc1.weight": 1, "bottom_up.0.units.1.blocks.0.norm.bias": 2,
                 "bottom_up.0.units.2.blocks.1.attn.qkv.weight": 4, "bottom_up.0.units.3.blocks.2.norm1.weight": 7,

@@ -291,7 +291,7 @@ def test_windows_cover_every_pixel_of_an_odd_size_once_averaged(height, width, i
 
 
 def test_window_starts_are_those_of_the_protocol():
-    """Windows of 512 at steps of 341, moved back to the border (METHODS 5.3 and mmsegmentation)."""
+    """Windows of 512 at steps of 341, moved back to the border (as mmsegmentation)."""
     for length in [*range(512, 3000, 37), 853, 854]:
         steps = max(length - 512 + 341 - 1, 0) // 341 + 1
         assert transfer.window_starts(length, 512) == [min(341 * i, length - 512) for i in range(steps)]

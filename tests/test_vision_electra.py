@@ -65,7 +65,7 @@ def bce(logit, real):
 
 @pytest.mark.parametrize("paste", [True, False])
 def test_losses_and_accuracies_against_loops(paste):
-    """METHODS' form of L_D and L_adv, verdict by verdict; the whole loss is L_rec + 0.2 L_adv + L_D."""
+    """The docstring's form of L_D and L_adv, verdict by verdict; the whole loss is L_rec + 0.2 L_adv + L_D."""
     model, images, draw = build(paste=paste)
     with torch.no_grad():
         torch.manual_seed(7)

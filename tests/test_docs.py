@@ -1,0 +1,192 @@
+"""The pages say what the code says: quoted lines exist, links lead somewhere, commands parse, figures are the code's."""
+
+import gzip
+import importlib
+import json
+import re
+import statistics
+import sys
+
+import numpy as np
+import pytest
+import replicate
+import throughput
+import torch
+from conftest import ROOT
+from torchvision.io import decode_image
+
+import common
+import mae_mff
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+METHODS = ["mae_mff", "ddae", "cim", "vision_electra", "revcol_v2"]
+
+
+def headings(page):
+    """GitHub's anchors of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    lines = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+# ---- pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path) if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in headings(file), target
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quoted_lines_are_the_scripts(method):
+    page = ROOT / f"docs/{method}.md"
+    text = page.read_text()
+    assert len(text.splitlines()) <= 150
+    table = text.split("## The equations", 1)[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| `(.+)` \|$", table, re.MULTILINE)
+    assert len(rows) >= 6 and len(rows) == table.count("\n| ") - 1  # all rows but the head quote a line
+    for words, line in rows:
+        source = "common.py" if words.startswith("(`common.py`)") else f"{method}.py"
+        assert line in {code.strip() for code in (ROOT / source).read_text().splitlines()}, (source, line)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "RESULTS.md"], ids=lambda page: page.name)
+def test_printed_commands_are_accepted(page):
+    """As far as the flags go; files and data are not looked for. (RESULTS.md prints what older commits were given.)"""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    text = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ")
+    for command in re.findall(r"^.*\.py.*$", text, re.MULTILINE):
+        script, words = re.search(r"(\w+)\.py\b *([^#|]*)", command).groups()
+        if script in (*METHODS, "finetune", "transfer_seg_det") and not {"...", "--draw", "--help"} & set(words.split()):
+            if script in ("finetune", "transfer_seg_det"):
+                words = re.sub(r"--weights \S+", "", words) + " --weights none"
+            module = importlib.import_module(script)
+            common.parse_config(module.Config, module.presets, words.split())
+
+
+# ---- figures
+
+
+def test_every_figure_is_shown_and_drawn():
+    pytest.importorskip("matplotlib")
+    figures = importlib.import_module("make_figures").FIGURES
+    shown = {name for page in PAGES for name in re.findall(r"figures/(\w+)\.png", page.read_text())}
+    assert shown == set(figures) == {path.stem for path in (ROOT / "docs/figures").glob("*.png")}
+
+
+@pytest.mark.parametrize("name", ["ddae_distance", "cim_windows", "revcol_columns", "mff_weights", "ddae_beta", "losses"])
+def test_figures_of_code_and_logs_are_the_committed_ones(tmp_path, monkeypatch, name):
+    pytest.importorskip("matplotlib")
+    make_figures = importlib.import_module("make_figures")
+    monkeypatch.setattr(sys, "argv", ["make_figures.py", name, "--out", str(tmp_path)])
+    make_figures.main()
+    new, committed = (decode_image(path / f"{name}.png").float() for path in (tmp_path, ROOT / "docs/figures"))
+    assert new.shape == committed.shape and (new - committed).abs().mean() < 8  # fonts differ between versions
+
+
+def test_attention_maps_are_the_networks(monkeypatch):
+    """The hook's softmax(q k / sqrt d), applied to the values, gives what the block's attention gives."""
+    pytest.importorskip("matplotlib")
+    make_figures = importlib.import_module("make_figures")
+    torch.manual_seed(0)
+    model = common.ViT("nano", (32, 32), 4, 3).eval()
+    images, kept = torch.randn(2, 3, 32, 32), []
+    attention = model.blocks[1].attn
+    hook = attention.register_forward_hook(lambda module, inputs, output: kept.append((inputs[0], output)))
+    weights = make_figures.attention_maps(model, images)[1]
+    hook.remove()
+    x, expected = kept[0]
+    values = attention.qkv(x)[..., 2 * x.shape[-1] :].unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
+    found = attention.proj((weights @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+# ---- benchmarks
+
+
+def test_verdicts():
+    results = {("a", seed): {"linear": 50.0 + seed} for seed in range(3)} | {("b", seed): {"linear": 40.0} for seed in range(3)}
+    spread = replicate.pooled_spread(results, "linear")
+    assert spread == pytest.approx((statistics.variance([50, 51, 52]) / 2) ** 0.5)
+    assert replicate.verdict(2.1, 1.0, equal=False) == "agrees"
+    assert replicate.verdict(-2.1, 1.0, equal=False) == "disagrees"
+    assert replicate.verdict(1.9, 1.0, equal=False) == "within noise"
+    assert replicate.verdict(1.9, 1.0, equal=True) == "agrees" and replicate.verdict(2.1, 1.0, equal=True) == "disagrees"
+    assert replicate.verdict(9.0, replicate.pooled_spread({("a", 0): {"linear": 1.0}}, "linear"), equal=False) == "one seed"
+
+
+def test_claims_name_arms():
+    for scale in replicate.SCALES.values():
+        arms = replicate.arms(scale)
+        used = {name for claim in replicate.CLAIMS for name in (claim.first, claim.second)}
+        starts = {file.split("/")[0] for arm in arms.values() for file in (arm.start or {}).values()}
+        assert used | starts == set(arms)
+
+
+def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
+    drawn = common.Shapes((32, 32), 3, n=96)
+    images, labels = zip(*(drawn.read(i) for i in range(96)), strict=True)
+    np.savez(tmp_path / "shapes.npz", images=torch.stack(images).permute(0, 2, 3, 1).numpy(), labels=np.array(labels),
+             split=np.arange(96) >= 64)
+    small = {"model": "nano", "updates": 2, "batch": 32, "lr": 1e-3, "images": 64, "tune_epochs": 1}
+    monkeypatch.setattr(replicate, "SCALES", {"small": small})
+    claim = replicate.Claim("mff", "it learns", "nowhere", "mae", "scratch", ways=("finetune",))
+    monkeypatch.setattr(replicate, "CLAIMS", [claim])
+    out = tmp_path / "out"
+    command = ["replicate.py", "--data", tmp_path / "shapes.npz", "--scale", "small", "--seeds", "0", "--out", out,
+               "--table", tmp_path / "table.md", "--logs", tmp_path / "logs"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    replicate.main()
+    table = (tmp_path / "table.md").read_text()
+    assert "| it learns (`mae` - `scratch`) | nowhere |" in table and "one seed" in table
+    with gzip.open(tmp_path / "logs/mae.jsonl.gz", "rt") as file:
+        logs = [json.loads(line) for line in file]
+    assert {line["run"] for line in logs} == {"mae/0", "mae/0_finetune"}
+    top1 = next(line["eval/top1"] for line in reversed(logs) if "eval/top1" in line)
+    assert f"| 1 | {top1:.2f} |" in table
+
+    def finished():
+        return {path: path.stat().st_mtime_ns for path in out.glob("*/*/output.txt")}
+
+    before = finished()
+    (out / "scratch/0_finetune/done").unlink()  # as if it had been stopped
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--no_runs"])
+    replicate.main()
+    assert finished() == before and "scratch" not in (tmp_path / "table.md").read_text().split("| run |")[1]
+    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
+    replicate.main()
+    assert {path.parent.parent.name for path, time in finished().items() if time != before[path]} == {"scratch"}
+    assert (tmp_path / "table.md").read_text() == table
+    (out / "mae/0_finetune/done").unlink()
+    (out / "mae/0_finetune/run/log.jsonl").unlink()
+    (out / "labelled.npz").write_bytes(b"broken")
+    with pytest.raises(RuntimeError, match=r"mae/0_finetune did not end \(exit code 2\); see .*output.txt"):
+        replicate.main()
+
+
+@pytest.mark.parametrize("name", throughput.METHODS)
+def test_throughput_makes_real_updates(name):
+    script, values = throughput.METHODS[name]
+    small = {"model": "nano", "img_size": (32, 32), "patch_size": 4}
+    more = {"generator_depth": 2} if name.startswith("CIM") else {}
+    model, update = throughput.make_update(script, 2, **small, **values("nano"), **more)
+    before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+    update()
+    after = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > 0.9 * len(before)
+
+
+def test_flops_are_those_of_the_formula():
+    """MFF is MAE and a linear layer for each fused block but the last: forward, gradient of input, gradient of weight."""
+    small = {"model": "nano", "img_size": (32, 32), "patch_size": 4}
+    counts = {}
+    for name in ("MAE", "MFF"):
+        _, update = throughput.make_update(mae_mff, 2, **small, **throughput.METHODS[name][1]("nano"))
+        counts[name] = throughput.count_flops(update)
+    tokens, width, fused = 1 + 16, 128, 4
+    assert counts["MFF"] - counts["MAE"] == 3 * 2 * 2 * tokens * width**2 * (fused - 1)
