@@ -318,7 +318,7 @@ def electra_verdicts(args):
             panel(axes[row, column], values[row], title if row == 0 else "")
         for column, (title, logits) in enumerate(verdicts.items(), start=3):
             image = f"image: {logits['image'][row].sigmoid():.2f}"
-            panel(axes[row, column], logits["patch"][row].sigmoid().view(grid), f"patches of the {title}\n{image}" if row == 0
+            panel(axes[row, column], logits["patch"][row].sigmoid().view(grid), f"on the {title}\n{image}" if row == 0
                   else image, cmap="RdBu", vmin=0, vmax=1)
     picture.colorbar(axes[0, 4].images[0], ax=axes[:, 3:], shrink=0.5, label="probability of being original")
     return picture
