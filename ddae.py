@@ -10,7 +10,7 @@ weigh the loss by that distance, let the network learn how (beta), and do so at 
 reconstruct the pixels, and what a slow copy of the encoder, which sees the whole image, has at that depth.
 
 Data flow, in the order of the code (source, the paper's symbol; its name here and its shape on the right)
-    sec. 3.1  m            BEiT's blocks, then single patches: 147 of 196      mask             (B, L), 1 = hidden
+    sec. 4.1  m            BEiT's blocks, then single patches: 147 of 196      mask             (B, L), 1 = hidden
     sec. 3.2  D(m)         from a hidden patch to the nearest visible one      distance         (B, L), in patches, 0 = visible
     eq. (2)   h_i          exp(D^beta_i) / its sum over the hidden patches     h                (K, B, L)
     sec. 3.2               h_i / max h_i                                       weight           (K, B, L)
