@@ -21,7 +21,7 @@ Data flow, in the order of the code (source, the paper's symbol; its name here a
     eq. (4)   theta' <- m theta' + (1 - m) theta                               update_teacher
 lambda_i is .75, and 1 for the last level. encoder.pth is a plain ViT: the student, final LayerNorm included.
 
-The paper's ablations (100 epochs; ViT-B in tables 2 and 4, ViT-S in table 3)
+The paper's ablations (100 epochs; ViT-B in table 4, ViT-S in table 3)
     Table 2   DDS on MAE: --no-distill --decoder mae. (On BEiT-v2: not built.)
     Table 3   deep only, DS-MAE: the same with --no-dynamic; dynamic only, D-MAE: with --num_levels 1; plain MAE: with both
               (MAE's own masks: --mask random)

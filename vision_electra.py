@@ -24,12 +24,12 @@ bce(s, y) is the binary cross-entropy of sigmoid(s) and y. L_adv goes through th
 and L_D sees x^ detached: each network has its own aim, in one backward pass.
 encoder.pth is the discriminator, a plain ViT; last.pth has the generator too.
 
-What the supplement and the reviews try: --mask_ratio 0.6 ... 0.95 and --gan_weight 0.5 (table 1), --noise 0 (--levels
-image|patch is ours to try), and two starts (0.2): from scratch, which often collapses, and continual, with a pre-trained discriminator:
---discriminator_init, --generator_init. The paper's discriminator starts from SimMIM's ViT-B, whose relative positions and layer
-scale no ViT here has; any plain ViT does. Where its generator starts is unknown; an MAE that predicts raw pixels is a natural
-one: mae_mff.py --fuse_layers 11 --target raw, or MAE's mae_visualize_vit_base.pth. Its mae_pretrain_vit_base_full.pth learnt
-normalised pixels: with that, or with an encoder alone, add --generator_warmup_epochs.
+What the supplement and the reviews try: --mask_ratio 0.6 ... 0.95 and --gan_weight 0.5 (table 1), --noise 0, and two starts
+(0.2): from scratch, which often collapses, and continual, with a pre-trained discriminator: --discriminator_init,
+--generator_init. --levels image|patch leaves out one level. The paper's discriminator starts from SimMIM's ViT-B, whose
+relative positions and layer scale no ViT here has; any plain ViT does. Where its generator starts is unknown; an MAE that
+predicts raw pixels is a natural one: mae_mff.py --fuse_layers 11 --target raw, or MAE's mae_visualize_vit_base.pth. Its
+mae_pretrain_vit_base_full.pth learnt normalised pixels: with that, or with an encoder alone, add --generator_warmup_epochs.
 
 Ours
     noise     sigma = 0.1 (1 would be the literal reading) on the encoder's normalised patch tokens; while pre-training only
