@@ -1,15 +1,22 @@
 """The papers' claims at small scale: one command, resumable, one table.
 
-Every method is pre-trained on the same images for the same number of updates of as many images, three seeds each, and read out
-by a linear probe and by fine-tuning; each claim compares two of these runs, seed by seed. What a table says about ImageNet
-after hundreds of epochs need not hold on CIFAR-10 after some minutes: a row says whether the sign of the difference is found.
+Every method is pre-trained on the same images for the same number of updates of as many images, three seeds each (Vision
+ELECTRA and its rival begin with an MAE that has had as many), and read out by fine-tuning and a linear probe; each claim
+compares the means of two of these. What a paper's table says of hundreds of epochs of ImageNet need not hold after some
+minutes of CIFAR-10.
 
     python benchmarks/replicate.py --data cifar10.npz                            ViT-Tiny, 2,150 updates of 256; for a GPU
     python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2     ViT-nano, 500 updates of 64; two CPU cores
 
-`--data` is an .npz of 32 x 32 px images with labels and `split`. Repeat the command to go on after a stop: what is finished is
-not run again. `--only mff,ddae` runs a part, `--jobs` so many at a time. Runs go to --out, the table to --table, and all logs,
-one compressed file per kind of run, to --logs.
+`--data` is an .npz of 32 x 32 px images with labels and `split`; CIFAR-10 as one:
+
+    import numpy as np, torchvision
+    parts = [torchvision.datasets.CIFAR10("data", train, download=True) for train in (True, False)]
+    np.savez("cifar10.npz", images=np.concatenate([part.data for part in parts]), split=np.repeat([0, 1], [50_000, 10_000]),
+             labels=np.concatenate([part.targets for part in parts]))
+
+Repeat the command to go on after a stop: what is finished is not run again. `--only mff,ddae` runs a part, `--jobs` so many at
+a time. Runs go to --out, the table to --table, and all logs, one compressed file per kind of run, to --logs.
 """
 
 import argparse
