@@ -260,10 +260,12 @@ def table(bench, claims, results):
         "", f"Seeds {', '.join(map(str, seeds))}; commit {', '.join(commits)}; torch {torch.__version__}, {os.cpu_count()} "
         f"cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
         "A difference counts when it is beyond twice its standard error, for which the spread over seeds is pooled over all "
-        f"runs (fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); otherwise it is *within noise*.",
-        "", "| claim | paper (ImageNet) | fine-tuned | | linear probe | |", "|---|---|---|---|---|---|"]
+        f"runs (fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); otherwise it is *within noise*, "
+        "which *agrees* where the paper, too, finds no difference.",
+        "", "| claim | paper (ImageNet) | seeds | fine-tuned | | linear probe | |", "|---|---|---|---|---|---|---|"]
     for claim in claims:
-        cells = []
+        counts = [sum((name, seed) in results for seed in seeds) for name in (claim.first, claim.second)]
+        cells = ["{}, {}".format(*counts)]
         for way in READ_OUTS:
             first, second = ([results[name, seed][way] for seed in seeds if way in results.get((name, seed), {})]
                              for name in (claim.first, claim.second))
@@ -278,7 +280,8 @@ def table(bench, claims, results):
     for name, arm in bench.arms.items():
         found = [results[name, seed] for seed in seeds if (name, seed) in results]
         if found:
-            command = f"`{arm.script} {arm.flags}`" if arm.script else f"no pre-training `{arm.flags}`".replace(" ``", "")
+            start = "".join(f" {flag} {file}" for flag, file in (arm.start or {}).items())
+            command = f"`{arm.script or 'finetune.py --weights none'} {arm.flags}{start}`".replace(" `", "`")
             cells = [cell([result[way] for result in found if way in result]) for way in READ_OUTS]
             lines.append(f"| `{name}` | {command} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

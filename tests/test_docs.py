@@ -143,7 +143,7 @@ def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     replicate.main()
     table = (tmp_path / "table.md").read_text()
-    assert "| it learns (`mae` - `scratch`) | nowhere |" in table and "one seed" in table
+    assert "| it learns (`mae` - `scratch`) | nowhere | 1, 1 |" in table and "one seed" in table
     with gzip.open(tmp_path / "logs/mae.jsonl.gz", "rt") as file:
         logs = [json.loads(line) for line in file]
     assert {line["run"] for line in logs} == {"mae/0", "mae/0_finetune"}
