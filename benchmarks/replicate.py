@@ -22,6 +22,7 @@ a time. Runs go to --out, the table to --table, and all logs, one compressed fil
 import argparse
 import collections
 import gzip
+import itertools
 import json
 import math
 import os
@@ -35,11 +36,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
-SCALES = {  # model, updates and batch of pre-training, MAE's learning rate; training images and passes of the read-outs
-    "small": {"model": "nano", "updates": 500, "batch": 64, "lr": 6e-3, "images": 10_000, "tune_epochs": 2},
-    "full": {"model": "tiny", "updates": 2150, "batch": 256, "lr": 1.5e-3, "images": 50_000, "tune_epochs": 5},
+SCALES = {  # model, updates and batch of pre-training, base learning rates; training images and passes of the read-outs
+    "small": {"model": "nano", "updates": 500, "batch": 64, "mae": "6e-3", "ve": "2e-3", "revcol": "6e-3", "cim": "2e-3",
+              "images": 10_000, "tune_epochs": 2},
+    "full": {"model": "tiny", "updates": 2150, "batch": 256, "mae": "1.5e-3", "ve": "5e-4", "revcol": "1.5e-3", "cim": "2e-3",
+             "images": 50_000, "tune_epochs": 5},
 }
 READ_OUTS = {
     "finetune": "--batch_size 64 --base_lr 2e-3 --warmup_epochs 0.3 --augment crop --mixup 0 --cutmix 0 --erasing 0 "
@@ -58,14 +62,15 @@ class Arm:
 
 
 def arms(scale):
-    """{name: Arm}. The same batch, updates, crops and order of images for all; learning rates are each method's own."""
+    """{name: Arm}. The same updates of as many of the same images for all; crops and learning rates are each method's own."""
     last = {"nano": 3, "tiny": 11}[scale["model"]]
-    mae, fused = f"--base_lr {scale['lr']} --decoder_depth 1", f"--fuse_layers {last}"
-    ddae = f"--base_lr {scale['lr']} --decoder_depth 1 --target mae --momentum 0.99"
-    steps = "--no-distill --decoder mae"
-    cim = "--lr 2e-3 --generator_depth 2 --initial mae"
+    mae, fused = f"--base_lr {scale['mae']} --decoder_depth 1", f"--fuse_layers {last}"
+    ddae, steps = f"{mae} --target mae --momentum 0.99", "--no-distill --decoder mae"
+    cim = f"--lr {scale['cim']} --generator_depth 2 --initial mae"
     resnet = f"{cim} --enhancer resnet50 --resnet_width 16 --img_size 64 --patch_size 8"
-    tokenizer, raw = {"--tokenizer": "tokenizer/tokenizer.pth"}, f"{mae} {fused} --target raw"
+    tokenizer = {"--tokenizer": "tokenizer/tokenizer.pth"}
+    raw = f"--base_lr {scale['mae']} {fused} --target raw"  # with the decoder that Vision ELECTRA's generator has
+    ve = f"--base_lr {scale['ve']}"
     continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
     return {
         "mae": Arm("mae_mff.py", f"{mae} {fused}"),
@@ -88,12 +93,12 @@ def arms(scale):
         "resnet_revdet": Arm("cim.py", f"{resnet} --objective revdet", tokenizer),
         "raw": Arm("mae_mff.py", raw),
         "raw_on": Arm("mae_mff.py", raw, {"--init": "raw/last.pth"}),
-        "ve": Arm("vision_electra.py", "--base_lr 2e-3", continued),
-        "ve_half": Arm("vision_electra.py", "--base_lr 2e-3 --gan_weight 0.5", continued),
-        "revcol": Arm("revcol_v2.py", "--base_lr 6e-3 --memory plain"),
+        "ve": Arm("vision_electra.py", ve, continued),
+        "ve_half": Arm("vision_electra.py", f"{ve} --gan_weight 0.5", continued),
+        "revcol": Arm("revcol_v2.py", f"--base_lr {scale['revcol']} --memory plain"),
         "scratch": Arm(None, ""),
         "resnet_scratch": Arm(None, "--model resnet50 --resnet_width 16 --img_size 64"),
-        "revcol_scratch": Arm(None, "--model revcol_nano"),
+        "revcol_scratch": Arm(None, f"--model revcol_{scale['model']}"),
     }
 
 
@@ -114,8 +119,8 @@ TUNED = ("finetune",)  # the paper probes no features
 CLAIMS = [
     Claim("mff", "MFF beats MAE", "MFF's main claim", "mff", "mae"),
     Claim("mff", "no gradients through the shortcuts: as good", "MFF A.8: -0.1, probe -0.2", "mff_detach", "mff", equal=True),
-    Claim("mff", "the low-pass target beats MAE's", "PixMIM's main claim", "pixmim", "mae"),
-    Claim("ddae", "DDAE beats MAE", "DDAE, abstract: 83.5 after 100 epochs", "ddae", "mae"),
+    Claim("mff", "PixMIM's target and crop beat MAE's", "PixMIM's main claim", "pixmim", "mae"),
+    Claim("ddae", "DDAE (with MAE's target) beats MAE", "DDAE, abstract: 83.5 after 100 epochs", "ddae", "mae"),
     Claim("ddae", "DDAE beats MAE with the same masks", "DDAE, abstract", "ddae", "blocks"),
     Claim("ddae", "the dynamic loss helps", "DDAE, table 3", "d", "blocks"),
     Claim("ddae", "deep supervision helps", "DDAE, table 3", "ds", "blocks"),
@@ -130,20 +135,16 @@ CLAIMS = [
     Claim("cim", "sampling beats argmax", "CIM, table 7: +4.8", "respix", "respix_argmax", ways=TUNED),
     Claim("cim", "sampling beats uniform tokens", "CIM, table 7: +6.1", "respix", "respix_uniform", ways=TUNED),
     Claim("ve", "continual VE beats its start", "VE, supplement 0.2", "ve", "raw"),
-    Claim("ve", "continual VE beats as much more MAE", "VE, abstract: +1.17 over others", "ve", "raw_on"),
+    Claim("ve", "continual VE beats as many more updates of MAE", "VE, abstract: +1.17 over others", "ve", "raw_on"),
     Claim("ve", "a weight of 0.2 beats 0.5", "VE, supplement: +6.7", "ve", "ve_half"),
     Claim("revcol", "pre-training beats random weights", "RevColV2, supplement 2.1: +1.6", "revcol", "revcol_scratch"),
 ]
 
 
-class NotRun(Exception):
-    """With --no_runs: a run that is not there."""
-
-
 class Bench:
     def __init__(self, args):
         self.args, self.scale, self.out, self.data = args, SCALES[args.scale], args.out.resolve(), args.data.resolve()
-        self.arms, self.commit = arms(self.scale), git_commit()
+        self.arms = arms(self.scale)
         self.locks = collections.defaultdict(threading.Lock)  # arms that start from the same run wait for one another
         with np.load(self.data) as data:
             images, labels, split = (data[name] for name in ("images", "labels", "split"))
@@ -153,9 +154,16 @@ class Bench:
         mean, std = (",".join(f"{v:.4f}" for v in f(pixels, axis=0)) for f in (np.mean, np.std))
         self.shape = ["--img_size", "32", "--patch_size", "4", "--mean", mean, "--std", std]
         self.out.mkdir(parents=True, exist_ok=True)
+        settings, file = json.dumps([self.scale, READ_OUTS, len(train), mean, std]), self.out / "settings.json"
+        if file.exists() and file.read_text() != settings:
+            sys.exit(f"{self.out} has runs of another scale or of other images: give another --out")
+        file.write_text(settings)
         self.labelled = self.out / "labelled.npz"  # what the read-outs learn from
         if not self.labelled.exists():
-            keep = np.concatenate([train[: self.scale["images"]], np.flatnonzero(split == 1)])
+            first = train[: self.scale["images"]]
+            if len(np.unique(labels[first])) < len(np.unique(labels)):
+                sys.exit(f"{self.data}: the first {len(first):,} training images are not of all classes: shuffle them")
+            keep = np.concatenate([first, np.flatnonzero(split == 1)])
             with open(self.out / "labelled.tmp", "wb") as file:
                 np.savez(file, images=images[keep], labels=labels[keep], split=split[keep])
             os.replace(self.out / "labelled.tmp", self.labelled)
@@ -166,17 +174,16 @@ class Bench:
         with self.locks[name]:
             if (folder / "done").exists():
                 return
-            if self.args.no_runs:
-                raise NotRun(name)
             folder.mkdir(parents=True, exist_ok=True)
             words = [sys.executable, ROOT / command[0], *command[1:], "--out", folder / "run", "--resume"]
             environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.args.jobs))}
+            commit = git_commit()
             with open(folder / "output.txt", "ab") as file:
                 code = subprocess.run([str(word) for word in words], stdout=file, stderr=file, env=environment).returncode
             # A script that was asked to stop has saved, and ends with 0 too.
             if code or "\ndone:" not in (folder / "output.txt").read_text():
                 raise RuntimeError(f"{name} did not end (exit code {code}); see {folder}/output.txt")
-            (folder / "done").write_text(self.commit)
+            (folder / "done").write_text(commit)
             print(f"done: {name}", flush=True)
 
     def pretrain(self, name, seed):
@@ -194,20 +201,26 @@ class Bench:
         return self.out / name / str(seed) / "run/encoder.pth"
 
     def read_out(self, name, seed, ways):
-        """{way: top-1} of one arm with one seed."""
+        """Pre-train one arm with one seed, unless that is done, and read it out."""
         flags = self.arms[name].flags.split()
         if self.arms[name].script:
             size = flags[flags.index("--img_size"):][:2] if "--img_size" in flags else []
             shape = [*self.shape, *size, "--weights", self.pretrain(name, seed)]
         else:
-            shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none"]
-        result = {}
+            shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none", "--layer_decay", 1]
         for way in ways:
             epochs = [] if way == "linear" else ["--epochs", self.scale["tune_epochs"]]
             self.run(f"{name}/{seed}_{way}", ["finetune.py", "--data", self.labelled, *shape, *READ_OUTS[way].split(), *epochs,
                                               "--seed", seed])
-            result[way] = read_log(self.out / f"{name}/{seed}_{way}")[-1]["eval/top1"]
-        return result
+
+    def results(self):
+        """{(arm, seed): {way: top-1}} of all that is done."""
+        found = collections.defaultdict(dict)
+        for name, seed, way in itertools.product(self.arms, self.args.seeds, READ_OUTS):
+            folder = self.out / name / f"{seed}_{way}"
+            if (folder / "done").exists():
+                found[name, seed][way] = read_log(folder)[-1]["eval/top1"]
+        return found
 
 
 def git_commit():
@@ -221,22 +234,25 @@ def read_log(folder):
 
 
 def pooled_spread(results, way):
-    """Standard deviation of one run's top-1 over seeds, pooled over all arms (NaN from one seed)."""
+    """Standard deviation of one run's top-1 over seeds, pooled over all arms, and its degrees of freedom."""
     by_arm = collections.defaultdict(list)
     for (name, _), result in results.items():
         if way in result:
             by_arm[name].append(result[way])
     freedom = sum(len(values) - 1 for values in by_arm.values())
     squares = sum(statistics.pvariance(values) * len(values) for values in by_arm.values())
-    return math.sqrt(squares / freedom) if freedom else math.nan
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
 
 
-def verdict(difference, error, equal):
-    """agrees, disagrees, or within noise: a difference of means against twice its standard error."""
-    if math.isnan(error):
+def verdict(difference, margin, equal):
+    """agrees, disagrees, or within noise: a difference of means, and the half-width of its 95 % interval (NaN: unknown). Equal
+    means: the whole interval within a point."""
+    if math.isnan(margin):
         return "one seed"
-    if abs(difference) < 2 * error:
-        return "agrees" if equal else "within noise"
+    if equal and abs(difference) + margin < 1:
+        return "agrees"
+    if abs(difference) < margin:
+        return "within noise"
     return "disagrees" if equal or difference < 0 else "agrees"
 
 
@@ -245,25 +261,32 @@ def cell(values):
     return f"{statistics.mean(values):.2f}{spread}" if values else ""
 
 
-def table(bench, claims, results):
-    """Markdown: one row per claim, one per arm."""
-    scale, seeds = bench.scale, bench.args.seeds
+def table(bench):
+    """Markdown: one row per claim, one per arm, of all that is done."""
+    scale, seeds, results = bench.scale, bench.args.seeds, bench.results()
     commits = sorted({file.read_text() for file in bench.out.glob("*/*/done")})
-    spreads = {way: pooled_spread(results, way) for way in READ_OUTS}
+    spreads, widths = {}, {}
+    for way in READ_OUTS:
+        spreads[way], freedom = pooled_spread(results, way)
+        widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan  # of one run's interval
+    pairs = {way: widths[way] * math.sqrt(2 / len(seeds)) for way in READ_OUTS}
     lines = [
         "# The papers' claims at small scale", "",
         f"Written by `benchmarks/replicate.py --scale {bench.args.scale}`; what is compared, and how to repeat it, is in that "
         "script's docstring. Logs of all runs: [runs](runs), one file per row of the second table.", "",
         f"Scale `{bench.args.scale}`: {scale['model']}, patches of 4 px, {scale['updates']} updates of {scale['batch']} images "
         f"({bench.epochs:.2f} passes), read out on {scale['images']:,} training images: fine-tuned for {scale['tune_epochs']} "
-        "passes, or by a linear probe on frozen features. Top-1 on the test images in %, mean over seeds ± standard deviation.",
-        "", f"Seeds {', '.join(map(str, seeds))}; commit {', '.join(commits)}; torch {torch.__version__}, {os.cpu_count()} "
-        f"cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
-        "A difference counts when it is beyond twice its standard error, for which the spread over seeds is pooled over all "
-        f"runs (fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); otherwise it is *within noise*, "
-        "which *agrees* where the paper, too, finds no difference.",
-        "", "| claim | paper (ImageNet) | seeds | fine-tuned | | linear probe | |", "|---|---|---|---|---|---|---|"]
-    for claim in claims:
+        "passes (layer decay 0.75; random weights 1), or by a linear probe on frozen features (the class token; RevColV2's "
+        "mean). Top-1 on the test images in %, mean over seeds ± standard deviation.", "",
+        f"Seeds {', '.join(map(str, seeds))}; runs of commit {', '.join(commits)}, table of {git_commit()}; torch "
+        f"{torch.__version__}, {os.cpu_count()} cores, "
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
+        "Differences are points of top-1 ± half their 95 % interval, for which the spread over seeds is pooled over all runs "
+        f"(fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points): with {len(seeds)} seeds nothing below "
+        f"{pairs['finetune']:.1f} and {pairs['linear']:.1f} points can be seen, and of all these rows one in twenty errs. "
+        "*Within noise*: the interval has 0 in it. No difference *agrees* if the interval stays within a point.", "",
+        "| claim | paper (ImageNet) | seeds | fine-tuned | | linear probe | |", "|---|---|---|---|---|---|---|"]
+    for claim in CLAIMS:
         counts = [sum((name, seed) in results for seed in seeds) for name in (claim.first, claim.second)]
         cells = ["{}, {}".format(*counts)]
         for way in READ_OUTS:
@@ -273,8 +296,8 @@ def table(bench, claims, results):
                 cells += ["", ""]
                 continue
             difference = statistics.mean(first) - statistics.mean(second)
-            error = spreads[way] * math.sqrt(1 / len(first) + 1 / len(second))
-            cells += [f"{difference:+.2f} ± {error:.2f}", verdict(difference, error, claim.equal)]
+            margin = widths[way] * math.sqrt(1 / len(first) + 1 / len(second))
+            cells += [f"{difference:+.2f} ± {margin:.2f}", verdict(difference, margin, claim.equal)]
         lines.append(f"| {claim.words} (`{claim.first}` - `{claim.second}`) | {claim.paper} | " + " | ".join(cells) + " |")
     lines += ["", "| run | command | seeds | fine-tuned | linear probe |", "|---|---|---|---|---|"]
     for name, arm in bench.arms.items():
@@ -306,30 +329,30 @@ def main():
     parser.add_argument("--only", help="groups of claims, by commas: mff, ddae, cim, ve, revcol (default all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
-    parser.add_argument("--out", type=Path, default=Path("runs/replicate"))
-    parser.add_argument("--table", type=Path, default=Path("runs/replicate/table.md"))
-    parser.add_argument("--logs", type=Path, default=Path("runs/replicate/logs"))
+    parser.add_argument("--out", type=Path, help="default runs/replicate_SCALE")
+    parser.add_argument("--table", type=Path, help="default OUT/table.md")
+    parser.add_argument("--logs", type=Path, help="default OUT/logs")
     args = parser.parse_args()
-    claims = [claim for claim in CLAIMS if not args.only or claim.group in args.only.split(",")]
-    if not claims:
-        parser.error(f"--only {args.only}: no such group of claims")
+    groups = dict.fromkeys(claim.group for claim in CLAIMS)
+    wanted = args.only.split(",") if args.only else list(groups)
+    if unknown := set(wanted) - set(groups):
+        parser.error(f"--only {','.join(unknown)}: there are {', '.join(groups)}")
+    args.out = args.out or Path(f"runs/replicate_{args.scale}")
+    args.table, args.logs = args.table or args.out / "table.md", args.logs or args.out / "logs"
     bench, ways = Bench(args), collections.defaultdict(dict)
-    for claim in claims:
-        for name in (claim.first, claim.second):
+    for claim in CLAIMS:
+        for name in (claim.first, claim.second) if claim.group in wanted and not args.no_runs else ():
             ways[name] |= dict.fromkeys(claim.ways)
     with ThreadPoolExecutor(args.jobs) as pool:  # seed by seed, so that a table of one seed is there early
-        jobs = {(name, seed): pool.submit(bench.read_out, name, seed, ways[name]) for seed in args.seeds for name in ways}
-        results = {}
+        jobs = [pool.submit(bench.read_out, name, seed, ways[name]) for seed in args.seeds for name in ways]
         try:
-            for key, job in jobs.items():
-                try:
-                    results[key] = job.result()
-                except NotRun:
-                    continue
-                args.table.write_text(table(bench, claims, results), encoding="utf-8")
+            for job in jobs:
+                job.result()
+                args.table.write_text(table(bench), encoding="utf-8")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    args.table.write_text(table(bench), encoding="utf-8")
     write_logs(bench, args.logs)
     print(args.table.read_text(encoding="utf-8"))
 
