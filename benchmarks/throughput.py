@@ -193,13 +193,15 @@ GROUPS = {  # of operators, by a part of their name
 
 def profile(step):
     """{group: share of the time} of one update."""
-    activities = [torch.profiler.ProfilerActivity.CUDA if DEVICE.type == "cuda" else torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
+    cuda, kinds = DEVICE.type == "cuda", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]) as profiler:
         step()
     seconds = dict.fromkeys([*GROUPS, "everything else"], 0.0)
     for event in profiler.key_averages():
+        if cuda and event.device_type == torch.autograd.DeviceType.CUDA:
+            continue  # a kernel: its time is counted with the operator that started it
         group = next((g for g, parts in GROUPS.items() if any(part in event.key for part in parts)), "everything else")
-        seconds[group] += event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
+        seconds[group] += event.self_device_time_total if cuda else event.self_cpu_time_total
     return {group: value / sum(seconds.values()) for group, value in seconds.items()}
 
 
@@ -252,8 +254,9 @@ def bench_methods(args):
                          f"{flops / base_flops:.2f}", f"{flops / args.batch / 1e9:.1f}",
                          f"{flops / seconds[name] / (work / seconds['product']):.0%}", memory])
     held = "the allocator's peak" if DEVICE.type == "cuda" else "of the process, Python and torch included"
-    return [f"224 px, bf16, batch {args.batch}, median of {args.rounds} turns with MAE's update of the same size. RevColV2's "
-            f"FLOPs include what its backward pass computes again. Memory: {held}.", "",
+    return [f"224 px, bf16, batch {args.batch}, median of {args.rounds} turns with MAE's update of the same size, timed anew "
+            "for each: a machine's speed drifts, so read the costs. RevColV2's FLOPs include what its backward pass computes "
+            f"again. Memory: {held}.", "",
             *table(["size", "method", "images/s", "cost, MAE = 1", "expected from the FLOPs", "GFLOP per image",
                     "of the matrix-product speed", "peak memory, GiB"], rows)]
 
@@ -503,6 +506,10 @@ def main():
     if args.memory_of:
         return print_memory(*args.memory_of, args.batch)
     parts = args.parts.split(",")
+    if unknown := [part for part in parts if f"bench_{part}" not in globals()]:
+        parser.error(f"--parts {','.join(unknown)}: no such part")
+    if DEVICE.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as common.Run does, here for the rivals too
     if not args.data and {"loader", "wait"} & set(parts):
         parser.error("--data FOLDER is needed for the parts loader and wait")
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else next(

@@ -55,7 +55,7 @@ def new(rows, columns, width, height):
 def panel(axis, values, title="", **how):
     axis.imshow(values.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1) if values.ndim == 3 else values, **how)
     axis.set_title(title, fontsize=9)
-    axis.set_axis_off()
+    axis.set(xticks=[], yticks=[])
 
 
 def shapes(numbers, size=32, channels=3):
@@ -87,12 +87,17 @@ def ddae_distance(args):
 
 @figure
 def cim_windows(args):
-    images = shapes((0, 5, 7), 64)
-    mean, deviation = cim.window_statistics(images)
-    patches = mae_mff.patch_target(images, 8)
-    columns = {"image": images, "mean of the 8 x 8 window\naround each pixel": mean.expand_as(images),
-               "what windows leave:\nResPix's target": (images - mean) / deviation / 5 + 0.5,
-               "what 8 x 8 patches leave": common.unpatchify(patches, 8, (8, 8)) / 5 + 0.5}
+    pixels = shapes((0, 5, 7), 64)
+    cfg = cim.Config(tokenizer="none needed", img_size=(64, 64), patch_size=8)
+    to_images = common.Normalise(*common.normalisation(cfg), torch.device("cpu"))
+    images = to_images({"image": pixels})
+    columns = {"image": pixels}
+    for kind, title in (("window", "what windows leave:\nResPix's target"), ("patch", "what 8 x 8 patches leave")):
+        cfg.pixel_norm = kind
+        mean, deviation = cim.pixel_statistics(images, cfg)
+        if kind == "window":
+            columns["mean of the 8 x 8 window\naround each pixel"] = to_images.undo(mean.expand_as(images))
+        columns[title] = (images - mean) / deviation / 5 + 0.5
     picture, axes = new(3, 4, 8, 6.4)
     for column, (title, values) in enumerate(columns.items()):
         for row in range(3):
@@ -130,13 +135,14 @@ def revcol_columns(args):
         title = f"bottom-up {x + 1}" if up else f"top-down {x + 1 - len(model.bottom_up)}"
         axis.text(x, -0.75, title, ha="center", fontsize=9)
     words = "mask tokens fill in\nthe hidden cells"
+    axis.axvline(len(model.bottom_up) - 0.5, 0.1, 0.85, color="gray", linestyle=":", linewidth=1)
     axis.text(len(model.bottom_up) - 0.5, 3.42, words, ha="center", fontsize=8, style="italic")
     for y, name in enumerate(names):
         axis.text(-0.75, y, f"level {y}\n{name}", ha="center", va="center", fontsize=8)
     for color, style, words in (("#1f4e79", "-", "F: from the level before"), ("gray", "-", "F: from the column before"),
-                                ("#b03a2e", "--", "a times the same level of the column before: what can be inverted")):
+                                ("#2e7d32", "-", "stem"), ("#b03a2e", "--", "a times the same level before: can be inverted")):
         axis.plot([], [], color=color, linestyle=style, label=words)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3, fontsize=8, frameon=False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, fontsize=8, frameon=False)
     axis.set(xlim=(-1.1, 3.6), ylim=(-1, 3.8))
     axis.set_axis_off()
     return picture
@@ -212,7 +218,7 @@ def read_log(path):
 
 
 def load(script, args, make):
-    """(network, settings, function that normalises images) of a demo; make: (settings, mean, deviation) -> network."""
+    """(network, settings, its Normalise) of a demo; make: (settings, mean, deviation) -> network."""
     path = args.runs / script.__name__ / "last.pth"
     if not path.exists():
         sys.exit(f"there is no {path}: make it with `python {script.__name__}.py --demo --out {path.parent}`")
@@ -221,8 +227,7 @@ def load(script, args, make):
     mean, std = common.normalisation(cfg)
     model = make(cfg, mean, std).eval()
     model.load_state_dict(content["model"])
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    return model, cfg, lambda images: (images - mean) / std
+    return model, cfg, common.Normalise(mean, std, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -247,7 +252,8 @@ def attention(args):
     networks = {"MAE": load(mae_mff, args, mae_mff.MaskedAutoencoder),
                 "DDAE": load(ddae, args, lambda cfg, *rest: ddae.DeepDynamicAutoEncoder(cfg))}
     images, block = shapes(range(64)), 1
-    maps = {name: attention_maps(model, normalise(images)) for name, (model, _, normalise) in networks.items()}
+    maps = {name: attention_maps(model, to_images({"image": images}))
+            for name, (model, _, to_images) in networks.items()}
     (h, w), p = networks["MAE"][0].grid, networks["MAE"][1].patch_size
     places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).reshape(-1, 2) * float(p)
     apart = torch.cdist(places, places)  # px
@@ -257,10 +263,10 @@ def attention(args):
     for column, i in enumerate((0, 5, 7, 8, 11)):
         panel(axes[0, column], images[i])
         for row, (_, values) in enumerate(maps.items(), start=1):
-            panel(axes[row, column], values[block, i].mean(0)[0, 1:].view(h, w), cmap="viridis")
+            panel(axes[row, column], values[block, i].mean(0)[0, 1:].view(h, w), cmap="viridis", vmin=0)
     for row, name in enumerate(("image", *maps)):
         axes[row, 0].text(-0.15, 0.5, name, transform=axes[row, 0].transAxes, rotation=90, va="center", ha="right", fontsize=9)
-    left.suptitle(f"attention of the class token, block {block}, mean of heads", fontsize=9)
+    left.suptitle(f"attention of the class token, block {block}, mean of heads (each map from 0 to its maximum)", fontsize=9)
     axis = right.subplots()
     for name, values in maps.items():
         patches = values[..., 1:, 1:] / values[..., 1:, 1:].sum(-1, keepdim=True)
@@ -285,12 +291,11 @@ def cim_samples(args):
     noise = torch.rand(len(images), len(model.enhancer.pos_embed[0]) - 1)
     n = torch.tensor(sum(cfg.num_masked) // 2)
     columns = {"original": images, "masked": images}
-    for title, sampling in (("sampled", "softmax"), ("again", "softmax"), ("once more", "softmax"), ("argmax", "argmax"),
-                            ("uniform", "uniform"), ("again, uniform", "uniform")):
-        cfg.sampling = sampling
+    for title in ("softmax 1", "softmax 2", "softmax 3", "argmax", "uniform 1", "uniform 2"):
+        cfg.sampling = title.split()[0]
         columns[title], mask = model.corrupt(images, noise, n, tokenizer)[:2]
     hidden = common.spread(mask[..., None].float(), cfg.patch_size, cfg.grid)
-    columns["masked"] = torch.where(hidden > 0, 0.5, images)
+    columns["masked"] = torch.where(hidden > 0, torch.tensor([0.2, 0.35, 0.7]).view(3, 1, 1), images)
     picture, axes = new(4, len(columns), 10, 5.2)
     for column, (title, values) in enumerate(columns.items()):
         for row in range(4):
@@ -301,16 +306,15 @@ def cim_samples(args):
 @figure
 @torch.no_grad()
 def electra_verdicts(args):
-    model, cfg, normalise = load(vision_electra, args, lambda cfg, *rest: vision_electra.VisionElectra(cfg))
+    model, cfg, to_images = load(vision_electra, args, lambda cfg, *rest: vision_electra.VisionElectra(cfg))
     pixels = shapes((0, 5, 7, 8))
-    images, grid, p = normalise(pixels), model.discriminator.grid, cfg.patch_size
+    images, grid, p = to_images({"image": pixels}), model.discriminator.grid, cfg.patch_size
     torch.manual_seed(0)
     pred, mask, *_ = model.generate(images, torch.rand(len(images), grid[0] * grid[1]))
     composite, _ = model.compose(images, pred, mask)
-    undo = images.new_tensor(1) / (normalise(pixels.new_ones(1, 3, 1, 1)) - normalise(pixels.new_zeros(1, 3, 1, 1)))
     hidden = common.spread(mask[..., None], p, grid)
     shown = {"original": pixels, "masked": torch.where(hidden > 0, 0.5, pixels),
-             "composite": (composite - normalise(pixels.new_zeros(1, 3, 1, 1))) * undo}
+             "composite": to_images.undo(composite)}
     verdicts = {"composite": model.discriminator(composite), "original": model.discriminator(images)}
     picture, axes = new(4, 5, 8, 6.6)
     for row in range(4):
