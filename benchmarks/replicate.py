@@ -146,7 +146,11 @@ class Bench:
         self.args, self.scale, self.out, self.data = args, SCALES[args.scale], args.out.resolve(), args.data.resolve()
         self.arms = arms(self.scale)
         self.locks = collections.defaultdict(threading.Lock)  # arms that start from the same run wait for one another
+        if not self.data.is_file():
+            sys.exit(f"--data {args.data} does not exist: --help says how to make one")
         with np.load(self.data) as data:
+            if missing := {"images", "labels", "split"} - set(data):
+                sys.exit(f"--data {args.data} has no {', '.join(sorted(missing))}: --help says how to make one")
             images, labels, split = (data[name] for name in ("images", "labels", "split"))
         train = np.flatnonzero(split == 0)
         self.epochs = self.scale["updates"] * self.scale["batch"] / len(train)
