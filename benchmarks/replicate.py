@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ class Arm:
 
     script: str
     flags: str
-    start: dict = None
+    start: dict = field(default_factory=dict)
 
 
 def arms(scale):
@@ -195,7 +195,7 @@ class Bench:
         arm, scale = self.arms[name], self.scale
         seed = 0 if name == "tokenizer" else seed
         start = []
-        for flag, file in (arm.start or {}).items():
+        for flag, file in arm.start.items():
             other, file = file.split("/")
             start += [flag, self.pretrain(other, seed).with_name(file)]
         model = ["--model", scale["model"]] if name != "tokenizer" else []
@@ -307,7 +307,7 @@ def table(bench):
     for name, arm in bench.arms.items():
         found = [results[name, seed] for seed in seeds if (name, seed) in results]
         if found:
-            start = "".join(f" {flag} {file}" for flag, file in (arm.start or {}).items())
+            start = "".join(f" {flag} {file}" for flag, file in arm.start.items())
             command = f"`{arm.script or 'finetune.py --weights none'} {arm.flags}{start}`".replace(" `", "`")
             cells = [cell([result[way] for result in found if way in result]) for way in READ_OUTS]
             lines.append(f"| `{name}` | {command} | {len(found)} | " + " | ".join(cells) + " |")
@@ -356,9 +356,10 @@ def main():
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    args.table.write_text(table(bench), encoding="utf-8")
     write_logs(bench, args.logs)
-    print(args.table.read_text(encoding="utf-8"))
+    text = table(bench)
+    args.table.write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

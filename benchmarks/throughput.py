@@ -41,6 +41,8 @@ from torchvision.io import ImageReadMode, decode_image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from replicate import git_commit  # noqa: E402
+
 import cim  # noqa: E402  (found through the line above)
 import common  # noqa: E402
 import ddae  # noqa: E402
@@ -515,12 +517,11 @@ def main():
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
         if Path("/proc/cpuinfo").exists() else iter([]), platform.processor())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "torchvision", "transformers", "timm"))
     options = f"--parts {args.parts} --batch {args.batch} --rounds {args.rounds} --images {args.images} --data PHOTOS"
     lines = ["# Speed", "", f"Written by `python benchmarks/throughput.py {options}`; what each part measures is in that "
              f"script's docstring. {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-             f"{'CUDA' if DEVICE.type == 'cuda' else 'no GPU'}; {versions}; commit {commit}.", ""]
+             f"{'CUDA' if DEVICE.type == 'cuda' else 'no GPU'}; {versions}; commit {git_commit()}.", ""]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
         part_lines = [f"## {part}", "", *globals()[f"bench_{part}"](args)]

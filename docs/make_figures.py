@@ -58,6 +58,13 @@ def panel(axis, values, title="", **how):
     axis.set(xticks=[], yticks=[])
 
 
+def panels(axes, columns):
+    """{title: images} into the columns of axes, one image per row."""
+    for column, (title, values) in enumerate(columns.items()):
+        for row, image in enumerate(values):
+            panel(axes[row, column], image, title if row == 0 else "")
+
+
 def shapes(numbers, size=32, channels=3):
     """(N, channels, size, size) in [0, 1]: drawn images, as --demo learns from."""
     source = common.Shapes((size, size), channels, n=max(numbers) + 1)
@@ -99,9 +106,7 @@ def cim_windows(args):
             columns["mean of the 8 x 8 window\naround each pixel"] = to_images.undo(mean.expand_as(images))
         columns[title] = (images - mean) / deviation / 5 + 0.5
     picture, axes = new(3, 4, 8, 6.4)
-    for column, (title, values) in enumerate(columns.items()):
-        for row in range(3):
-            panel(axes[row, column], values[row], title if row == 0 else "")
+    panels(axes, columns)
     return picture
 
 
@@ -297,9 +302,7 @@ def cim_samples(args):
     hidden = common.spread(mask[..., None].float(), cfg.patch_size, cfg.grid)
     columns["masked"] = torch.where(hidden > 0, torch.tensor([0.2, 0.35, 0.7]).view(3, 1, 1), images)
     picture, axes = new(4, len(columns), 10, 5.2)
-    for column, (title, values) in enumerate(columns.items()):
-        for row in range(4):
-            panel(axes[row, column], values[row], title if row == 0 else "")
+    panels(axes, columns)
     return picture
 
 
@@ -317,9 +320,8 @@ def electra_verdicts(args):
              "composite": to_images.undo(composite)}
     verdicts = {"composite": model.discriminator(composite), "original": model.discriminator(images)}
     picture, axes = new(4, 5, 8, 6.6)
+    panels(axes, shown)
     for row in range(4):
-        for column, (title, values) in enumerate(shown.items()):
-            panel(axes[row, column], values[row], title if row == 0 else "")
         for column, (title, logits) in enumerate(verdicts.items(), start=3):
             image = f"image: {logits['image'][row].sigmoid():.2f}"
             panel(axes[row, column], logits["patch"][row].sigmoid().view(grid), f"on the {title}\n{image}" if row == 0

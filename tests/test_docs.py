@@ -92,7 +92,7 @@ def test_figures_of_code_and_logs_are_the_committed_ones(tmp_path, monkeypatch, 
     assert new.shape == committed.shape and (new - committed).abs().mean() < 1.5  # fonts differ between versions
 
 
-def test_attention_maps_are_the_networks(monkeypatch):
+def test_attention_maps_are_the_networks():
     """The hook's softmax(q k / sqrt d), applied to the values, gives what the block's attention gives."""
     pytest.importorskip("matplotlib")
     make_figures = importlib.import_module("make_figures")
@@ -137,7 +137,7 @@ def test_intervals_are_those_of_a_t_test():
     assert f"| 3, 3 | {(interval.high + interval.low) / 2:+.2f} ± {margin:.2f} | within noise |  |  |" in row
 
 
-def test_every_start_fits(tmp_path):
+def test_every_start_fits():
     """At every scale the file that an arm begins with fits the network that reads it."""
     for scale in replicate.SCALES.values():
         shape = ["--model", scale["model"], "--img_size", "32", "--patch_size", "4"]
@@ -154,7 +154,7 @@ def test_claims_name_arms():
     for scale in replicate.SCALES.values():
         arms = replicate.arms(scale)
         used = {name for claim in replicate.CLAIMS for name in (claim.first, claim.second)}
-        starts = {file.split("/")[0] for arm in arms.values() for file in (arm.start or {}).values()}
+        starts = {file.split("/")[0] for arm in arms.values() for file in arm.start.values()}
         assert used | starts == set(arms)
 
 
