@@ -48,41 +48,28 @@ from common import (
     NETWORK,
     VIT_SIZES,
     Block,
-    KeyedBatches,
-    Normalise,
     RandomResizedCrop,
-    Refused,
     RunConfig,
-    Views,
+    UserError,
     ViT,
-    VitSize,
     adamw,
-    autocast,
-    check_data,
-    cover,
     fill_from_visible,
-    finish_update,
-    gradient_sync,
+    gather_tokens,
     launch,
     load_weights,
-    make_loader,
-    make_plan,
     network_of,
     new_file,
-    normalisation,
     open_data,
-    opt,
     parameter_groups,
     patch_grid,
+    patches_to_pixels,
     patchify,
-    picture_batch,
+    print0,
     read_file,
-    save_pictures,
-    say,
+    resize_to_cover,
+    save_image_grid,
     set_lr,
     sincos_pos_embed,
-    spread,
-    take_tokens,
     unpatchify,
     warmup_cosine,
     weights_of,
@@ -101,39 +88,43 @@ DECODERS = {  # width, blocks, heads: MAE sec. 4.1 for base to huge, the MFF aut
 @dataclass
 class Config(RunConfig):
     # model
-    model: VitSize = opt("base", "encoder: width, depth and heads of that ViT")
-    patch_size: int | None = opt(None, "pixels; default 16, 14 for huge")
-    decoder_embed_dim: int | None = opt(None, "decoder width; default matches the encoder")
-    decoder_depth: int | None = opt(None, "decoder blocks; likewise")
-    decoder_num_heads: int | None = opt(None, "decoder heads; likewise")
+    model: Literal[*VIT_SIZES] = "base"  # encoder: width, depth and heads of that ViT
+    patch_size: int | None = None  # pixels; default 16, 14 for huge
+    decoder_embed_dim: int | None = None  # decoder width; default matches the encoder
+    decoder_depth: int | None = None  # decoder blocks; likewise
+    decoder_num_heads: int | None = None  # decoder heads; likewise
     # method
-    mask_ratio: float = opt(0.75, "share of hidden patches")
-    fuse_layers: tuple[int, ...] | None = opt(None, "blocks to fuse; default 0,2,4,6,8,11 of 12; the last alone is MAE")
-    detach_shallow: bool = opt(False, "no gradient through the shallow shortcuts (MFF sec. A.8)")
-    target: Literal["mae", "raw", "pixmim"] = opt("mae", "normalised pixels, raw pixels, or low-pass filtered and normalised")
-    crop: Literal["rrc", "src"] | None = opt(None, "random resized crop, or PixMIM's simple one; default: the target's")
+    mask_ratio: float = 0.75  # share of hidden patches
+    fuse_layers: tuple[int, ...] | None = None  # blocks to fuse; default 0,2,4,6,8,11 of 12; the last alone is MAE
+    detach_shallow: bool = False  # no gradient through the shallow shortcuts (MFF sec. A.8)
+    target: Literal["mae", "raw", "pixmim"] = "mae"  # normalised, raw, or low-pass filtered and normalised pixels
+    crop: Literal["rrc", "src"] | None = None  # random resized crop, or PixMIM's simple one; default: the target's
     # optimisation: MFF appendix, table 1 (MAE's)
-    epochs: float = opt(800.0, "passes over the data")
-    batch_size: int = opt(4096, "images per update, over all processes")
-    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that divides, up to 256")
-    base_lr: float = opt(1.5e-4, "learning rate per 256 images")
-    min_lr: float = opt(0.0, "where the cosine ends")
-    warmup_epochs: float | None = opt(None, "linear warm-up; default a fifth of the epochs, at most the papers' 40")
-    weight_decay: float = opt(0.05, "AdamW")
-    betas: tuple[float, float] = opt((0.9, 0.95), "AdamW")
-    clip_grad: float = opt(0.0, "largest gradient norm; 0 = no clipping")
+    epochs: float = 800.0  # passes over the data
+    batch_size: int = 4096  # images per update, over all processes
+    micro_batch: int | None = None  # images per forward pass of one process; default: the largest that divides, <= 256
+    base_lr: float = 1.5e-4  # learning rate per 256 images
+    min_lr: float = 0.0  # where the cosine ends
+    warmup_epochs: float | None = None  # linear warm-up; default a fifth of the epochs, at most the papers' 40
+    weight_decay: float = 0.05  # AdamW
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW
+    clip_grad: float = 0.0  # largest gradient norm; 0 = no clipping
     # run
-    init: str | None = opt(None, "start from these weights (ours, official MAE, timm); a fresh schedule")
-    draw: str | None = opt(None, "draw what these weights (last.pth, official MAE's) fill in, to --out X.png, and end")
-    pictures: int = opt(8, "images drawn at each epoch's end; 0 = none")
+    init: str | None = None  # start from these weights (ours, official MAE, timm); a fresh schedule
+    draw: str | None = None  # draw what these weights (last.pth, official MAE's) fill in, to --out X.png, and end
+    pictures: int = 8  # images drawn at each epoch's end; 0 = none
+
+    start_from = ("init",)
+    free_on_resume = RunConfig.free_on_resume | {"draw"}
 
     def __post_init__(self):
         super().__post_init__()
         depth = VIT_SIZES[self.model][1]
+        width, blocks, heads = DECODERS[self.model]
         self.patch_size = self.patch_size or (14 if self.model == "huge" else 16)
-        self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads = (
-            given or matched for given, matched in zip(
-                (self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads), DECODERS[self.model], strict=True))
+        self.decoder_embed_dim = self.decoder_embed_dim or width
+        self.decoder_depth = self.decoder_depth or blocks
+        self.decoder_num_heads = self.decoder_num_heads or heads
         self.fuse_layers = self.fuse_layers or tuple(sorted({i * (depth - 1) // 5 for i in range(6)}))
         self.warmup_epochs = min(40.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
         self.crop = self.crop or ("src" if self.target == "pixmim" else "rrc")
@@ -150,27 +141,13 @@ class Config(RunConfig):
             raise ValueError("--draw and --pictures 0: how many?")
 
 
-# Raw pixels in the demo: drawn shapes are flat, and a flat patch has nothing left once its mean and deviation are taken out.
+# Raw pixels in the demo: drawn shapes are flat, and a flat patch minus its mean leaves nothing to predict.
 DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "target": "raw", "epochs": 4.0,
         "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5, "log_every": 25}
 
 
-DRAWN = ("mask_ratio", "fuse_layers", "target", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-
-
 def presets(flags):
-    values = DEMO if flags.demo else {}
-    if flags.draw:  # a file of ours says how it was trained; the tensors of official ones show their sizes, but not the target
-        content = read_file(flags.draw)
-        config, network = content.get("config", {}), network_of(content)
-        if network.get("model") not in VIT_SIZES:
-            raise Refused(f"--draw {flags.draw} holds {network.get('model', 'no known network')}, not a ViT with decoder: use "
-                          "the last.pth of this script, or official MAE's")
-        raw = not getattr(content.get("args"), "norm_pix_loss", "visualize" not in Path(flags.draw).name)
-        values = values | {"out": "reconstruction.png", "fuse_layers": (VIT_SIZES[network["model"]][1] - 1,)}
-        values |= {"target": "raw" if raw else "mae"} | {name: config[name] for name in DRAWN if name in config}
-        values |= {name: network[name] for name in (*NETWORK, "img_size") if name in network and hasattr(Config, name)}
-    return values
+    return draw_presets(flags.draw) if flags.draw else DEMO if flags.demo else {}
 
 
 # ---- masking and targets ---------------------------------------------------------------------------------------------
@@ -223,7 +200,7 @@ def masked_mse(pred, target, mask):
 class MaskedAutoencoder(ViT):
     """Encoder, fusion and decoder. Names of the encoder's and decoder's parameters are MAE's."""
 
-    def __init__(self, cfg, mean, std):
+    def __init__(self, cfg):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
         self.cfg = cfg
         D, width = self.embed_dim, cfg.decoder_embed_dim
@@ -237,14 +214,14 @@ class MaskedAutoencoder(ViT):
         self.decoder_blocks = nn.ModuleList(Block(width, cfg.decoder_num_heads) for _ in range(cfg.decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_pred = nn.Linear(width, cfg.patch_size**2 * cfg.in_chans)
-        for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+        for name, values in (("pixel_mean", cfg.mean), ("pixel_std", cfg.std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         self.init_weights()
 
     def encode(self, images, ids_keep):
         """Visible patches through all blocks: fused, normalised tokens (B, 1 + len_keep, D)."""
         x = self.embed(images)
-        x = self.prepend_cls(take_tokens(x, ids_keep))
+        x = self.prepend_cls(gather_tokens(x, ids_keep))
         outputs = {}
         for i, block in enumerate(self.blocks):
             x = block(x)  # the chain goes on from x, never from a projection
@@ -267,7 +244,7 @@ class MaskedAutoencoder(ViT):
         x = self.decoder_embed(latent)
         B, L = ids_restore.shape
         hidden = self.mask_token.to(x.dtype).expand(B, L - (x.shape[1] - 1), -1)
-        patches = take_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)  # undo the shuffle
+        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)  # undo the shuffle
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
@@ -307,104 +284,105 @@ class SimpleResizedCrop:
         self.size, self.crop = size, v2.RandomCrop(size, padding=4, padding_mode="reflect")
 
     def __call__(self, image):
-        return self.crop(cover(image, self.size, InterpolationMode.BILINEAR))
+        return self.crop(resize_to_cover(image, self.size, InterpolationMode.BILINEAR))
 
 
-def train_step(model, batches, to_images, optimizer, scaler, step, cfg, plan, run):
-    """One update from plan.accum_steps micro-batches; returns {name: float, mean over the update} and the sample numbers."""
+def train_step(model, batches, optimizer, scaler, run):
+    """One update of run.accum_steps micro-batches; returns the loss's terms, means over the update, as floats."""
     optimizer.zero_grad(set_to_none=True)
-    total, samples = {}, []
-    for micro_step in range(plan.accum_steps):
-        batch = next(batches)
-        run.seed(step, micro_step)
-        images, noise = to_images(batch), batch["draw"].to(run.device, non_blocking=True)
-        with gradient_sync(model, micro_step == plan.accum_steps - 1):
-            with autocast(run.device, run.amp_dtype):
-                loss, terms = model(images, noise)
-            scaler.scale(loss / plan.accum_steps).backward()
-        total = {name: total.get(name, 0) + term / plan.accum_steps for name, term in terms.items()}
-        samples += batch["index"].tolist()
-    return finish_update(run, optimizer, scaler, total, cfg.clip_grad), samples
+    total = {}
+    for images, noise in run.micro_batches(model, batches):
+        with run.autocast():
+            loss, terms = model(images, noise)
+        scaler.scale(loss / run.accum_steps).backward()
+        total = {name: total.get(name, 0) + term / run.accum_steps for name, term in terms.items()}
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.cfg.clip_grad or math.inf)
+    terms, finite = run.agree(total, grad_norm)  # the one host synchronisation
+    if finite:
+        scaler.step(optimizer)
+    scaler.update()
+    return terms
 
 
 @torch.no_grad()
-def draw_pictures(path, model, batch, to_images, cfg):
+def save_pictures(path, model, examples, run):
     """PNG with original, masked input, prediction, and the prediction pasted into the visible patches."""
-    images, noise = to_images(batch), batch["draw"].to(to_images.device)
+    (images, noise), p, grid, cfg = examples, model.patch_size, model.grid, model.cfg
     pred, mask = model.predict(images, noise)
     if cfg.target != "raw":
-        patches = patchify(images, model.patch_size)
-        mean, deviation = (fill_from_visible(f(-1, keepdim=True), mask, model.grid) for f in (patches.mean, patches.std))
+        patches = patchify(images, p)
+        mean, deviation = (fill_from_visible(f(-1, keepdim=True), mask, grid) for f in (patches.mean, patches.std))
         pred = pred * deviation + mean
-    pred = unpatchify(pred, model.patch_size, model.grid)
-    hidden = spread(mask[..., None], model.patch_size, model.grid)
-    columns = [to_images.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]
+    pred, hidden = unpatchify(pred, p, grid), patches_to_pixels(mask[..., None], p, grid)
+    columns = [run.normalize.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]
     columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
     statistics = "raw pixels" if cfg.target == "raw" else "un-normalised with the statistics of visible patches only"
-    save_pictures(path, list(zip(*columns, strict=True)), ["original", "masked", "prediction", "pasted"],
-                  f"target {cfg.target}, {cfg.mask_ratio:.0%} hidden; prediction {statistics}")
-
-
-def draw_file(model, source, to_images, noise, cfg):
-    """--draw: one picture from a file's weights; Refused if it has no decoder, or if --out is there already."""
-    content = read_file(cfg.draw)
-    names = [name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))]
-    found = len(weights_of(content).keys() & set(names))
-    if found < len(names):
-        raise Refused(f"{cfg.draw} has {found} of {len(names)} decoder tensors: nothing to draw with; use the last.pth of this "
-                      "script, or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
-    path = new_file(cfg.out, ".png")
-    load_weights(model, cfg.draw, content=content)
-    draw_pictures(path, model.to(to_images.device), picture_batch(source, cfg, noise), to_images, cfg)
-    say(f"{path}: original, masked, prediction, pasted")
+    save_image_grid(path, list(zip(*columns, strict=True)), ["original", "masked", "prediction", "pasted"],
+                    f"target {cfg.target}, {cfg.mask_ratio:.0%} hidden; prediction {statistics}")
 
 
 def train(cfg, run):
     source = open_data(cfg)
-    if cfg.check_data:
-        return check_data(source, run.workers)
-    mean, std = normalisation(cfg)
     torch.manual_seed(cfg.seed)
-    model = MaskedAutoencoder(cfg, mean, std)
-    noise = functools.partial(torch.rand, math.prod(model.grid))
-    to_images = Normalise(mean, std, run.device)
+    model = MaskedAutoencoder(cfg)
+    sample_noise = functools.partial(torch.rand, math.prod(model.grid))
     if cfg.draw:
-        return draw_file(model, source, to_images, noise, cfg) if run.is_main else None
-    plan = make_plan(len(source), cfg, run.world_size)
+        return draw_file(model, source, sample_noise, run)
     if cfg.init:
-        load_weights(model, cfg.init, allow_missing=("decoder", "mask_token", "fuse_"), ignore=("head.", "fc_norm."))
-    lr = cfg.base_lr * cfg.batch_size / 256
-    run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
+        missing = ("decoder", "mask_token", "fuse_")
+        load_weights(model, cfg.init, allow_missing=missing, ignore=("head.", "fc_norm."), prefix="")
+    peak_lr = cfg.base_lr * cfg.batch_size / 256
+    run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    start = run.load(state)
-
+    run.load(model=model, optimizer=optimizer, scaler=scaler)
     crop = SimpleResizedCrop(cfg.img_size) if cfg.crop == "src" else RandomResizedCrop(cfg.img_size)
-    views = Views(source, crop, cfg.seed, run.bad_files.allow(len(source)), noise)
-    batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))
-    fixed = picture_batch(source, cfg, noise)
-    meta = {"method": "mae_mff", "model": cfg.model, "img_size": cfg.img_size, "patch_size": cfg.patch_size,
-            "in_chans": cfg.in_chans, "mean": mean, "std": std}
+    batches, examples = run.batches(source, crop, sample_noise), run.examples(source, sample_noise)
 
-    for step in range(start, plan.steps):
-        now = warmup_cosine(plan.epoch(step), lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
-        set_lr(optimizer, now)
-        stats, samples = train_step(ddp, batches, to_images, optimizer, scaler, step, cfg, plan, run)
-        run.end_update(step + 1, stats, now, samples)
-        with run.off_the_clock():
-            if path := run.picture_due(step + 1):
-                draw_pictures(path, model, fixed, to_images, cfg)
-            if run.save_due(step + 1):
-                meta["epoch"] = plan.epoch(step + 1)
-                run.export("encoder.pth", model.trunk_state(), meta)
-                run.save(step + 1, state, meta)
-        if run.stopping:
-            return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
-    demo = "--demo --mode linear" if cfg.demo else f"--data {cfg.data}"
-    run.print(f"done: {run.out}/last.pth, encoder.pth, pictures/; next:\n"
-              f"  python finetune.py {demo} --weights {run.out}/encoder.pth")
+    while run.step < run.steps and not run.stopping:
+        lr = warmup_cosine(run.epoch, peak_lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
+        set_lr(optimizer, lr)
+        terms = train_step(ddp, batches, optimizer, scaler, run)
+        run.end_update(terms, lr)
+        if path := run.picture_due():
+            save_pictures(path, model, examples, run)
+        if run.save_due():
+            run.save(model.trunk_state())
+    run.finish()
+
+
+# ---- --draw: what a file of weights fills in -------------------------------------------------------------------------
+
+
+def draw_presets(path):
+    """Settings for the model in a file. Ours says how it was trained; the tensors of official ones show their sizes."""
+    content = read_file(path)
+    config, network = content.get("config", {}), network_of(content)
+    if network.get("model") not in VIT_SIZES:
+        raise UserError(f"--draw {path} holds {network.get('model', 'no known network')}, not a ViT with decoder: use the "
+                        "last.pth of this script, or official MAE's")
+    raw = not getattr(content.get("args"), "norm_pix_loss", "visualize" not in Path(path).name)
+    decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+    return {"out": "reconstruction.png", "fuse_layers": (VIT_SIZES[network["model"]][1] - 1,),
+            "target": "raw" if raw else "mae",
+            **{name: config[name] for name in ("mask_ratio", "fuse_layers", "target", *decoder) if name in config},
+            **{name: network[name] for name in (*NETWORK, "img_size") if name in network and hasattr(Config, name)}}
+
+
+def draw_file(model, source, sample_noise, run):
+    """One picture of --draw's weights; UserError if the file has no decoder, or if --out is there already."""
+    cfg, content = run.cfg, read_file(run.cfg.draw)
+    names = {name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))}
+    found = len(weights_of(content, prefix="").keys() & names)
+    if found < len(names):
+        raise UserError(f"{cfg.draw} has {found} of {len(names)} decoder tensors: nothing to draw with; use the last.pth of "
+                        "this script, or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
+    path = new_file(cfg.out, ".png")
+    load_weights(model, cfg.draw, prefix="", content=content)
+    save_pictures(path, model.to(run.device), run.examples(source, sample_noise), run)
+    print0(f"{path}: original, masked, prediction, pasted")
 
 
 if __name__ == "__main__":
