@@ -1,9 +1,9 @@
 """What every method script takes as given. Four chapters: blocks, data, precision, run.
 
-Nothing here belongs to one paper: masking, targets, losses and training loops are in the scripts. Importing this file
-has no side effects. To take a method elsewhere, copy its script together with this file.
-Shapes: B images, C channels, H x W pixels, patches of p x p pixels on a grid (h, w), L = h * w patches, width D.
-`mask` is 1 where a patch is hidden, everywhere.
+Nothing here belongs to one paper: masking, targets, losses and training loops are in the scripts. Importing
+this file has no side effects. To take a method elsewhere, copy its script together with this file. Shapes: B
+images, C channels, H x W pixels, patches of p x p pixels on a grid (h, w), L = h * w patches, width D. `mask`
+is 1 where a patch is hidden, everywhere.
 """
 
 import argparse
@@ -49,6 +49,8 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class UserError(Exception):
     """The user can fix this: shown as one line, exit code `code` (2 = wrong input, 3 = training diverged)."""
@@ -59,36 +61,34 @@ class UserError(Exception):
 
 
 def first_line(error):
-    """The first line of an exception's message."""
     return (str(error) or repr(error)).splitlines()[0][:200]
 
 
-def print0(text, everywhere=False, file=None):
+def print0(text, rank=None, file=None):
     """Print on rank 0 only. File names that are not valid UTF-8 can be printed too."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK", "0") if rank is None else rank) == "0":
         print(text.encode(errors="backslashreplace").decode(), flush=True, file=file)
 
 
 def exit_with(method, error):
-    """Print the error in one line and exit with its code.
-
-    Most errors hit all ranks. The others wait for rank 0, whose exit ends them too, and print only if they survive it.
-    """
-    text, rank = f"{method}: {error}", os.environ.get("RANK", "0")
+    """Print the error in one line and exit with its code. Most errors hit all ranks: the others wait for rank
+    0, whose exit ends them too, and print only if they survive it."""
+    rank = os.environ.get("RANK", "0")
     if rank != "0":
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(6)
-        text = f"{method}: [process {rank}] {error}"
-    print0(text, everywhere=True, file=sys.stderr)
+        error = UserError(f"[process {rank}] {error}", error.code)
+    print0(f"{method}: {error}", rank="0", file=sys.stderr)
     if dist.is_initialized():
         os._exit(error.code)  # at once: an orderly exit could wait for processes that will never answer
     sys.exit(error.code)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Blocks: the Vision Transformer with timm's and MAE's parameter names, ResNet-50 with torchvision's, weight files
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ---------- Blocks: the Vision Transformer with timm's and MAE's parameter names, ResNet-50 with
+# torchvision's, weight files --------------------------------------------------------------------------------
+# --------------------------------------
 
 VIT_SIZES = {  # embed_dim, depth, num_heads
     "nano": (128, 4, 4),  # our choice, for --demo and tests
@@ -117,10 +117,9 @@ def patchify(images, p):
 
 def unpatchify(patches, p, grid):
     """(B, L, p*p*C) -> (B, C, h*p, w*p): undoes `patchify`."""
-    B, _, values = patches.shape
-    h, w = grid
-    x = patches.reshape(B, h, w, p, p, values // (p * p))
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, values // (p * p), h * p, w * p)
+    (h, w), C = grid, patches.shape[2] // (p * p)
+    x = patches.reshape(len(patches), h, w, p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), C, h * p, w * p)
 
 
 def patches_to_pixels(values, p, grid):
@@ -131,9 +130,9 @@ def patches_to_pixels(values, p, grid):
 def sincos_pos_embed(dim, grid):
     """Fixed 2-D sine-cosine table (1, 1 + L, dim), row 0 (class token) zero.
 
-    The first half of the channels encodes the column, the second the row (MAE's order; MoCo v3 and BEiT-style code have
-    it transposed, so tables must not be mixed with weights of the other kind). Each half is [sin | cos] with
-    frequencies 10000^(-k / (dim / 4)).
+    The first half of the channels encodes the column, the second the row (MAE's order; MoCo v3 and BEiT-style
+    code have it transposed, so tables must not be mixed with weights of the other kind). Each half is [sin |
+    cos] with frequencies 10000^(-k / (dim / 4)).
     """
     if dim % 4:
         raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, not {dim}")
@@ -145,11 +144,10 @@ def sincos_pos_embed(dim, grid):
 
 
 def resize_pos_embed(table, old_grid, new_grid):
-    """(1, 1 + L, D) -> (1, 1 + L', D): bicubic in float32, class-token row kept."""
-    cls_row, patches = table[:, :1], table[:, 1:]
-    patches = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()
+    """(1, 1 + L, D) -> (1, 1 + L', D): bicubic in float32, class-token row unchanged."""
+    patches = table[:, 1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()
     patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
-    return torch.cat([cls_row, patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+    return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
 def gather_tokens(x, ids):
@@ -169,10 +167,11 @@ class PatchEmbed(nn.Module):
 
 
 def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); no mask argument, as a mask rules out the fast kernels."""
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); no mask argument, as a mask rules out the fast
+    kernels."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # Torch's fused CPU kernel has a bf16 backward pass two to five times slower than these two products. The
-        # softmax sums in float32 and rounds to bf16 at its end.
+        # Torch's fused CPU kernel has a bf16 backward pass two to five times slower than these two products.
+        # The softmax sums in float32 and rounds to bf16 at its end.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -204,7 +203,8 @@ class MLP(nn.Module):
 
 
 def drop_path(x, rate, training):
-    """Stochastic depth: zero a residual branch per sample with probability `rate`, divide the rest by 1 - rate."""
+    """Stochastic depth: zero a residual branch per sample with probability `rate`, divide the rest by 1 -
+    rate."""
     if rate == 0.0 or not training:
         return x
     keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
@@ -236,9 +236,11 @@ def init_linear(network):
 
 
 class ViT(nn.Module):
-    """Vision Transformer trunk: patch embedding, fixed sine-cosine positions, class token, blocks, final LayerNorm.
+    """Vision Transformer trunk: patch embedding, fixed sine-cosine positions, class token, blocks, final
+    LayerNorm.
 
-    `size` is a key of VIT_SIZES. `drop_path` is the rate of the last block; it grows linearly from 0 at the first.
+    `size` is a key of VIT_SIZES. `drop_path` is the rate of the last block; it grows linearly from 0 at the
+    first.
     """
 
     def __init__(self, size, img_size, patch_size, in_chans=3, drop_path=0.0):
@@ -259,7 +261,8 @@ class ViT(nn.Module):
         return {name: value for name, value in self.state_dict().items() if name.startswith(trunk)}
 
     def init_weights(self):
-        """MAE's initial values: Xavier-uniform for linear layers and the patch embedding, N(0, .02) for tokens."""
+        """MAE's initial values: Xavier-uniform for linear layers and the patch embedding, N(0, .02) for
+        tokens."""
         init_linear(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         for name, parameter in self.named_parameters():
@@ -267,7 +270,8 @@ class ViT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def layer_id(self, name):
-        """For layer-wise decay: 0 tokens, positions, patch embedding; k + 1 block k; depth + 1 the rest (MAE, BEiT)."""
+        """For layer-wise decay: 0 tokens and patch embedding, k + 1 block k, depth + 1 the rest (MAE,
+        BEiT)."""
         if name.startswith(("cls_token", "pos_embed", "patch_embed")):
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.depth + 1
@@ -282,7 +286,7 @@ class ViT(nn.Module):
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
 
     def forward(self, images):
-        """(B, C, H, W) -> normalised tokens (B, 1 + L, D) of the whole image: no masking, deterministic in eval mode."""
+        """(B, C, H, W) -> normalised tokens (B, 1 + L, D): nothing hidden, deterministic in eval mode."""
         x = self.prepend_cls(self.embed(images))
         for block in self.blocks:
             x = block(x)
@@ -290,8 +294,8 @@ class ViT(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """torchvision's ResNet-50 without classifier, of any width: 64 is the plain one with torchvision's names, initial
-    values and outputs; 128 and 256 are SimCLR's x2 and x4, wider in every layer."""
+    """torchvision's ResNet-50 without classifier, of any width: 64 is the plain one with torchvision's names,
+    initial values and outputs; 128 and 256 are SimCLR's x2 and x4, wider in every layer."""
 
     def __init__(self, width=64, in_chans=3):
         super().__init__()
@@ -311,7 +315,8 @@ class ResNet50(nn.Module):
 
     def trunk_state(self):
         """The state dict without what a subclass adds."""
-        return {name: value for name, value in self.state_dict().items() if name.startswith(("conv1", "bn1", "layer"))}
+        trunk = ("conv1", "bn1", "layer")
+        return {name: value for name, value in self.state_dict().items() if name.startswith(trunk)}
 
     def forward(self, images):
         """(B, C, H, W) -> (B, 32 * width, H / 32, W / 32)"""
@@ -320,23 +325,24 @@ class ResNet50(nn.Module):
 
 
 def fill_from_visible(values, mask, grid):
-    """Estimate a statistic of each patch (B, L, S) from the visible patches around it, weighted by exp(-distance^2 / 2).
-
-    It un-normalises predictions for pictures without a look at what is hidden. mask (B, L), 1 = hidden.
-    """
-    position = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32, device=values.device) for n in grid))
+    """Estimate a statistic of each patch (B, L, S) from the visible patches around it, weighted by
+    exp(-distance^2 / 2): un-normalises predictions for pictures without a look at what is hidden. mask (B,
+    L), 1 = hidden."""
+    axes = [torch.arange(n, dtype=torch.float32, device=values.device) for n in grid]
+    position = torch.cartesian_prod(*axes)
     score = -torch.cdist(position, position).square() / 2
-    weight = score.masked_fill(mask[:, None].bool(), -torch.inf).softmax(-1)  # (B, L, L), from visible patches only
-    return weight @ values
+    return score.masked_fill(mask[:, None].bool(), -torch.inf).softmax(-1) @ values
 
 
 def read_file(path, load=None):
-    """Content of a .pth (weights_only=True; Namespace allowed, as in MAE's files) or .safetensors; else UserError.
+    """Content of a .pth (weights_only=True; Namespace allowed, as in MAE's files) or .safetensors; else
+    UserError.
 
-    load(path): another way to read it, whose errors are shown likewise."""
+    load(path): another way to read it, whose errors are shown likewise.
+    """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder, not a file of weights; to continue the run in it: --resume --out {path}")
+        raise UserError(f"{path} is a folder, not a file; to continue the run in it: --resume --out {path}")
     if not path.exists():
         raise UserError(f"{path} does not exist")
     try:
@@ -354,9 +360,9 @@ def read_file(path, load=None):
     except ImportError:
         raise UserError(f"reading {path} needs: pip install safetensors") from None
     except Exception as error:  # zip, pickle and storage errors, by kind of damage
-        lines = [line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line]
-        what = f"{lines[0].strip()[:200]}; save model.state_dict(), not the object" if lines else first_line(error)
-        raise UserError(f"cannot read {path} safely, as a .pth or .safetensors of weights: {what}") from None
+        pickled = "Unsupported" in str(error) or "not an allowed" in str(error)
+        why = "it holds more than tensors: save model.state_dict()" if pickled else first_line(error)
+        raise UserError(f"cannot read {path} safely, as a file of weights: {why}") from None
 
 
 # What a file of weights says of its network and of the images that it was trained on.
@@ -366,32 +372,33 @@ NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean",
 def weights_of(content, prefix=None):
     """The named tensors of what read_file gave, without the prefixes of torch.compile and DDP.
 
-    A checkpoint of ours says which of its tensors are the encoder: only these, unless `prefix` is given. With a prefix,
-    only the names that start with it, without it; all names if none does.
+    A checkpoint of ours lists the tensors of its encoder: only these, unless `prefix` is given. With a
+    prefix, only the names that start with it, without it; all names if none does.
     """
     weights = content.get("model", content.get("state_dict", content))
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise UserError("this file holds no tensors under names: expected a state dict, alone or as `model` or "
-                        "`state_dict`")
+        raise UserError("the file holds no tensors under names: expected a state dict, alone or as `model`")
     weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
     if prefix is None:
-        names = content.get("encoder") or {name: name for name in weights}
-        return {name: weights[place] for name, place in names.items()}
-    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)} or weights
+        places = content.get("encoder") or dict(zip(weights, weights, strict=True))
+        return {name: weights[place] for name, place in places.items()}
+    chosen = {name: value for name, value in weights.items() if name.startswith(prefix)} or weights
+    return {name.removeprefix(prefix): value for name, value in chosen.items()}
 
 
 def network_of(content):
-    """What a file says of its network and images: our `meta`, or what the names and shapes of timm's, official MAE's
-    and torchvision's ResNet-50 files show; {} if they show nothing."""
+    """What a file says of its network and images: our `meta`, or what the names and shapes of timm's,
+    official MAE's and torchvision's ResNet-50 files show; {} if they show nothing."""
     if isinstance(content.get("meta"), dict) and "model" in content["meta"]:
         return content["meta"]
     weights = weights_of(content)
-    if {"patch_embed.proj.weight", "pos_embed"} <= weights.keys() and weights["patch_embed.proj.weight"].ndim == 4:
-        D, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    kernel, pos_embed = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
+    if pos_embed is not None and kernel is not None and kernel.ndim == 4:
+        D, in_chans, patch_size, _ = kernel.shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         known = [size for size, (dim, blocks, _) in VIT_SIZES.items() if (dim, blocks) == (D, depth)]
-        side = math.isqrt(weights["pos_embed"].shape[1] - 1)
-        if known and side**2 == weights["pos_embed"].shape[1] - 1:
+        side = math.isqrt(pos_embed.shape[1] - 1)
+        if known and side**2 == pos_embed.shape[1] - 1:
             sizes = {"patch_size": patch_size, "img_size": (side * patch_size,) * 2}
             return {"model": known[0], "in_chans": in_chans, **sizes}
     if {"conv1.weight", "layer4.2.conv3.weight"} <= weights.keys():
@@ -401,11 +408,12 @@ def network_of(content):
 
 
 def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=None):
-    """Copy weights into `model` by name (ours, official MAE, timm, torchvision).
+    """Copy weights into `model` by name (ours, official MAE, timm, torchvision) and print what was done.
 
-    prefix: see `weights_of`. Names that start with a prefix in `ignore` are left out; position tables are resized to the
-    model's grid. UserError if a name has no place in the model, if the model lacks one that starts with no prefix in
-    `allow_missing`, or if shapes differ. Prints what was done. content: what read_file(path) gave, if it was read before.
+    prefix: see `weights_of`. Names that start with a prefix in `ignore` are left out; position tables are
+    resized to the model's grid. UserError if a name has no place in the model, if the model lacks one that
+    starts with no prefix in `allow_missing`, or if shapes differ. content: what read_file(path) gave, if it
+    was read before.
     """
     content = content or read_file(path)
     meta, weights, own = network_of(content), weights_of(content, prefix), model.state_dict()
@@ -414,30 +422,30 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
         old = patch_grid(size, patch_size) if size else (math.isqrt(L),) * 2
         if weights[name].shape[-1] == own[name].shape[-1] and old != model.grid:
             if math.prod(old) != L:
-                raise UserError(f"{path}: {name} has {L} patches, no square, and the file does not say its grid")
+                raise UserError(f"{path}: {name} has {L} patches, and the file does not say on what grid")
             weights[name] = resize_pos_embed(weights[name], old, model.grid)
             print0(f"{name} {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}, bicubic")
     ignored = [name for name in weights if name.startswith(tuple(ignore))]
     weights = {name: value for name, value in weights.items() if name not in ignored}
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    report = {"missing": missing, "unexpected": unexpected, "ignored": ignored}
-    report = {kind: ", ".join(dict.fromkeys(name.split(".")[0] for name in names)) for kind, names in report.items()}
-    print0(f"{path}: {len(own) - len(missing)}/{len(own)} tensors loaded; "
-           + "; ".join(f"{kind}: {names or 'none'}" for kind, names in report.items()))
+    print0(f"{path}: {len(own) - len(missing)}/{len(own)} tensors loaded; " + "; ".join(
+        f"{kind}: {', '.join(dict.fromkeys(name.split('.')[0] for name in names)) or 'none'}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("ignored", ignored))))
     wrong = unexpected + [name for name in missing if not name.startswith(tuple(allow_missing))]
     if wrong:
-        raise UserError(f"{path} is not for this model: {len(unexpected)} unexpected tensors, {len(missing)} missing, "
-                        f"{wrong[0]} for one")
+        raise UserError(f"{path} does not fit this model: {len(unexpected)} tensors unexpected, {len(missing)} "
+                        f"missing, for example {wrong[0]}")
     for name in own.keys() & weights.keys():
-        if own[name].shape != weights[name].shape:
-            raise UserError(f"{path}: {name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}: "
-                            "check --model, --patch_size, --in_chans and what else sets the model's sizes")
+        theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
+        if theirs != ours:
+            raise UserError(f"{path}: {name} is {theirs}, not {ours}: check --model, --patch_size, --in_chans")
     model.load_state_dict(weights, strict=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: sources of images, transforms, and a loader whose randomness depends on (seed, epoch, sample) alone
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ---------- Data: sources of images, transforms, and a loader whose randomness depends on (seed, epoch,
+# sample) alone ----------------------------------------------------------------------------------------------
+# ------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -451,8 +459,8 @@ def stable_seed(*numbers):
 
 
 def as_image(array, in_chans, path):
-    """(H, W) or (H, W, C) numpy array -> tensor (in_chans, H, W): uint8 as it is, 16 bit and float as float32 in
-    [0, 1]. Grey becomes RGB and RGB grey; any other number of channels is an error."""
+    """(H, W) or (H, W, C) numpy array -> tensor (in_chans, H, W): uint8 as it is, 16 bit and float as float32
+    in [0, 1]. Grey becomes RGB and RGB grey; ValueError for any other number of channels."""
     array = array[..., None] if array.ndim == 2 else array
     array = array.astype(array.dtype.newbyteorder("="), copy=False)  # 16-bit TIFF is often big-endian
     if array.ndim != 3 or 0 in array.shape:
@@ -461,35 +469,36 @@ def as_image(array, in_chans, path):
         array = array.astype(np.float32) / 65535
     elif array.dtype != np.uint8:
         if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise ValueError(f"expected uint8, uint16 or finite float values in [0, 1], got {array.dtype} in {path}")
+            raise ValueError(f"expected uint8, uint16 or finite float values, got {array.dtype} in {path}")
         array = array.astype(np.float32)
     image = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
-    if len(image) == in_chans:
-        return image
     if len(image) == 1 and in_chans == 3:
         return image.expand(3, -1, -1)
     if len(image) == 3 and in_chans == 1:
         return TF.rgb_to_grayscale(image)
-    raise ValueError(f"{len(image)} channels in {path}, but --in_chans is {in_chans}")
-
-
-decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)  # torchvision 0.29 announces the end of its decoders
+    if len(image) != in_chans:
+        raise ValueError(f"{len(image)} channels in {path}, but --in_chans is {in_chans}")
+    return image
 
 
 def read_image(path, in_chans):
-    """Decode one file to (in_chans, H, W), uint8 or, from 16-bit and float files, float32 in [0, 1]; EXIF applied.
+    """Decode one file to (in_chans, H, W), uint8 or, from 16-bit and float files, float32 in [0, 1]; EXIF
+    applied.
 
-    JPEG goes through libjpeg-turbo in torchvision; everything else through Pillow: torchvision's PNG decoder can take
-    the whole process down on a damaged file, Pillow raises.
+    JPEG goes through libjpeg-turbo in torchvision; everything else through Pillow: torchvision's PNG decoder
+    can take the whole process down on a damaged file, Pillow raises.
     """
     if path.lower().endswith(".npy"):
         return as_image(np.load(path, allow_pickle=False), in_chans, path)
     with open(path, "rb", buffering=0) as file:
         data = bytearray(file.read())
     with Image.open(io.BytesIO(data)) as image:  # reads the header alone, and refuses decompression bombs
-        if image.format == "JPEG" and decode_jpeg and in_chans in (1, 3):
+        # torchvision 0.29 announces the end of its decoders: Pillow then reads JPEG too, with the same
+        # result.
+        if image.format == "JPEG" and in_chans in (1, 3) and hasattr(torchvision.io, "decode_jpeg"):
             mode = torchvision.io.ImageReadMode.RGB if in_chans == 3 else torchvision.io.ImageReadMode.GRAY
-            return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=mode, apply_exif_orientation=True)
+            data = torch.frombuffer(data, dtype=torch.uint8)
+            return torchvision.io.decode_jpeg(data, mode=mode, apply_exif_orientation=True)
         image = ImageOps.exif_transpose(image)
         if image.mode == "I":  # Pillow's 32-bit mode: what it reads 16-bit files into when it must
             return as_image(np.asarray(image).clip(0, 65535).astype(np.uint16), in_chans, path)
@@ -502,7 +511,7 @@ class ImageFiles:
     """Images in files. labels: class index of each, or -1."""
 
     def __init__(self, paths, labels, classes, in_chans):
-        # One array: a list of a million strings would be copied into every loader worker as its reference counts change.
+        # Arrays: the workers would copy a list of a million strings as its reference counts change.
         self.paths, self.labels = np.array([os.fsencode(path) for path in paths]), np.asarray(labels)
         self.classes, self.in_chans = classes, in_chans
 
@@ -541,12 +550,16 @@ def list_images(root):
 
     found, others, visited = [], [], set()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
-        identity = os.stat(folder).st_dev, os.stat(folder).st_ino
-        folders[:] = [name for name in folders if identity not in visited and not name.startswith(".")]
-        for name in files if identity not in visited else ():  # visited: a link that leads back up
+        identity = os.stat(folder)
+        identity = identity.st_dev, identity.st_ino
+        if identity in visited:  # a link that leads back up
+            folders.clear()
+            continue
+        visited.add(identity)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
             if not name.startswith("."):
                 (found if name.lower().endswith(EXTENSIONS) else others).append(os.path.join(folder, name))
-        visited.add(identity)
     if not found:
         example = f"for example {min(others)}" if others else "none at all"
         raise UserError(f"no image under {root}: it holds {len(others)} other files, {example}; "
@@ -555,47 +568,39 @@ def list_images(root):
 
 
 def open_folder(root, in_chans, classes=None):
-    """ImageFiles below `root`; classes: the given ones, or its first-level folders if every image lies in one."""
+    """ImageFiles below `root`; classes: those given, or its first-level folders if every image lies in
+    one."""
     paths = list_images(root)
-    first = [os.path.relpath(path, root).split(os.sep)[:-1] for path in paths]
-    if not all(first):
+    inside = [os.path.relpath(path, root) for path in paths]
+    if not all(os.sep in name for name in inside):
         return ImageFiles(paths, [-1] * len(paths), None, in_chans)
-    names = sorted({folders[0] for folders in first})
-    classes = classes or names
-    if unknown := set(names) - set(classes):
+    folders = [name.split(os.sep)[0] for name in inside]
+    classes = classes or sorted(set(folders))
+    if unknown := set(folders) - set(classes):
         raise UserError(f"{root}/{min(unknown)} is no class of the training images")
     index = {name: i for i, name in enumerate(classes)}
-    return ImageFiles(paths, [index[folders[0]] for folders in first], classes, in_chans)
-
-
-def open_list(path, in_chans, split):
-    """A text file with one path per line, relative to it or absolute; no labels."""
-    paths = [os.path.join(path.parent, line.strip()) for line in path.read_text().splitlines() if line.strip()]
-    if not paths or split not in ("pretrain", "all"):
-        raise UserError(f"--data {path}: a list of paths is for pre-training, it has no labels" if paths else
-                        f"{path} is empty")
-    return ImageFiles(paths, [-1] * len(paths), None, in_chans)
+    return ImageFiles(paths, [index[folder] for folder in folders], classes, in_chans)
 
 
 def open_npz(path, in_chans, split):
-    """One .npz: `images` uint8 (N, H, W[, C]), optional `labels` (N,), `split` (N,): 0 or "train", else held out."""
+    """One .npz: `images` uint8 (N, H, W[, C]), optional `labels` (N,), `split` (N,): 0 or "train", else held
+    out."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     images = arrays.get("images", np.empty(0))
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.dtype != np.uint8:
-        raise UserError(f"{path} has {sorted(arrays)}; expected `images` uint8 (N, H, W, C), got {images.dtype} "
-                        f"{images.shape}")
+        raise UserError(f"{path} has {sorted(arrays)}; expected `images`, uint8 (N, H, W, C)")
     marks = arrays.get("split", np.zeros(len(images), np.int64))
     held_out = (marks != "train") if marks.dtype.kind in "US" else (marks != 0)
     chosen = held_out if split == "val" else ~held_out | (split == "all")
     if not chosen.any():
-        raise UserError(f"{path} has no image for {split}: mark them in an array `split` (N,), 0 = train, 1 = val")
+        raise UserError(f"{path} has no image for {split}: mark them in `split` (N,), 0 = train, 1 = val")
     labels = arrays.get("labels")
     classes = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
-    labels = np.full(chosen.sum(), -1) if labels is None else labels[chosen]
+    labels = np.full(len(images), -1) if labels is None else labels
     images = images if chosen.all() else images[chosen]
-    return ImageArray(images, labels, classes, in_chans, path.name, np.flatnonzero(chosen))
+    return ImageArray(images, labels[chosen], classes, in_chans, path.name, np.flatnonzero(chosen))
 
 
 def open_torchvision(name, in_chans, split, download):
@@ -609,13 +614,14 @@ def open_torchvision(name, in_chans, split, download):
             paths, labels = zip(*((path, label) for path, label in data), strict=True)
             return ImageFiles(paths, labels, data.classes, in_chans)
         if name == "stl10":
-            data = datasets.STL10("data", "train+unlabeled" if split == "pretrain" else part, download=download)
+            part = "train+unlabeled" if split == "pretrain" else part
+            data = datasets.STL10("data", part, download=download)
             return ImageArray(data.data.transpose(0, 2, 3, 1), data.labels, data.classes, in_chans, name)
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         data = kind("data", train=split != "val", download=download)
         return ImageArray(data.data, data.targets, data.classes, in_chans, name)
     except (OSError, RuntimeError, ValueError) as error:
-        hint = "torchvision's page on StanfordCars shows its layout" if name == "cars" else "add --download to fetch it"
+        hint = "torchvision's page on StanfordCars shows its layout" if name == "cars" else "add --download"
         raise UserError(f"--data {name} is not in data/ ({first_line(error)}): {hint}") from None
 
 
@@ -625,31 +631,36 @@ def data_path(data):
 
 
 def open_data(cfg, split="pretrain", classes=None):
-    """The images of `--data`: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i), classes or None.
+    """The images of --data: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i),
+    classes or None.
 
-    split: "pretrain" (labels are not needed), "train", "val", or "all". Of a folder, "val" is its `val/`, with labels
-    numbered by the training `classes`; "all" all of it; the others its `train/` if there is one. Of named data "all" is
-    "train".
+    split: "pretrain" (labels are not needed), "train", "val", or "all". Of a folder, "val" is its `val/`,
+    with labels numbered by the training `classes`; "all" all of it; the others its `train/` if there is one.
+    Of named data "all" is "train".
     """
     if cfg.data == "shapes":
-        from shapes import Shapes  # so that a script can be copied without it
+        from shapes import Shapes  # a script that is copied elsewhere runs without it
 
         return Shapes(cfg.img_size, cfg.in_chans, "val" if split == "val" else "train")
     if cfg.data in ("cifar10", "cifar100", "stl10", "cars"):
         return open_torchvision(cfg.data, cfg.in_chans, split, cfg.download)
     root = data_path(cfg.data)
     if root is None:
-        default = cfg.data == RunConfig.data
         raise UserError(f"--data {cfg.data} does not exist: " + (
-            "link ImageNet there, give --data PATH (any folder of images), or try --demo" if default else
+            "link ImageNet there, give --data PATH (any folder of images), or try --demo"
+            if cfg.data == RunConfig.data else
             "give a folder, a .txt list of paths, an .npz, or shapes|cifar10|cifar100|stl10|cars"))
     try:
         if root.suffix == ".npz":
             return open_npz(root, cfg.in_chans, split)
         if root.suffix.lower() in EXTENSIONS:
             raise UserError(f"--data {root} is one image: give its folder")
-        if root.is_file():
-            return open_list(root, cfg.in_chans, split)
+        if root.is_file():  # one path per line, relative to the list or absolute; no labels
+            lines = [line.strip() for line in root.read_text().splitlines() if line.strip()]
+            if not lines or split not in ("pretrain", "all"):
+                raise UserError(f"--data {root}: a list of {len(lines)} paths, for pre-training: no labels")
+            paths = [os.path.join(root.parent, line) for line in lines]
+            return ImageFiles(paths, [-1] * len(paths), None, cfg.in_chans)
         if split != "val":
             part = root / "train" if split != "all" and (root / "train").is_dir() else root
             return open_folder(part, cfg.in_chans)
@@ -657,7 +668,7 @@ def open_data(cfg, split="pretrain", classes=None):
             return open_folder(root / "val", cfg.in_chans, classes)
     except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
         raise UserError(f"--data {root}: {error}") from None
-    raise UserError(f"--data {root} has no val/: expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg")
+    raise UserError(f"--data {root} has no val/: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it")
 
 
 def resize_to_cover(image, size, interpolation):
@@ -668,12 +679,12 @@ def resize_to_cover(image, size, interpolation):
 
 
 class RandomResizedCrop:
-    """A box of a share of the area within `scale` and an aspect of 3/4 to 4/3 (log-uniform), anywhere in the image,
-    resized, bicubic: MAE's pre-training crop; fine-tuning uses scale (.08, 1). If ten boxes do not fit, the largest
-    centred one.
+    """A box of a share of the area within `scale` and an aspect of 3/4 to 4/3 (log-uniform), anywhere in the
+    image, resized, bicubic: MAE's pre-training crop; fine-tuning uses scale (.08, 1). If ten boxes do not
+    fit, the largest centred one.
 
-    Distribution and pixels are those of torchvision's class, in less than half of its time: one draw, and pixels laid
-    out as its fast 8-bit kernel wants them.
+    Distribution and pixels are those of torchvision's class, in less than half of its time: one draw, and
+    pixels laid out as its fast 8-bit kernel wants them.
     """
 
     def __init__(self, size, scale=(0.2, 1.0)):
@@ -683,7 +694,8 @@ class RandomResizedCrop:
         """top, left, height, width"""
         low, high = self.scale
         for u_area, u_ratio, u_top, u_left in torch.rand(10, 4).tolist():
-            area, root = height * width * (low + (high - low) * u_area), math.exp(self.log_ratio * (u_ratio - 0.5))
+            area = height * width * (low + (high - low) * u_area)
+            root = math.exp(self.log_ratio * (u_ratio - 0.5))  # of the aspect
             h, w = round(math.sqrt(area) / root), round(math.sqrt(area) * root)
             if 0 < h <= height and 0 < w <= width:
                 return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
@@ -697,20 +709,22 @@ class RandomResizedCrop:
 
 
 class EvalCrop:
-    """The centre of an image: short side to size / ratio, `size` cut out. Default ratio: 224/256, as is usual at 128 to
-    224 px; at other sizes 1 (above: usual; below: our choice, small images have no margin to spare)."""
+    """The centre of an image: short side to size / ratio, `size` cut out. Default ratio: 224/256, as is usual
+    at 128 to 224 px; at other sizes 1 (above: usual; below: our choice, small images have no margin to
+    spare)."""
 
     def __init__(self, size, ratio=None):
         self.size, self.ratio = size, ratio or (224 / 256 if 128 <= min(size) <= 224 else 1.0)
 
     def __call__(self, image):
-        image = resize_to_cover(image, [int(side / self.ratio) for side in self.size], InterpolationMode.BICUBIC)
-        return TF.center_crop(image, self.size)
+        size = [int(side / self.ratio) for side in self.size]
+        return TF.center_crop(resize_to_cover(image, size, InterpolationMode.BICUBIC), self.size)
 
 
 class KeyedSamples(torch.utils.data.Dataset):
-    """Turns a key (epoch, index) into a sample. All its randomness is drawn from (seed, epoch, index), never from the
-    worker or the process. `sample_noise()` gives what the method draws per sample (masking noise, ...), as a tensor.
+    """Turns a key (epoch, index) into a sample. All its randomness is drawn from (seed, epoch, index), never
+    from the worker or the process. `sample_noise()` gives what the method draws per sample (masking noise,
+    ...), as a tensor.
 
     A file that cannot be read is replaced by the next one that can; `bad` lists (path, reason).
     """
@@ -736,12 +750,14 @@ class KeyedSamples(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(stable_seed(self.seed, epoch, index))
         flip = torch.rand(()).item() < 0.5 and self.flip
         noise = {"noise": self.sample_noise()} if self.sample_noise else {}
-        return {"index": index, "label": label, "bad": bad, "flip": flip, **noise, "image": self.transform(image)}
+        image = self.transform(image)
+        image = image.flip(-1) if flip else image
+        return {"index": index, "label": label, "bad": bad, **noise, "image": image}
 
 
 def collate(samples):
-    """List of samples -> batch of tensors, images channels-last in memory, as decoders and crops leave them; 8-bit
-    images become float only where a 16-bit one sits in the same batch."""
+    """List of samples -> batch of tensors, images channels-last in memory, as decoders and crops leave them;
+    8-bit images become float only where a 16-bit one sits in the same batch."""
     mixed = len({sample["image"].dtype for sample in samples}) > 1
     bad = [entry for sample in samples for entry in sample.pop("bad")]
     for sample in samples:
@@ -752,8 +768,8 @@ def collate(samples):
 
 
 def split_batch(batch_size, micro_batch, world_size):
-    """(micro_batch, accum_steps) with batch_size = processes x micro_batch x accum_steps; micro_batch None: the largest
-    that divides, up to 256."""
+    """(micro_batch, accum_steps): batch_size = processes x micro_batch x accum_steps. micro_batch None: the
+    largest that divides, up to 256."""
     share = batch_size // world_size
     micro = micro_batch or next(m for m in range(min(256, max(share, 1)), 0, -1) if share % m == 0)
     if batch_size % (world_size * micro):
@@ -771,8 +787,9 @@ def epoch_order(n, seed, epoch):
 
 
 def training_keys(run):
-    """This process's micro-batches, lists of (epoch, index), from update run.step on. An update takes the next
-    `batch_size` samples of the endless sequence of passes; windows cross epoch ends, nothing is dropped or padded."""
+    """This process's micro-batches, lists of (epoch, index), from update run.step on. An update takes the
+    next `batch_size` samples of the endless sequence of passes; windows cross epoch ends, nothing is dropped
+    or padded."""
     for micro_step in range(run.step * run.accum_steps, run.steps * run.accum_steps):
         first = (micro_step * run.world_size + run.rank) * run.micro_batch
         places = (divmod(position, run.n) for position in range(first, first + run.micro_batch))
@@ -785,18 +802,17 @@ def eval_keys(n, run, batch=256):
     return [[(0, i) for i in indices[start : start + batch]] for start in range(0, len(indices), batch)]
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
 def init_worker(_):
-    # Ctrl-C and a cluster's SIGTERM reach the workers too; the main process decides when to stop, they only serve it.
+    # Ctrl-C and a cluster's SIGTERM reach the workers too; the main process decides when to stop, they only
+    # serve it.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def end_workers():
-    # At exit Python ends such children with SIGTERM, which they ignore, and would then wait for them for ever.
+    # At exit Python ends such children with SIGTERM, which they ignore, and would then wait for them for
+    # ever.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's death for an error
     for child in multiprocessing.active_children():
         if child.daemon:
@@ -804,19 +820,14 @@ def end_workers():
 
 
 class Normalize:
-    """Images from the loader -> (B, C, H, W) float32 on the device: scaled to [0, 1], flipped where `flip` (B,) says so,
-    normalised."""
+    """Images from the loader -> (B, C, H, W) float32 on the device, scaled to [0, 1] and normalised."""
 
     def __init__(self, mean, std, device):
-        self.device = device
-        self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+        self.mean, self.std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
 
-    def __call__(self, images, flip=None):
-        images = images.to(self.device, non_blocking=True)
+    def __call__(self, images):
+        images = images.to(self.mean.device, non_blocking=True)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        if flip is not None:
-            flip = flip.to(self.device, non_blocking=True).view(-1, 1, 1, 1)
-            images = torch.where(flip, images.flip(-1), images)
         return (images - self.mean) / self.std
 
     def undo(self, images):
@@ -825,7 +836,8 @@ class Normalize:
 
 
 def check_data(source, workers):
-    """Read every image as training would; print counts by extension, size and mode, examples, what cannot be read."""
+    """Read every image as training would; print counts by extension, size and mode, examples, what cannot be
+    read."""
 
     def look(index):
         name = source.name(index)
@@ -834,43 +846,44 @@ def check_data(source, workers):
             image, _ = source.read(index)
             with nullcontext() if suffix in (".npy", "in memory") else Image.open(name) as file:
                 mode = file.mode if file else f"{len(image)} channels {image.dtype}"
-            return (suffix, f"{image.shape[2]}x{image.shape[1]}", mode), None
+            return suffix, f"{image.shape[2]}x{image.shape[1]}", mode, None
         except Exception as error:
-            return (suffix, None, None), f"\n  {name}: {first_line(error)}"
+            return suffix, None, None, f"\n  {name}: {first_line(error)}"
 
     with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding runs outside Python's lock
-        found, errors = zip(*pool.map(look, range(len(source))), strict=True)
+        *columns, errors = zip(*pool.map(look, range(len(source))), strict=True)
     print0(f"{len(source)} images, {len(source.classes) if source.classes else 'no'} classes")
-    for title, values in zip(("extension", "width x height", "mode"), zip(*found, strict=True), strict=True):
+    for title, values in zip(("extension", "width x height", "mode"), columns, strict=True):
         counts = Counter(value for value in values if value).most_common()
         rest = f", {len(counts) - 8} others" if len(counts) > 8 else ""
         print0(f"{title}: " + ", ".join(f"{value} {n}" for value, n in counts[:8]) + rest)
-    print0("for example: " + ", ".join(source.name(i) for i in sorted({0, len(source) // 2, len(source) - 1})))
+    examples = sorted({0, len(source) // 2, len(source) - 1})
+    print0("for example: " + ", ".join(source.name(i) for i in examples))
     bad = [error for error in errors if error]
     print0(f"unreadable: {len(bad)}" + "".join(bad))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Precision: parameter groups, the learning rate, what a skipped update must restore
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ---------- Precision: parameter groups, the learning rate, what a skipped update must restore --------------
+# --------------------------------------------------------------------------------------------------------
 
 
 def amp_dtype(amp, device):
-    """torch.bfloat16, torch.float16 or None (float32) for --amp; auto: bf16 where the hardware multiplies in it, else
-    fp16 on CUDA, else float32."""
-    if amp != "auto":
-        if amp == "fp16" and device.type != "cuda":
-            raise UserError("--amp fp16 needs CUDA; use --amp bf16 or --amp off")
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else None
+    """torch.bfloat16, torch.float16 or None (float32) for --amp; auto: bf16 where the hardware multiplies in
+    it, else fp16 on CUDA, else float32."""
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError("--amp fp16 needs CUDA; use --amp bf16 or --amp off")
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def parameter_groups(model, weight_decay, no_decay=(), layer_id=None, layer_decay=1.0):
-    """AdamW groups: no weight decay for tensors of fewer than two dimensions or with a last name in `no_decay`; with
-    `layer_id` (name -> 0 ... last), `lr_scale` = layer_decay ** (last - id)."""
+    """AdamW groups: no weight decay for tensors of fewer than two dimensions or with a last name in
+    `no_decay`; with `layer_id` (name -> 0 ... last), `lr_scale` = layer_decay ** (last - id)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     ids = [layer_id(name) if layer_id else 0 for name, _ in named]
     groups = {}
@@ -887,7 +900,8 @@ def adamw(groups, betas):
 
 
 def warmup_cosine(epoch, lr, min_lr, warmup_epochs, epochs):
-    """Learning rate at a fractional epoch: linear from 0 during the warm-up, then half a cosine down to min_lr."""
+    """Learning rate at a fractional epoch: linear from 0 during the warm-up, then half a cosine down to
+    min_lr."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
@@ -906,8 +920,8 @@ def batch_statistics(model):
 
 
 def remember_statistics(model):
-    """Returns a function that puts BatchNorm's statistics back as they are now: the forward pass of an update that is
-    skipped has put what was not finite into them."""
+    """Returns a function that puts BatchNorm's statistics back as they are now: the forward pass of an update
+    that is skipped has put what was not finite into them."""
     statistics = batch_statistics(model)
     before = [buffer.clone() for buffer in statistics]
 
@@ -918,54 +932,55 @@ def remember_statistics(model):
     return restore
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Run: command line, process group, checkpoint, log, pictures
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ---------- Run: command line, process group, one update, log, pictures, checkpoint -------------------------
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class RunConfig:
     """The fields that every script's command line has. The comment behind a field is its help text."""
 
-    data: str = "data/imagenet"  # folder of images, .txt list of paths, .npz, or shapes|cifar10|cifar100|stl10|cars
+    data: str = "data/imagenet"  # folder of images, .txt list, .npz, or shapes|cifar10|cifar100|stl10|cars
     download: bool = False  # let torchvision fetch cifar10, cifar100 or stl10 into data/
     img_size: tuple[int, int] = (224, 224)  # pixels, H or H,W
     in_chans: int = 3  # channels of the images
-    mean: tuple[float, ...] | None = None  # per channel, of values in [0, 1]; default: the data set's or ImageNet's
+    mean: tuple[float, ...] | None = None  # per channel, of values in [0, 1]; default: the data's or ImageNet's
     std: tuple[float, ...] | None = None  # likewise
-    workers: int | None = None  # loader processes per training process; default: its share of the cores, at most 8
+    workers: int | None = None  # loader processes per process; default: its share of the cores, at most 8
     max_bad: float = 0.001  # share of unreadable files (at least one file) above which the run stops
     check_data: bool = False  # read all images, report, and exit
     out: str | None = None  # folder to write into; default runs/SCRIPT. A file: --draw, --mode features
-    resume: bool = False  # continue the run in --out exactly where its checkpoint is; start it if there is none
+    resume: bool = False  # continue the run in --out, or start it if there is no checkpoint
     seed: int = 0  # of everything random
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; auto: bf16 or fp16 where that is fast
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; auto: where it is fast
     compile: bool = False  # compile the model with torch.compile
-    save_minutes: float = 10.0  # minutes between checkpoints (also written at each epoch's end and on SIGTERM)
+    save_minutes: float = 10.0  # minutes between checkpoints; also at each epoch's end, on SIGTERM
     log_every: int = 20  # updates between two log lines
-    demo: bool = False  # small values for everything: drawn shapes, a tiny model, a few minutes on two CPU cores
+    demo: bool = False  # drawn shapes, a tiny model: two minutes on two CPU cores
 
     may_be_0 = {"seed", "workers", "pictures"}  # of the whole numbers
     start_from = ()  # fields that name the weights which a new run begins with
     # What may differ when a run is resumed, because it does not change what is computed ...
-    free_on_resume = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile", "save_minutes",
-                      "log_every", "demo", "micro_batch", "pictures"}
+    free_on_resume = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile",
+                      "save_minutes", "log_every", "demo", "micro_batch", "pictures"}
     # ... and what may differ after non-finite updates, to get past them.
     free_after_nan = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            whole = isinstance(value, int) and not isinstance(value, bool) and name not in self.may_be_0
+            whole = type(value) is int and name not in self.may_be_0
             if (whole or name == "epochs" and value is not None) and value <= 0:
                 raise ValueError(f"--{name} is {value}, expected more than 0")
         if min(self.img_size) <= 0 or (self.workers or 0) < 0:
             raise ValueError("--img_size must be positive, --workers not negative")
-        mean, std = (CIFAR_MEAN, CIFAR_STD) if self.data in ("cifar10", "cifar100") else (IMAGENET_MEAN, IMAGENET_STD)
-        if self.in_chans != 3:  # not in any paper: ImageNet's grey level for every channel
+        cifar = self.data in ("cifar10", "cifar100")
+        mean, std = (CIFAR_MEAN, CIFAR_STD) if cifar else (IMAGENET_MEAN, IMAGENET_STD)
+        if self.in_chans != 3:  # not in any paper: the grey level for every channel
             mean, std = (sum(mean) / 3,) * self.in_chans, (sum(std) / 3,) * self.in_chans
         self.mean, self.std = tuple(self.mean or mean), tuple(self.std or std)
         if not len(self.mean) == len(self.std) == self.in_chans:
-            raise ValueError(f"--mean has {len(self.mean)} and --std {len(self.std)} values, --in_chans is {self.in_chans}")
+            raise ValueError(f"--mean has {len(self.mean)}, --std {len(self.std)} values for {self.in_chans} channels")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -989,7 +1004,8 @@ def tuple_of(element, *rest):
 
 
 def make_parser(config_type, defaults=True):
-    """A parser with a flag for each field of a dataclass, spelled with `_` or `-`; its help is the comment behind."""
+    """A parser with a flag for each field of a dataclass, spelled with `_` or `-`; its help is the comment
+    behind."""
     parser = OneLineParser(description=sys.modules[config_type.__module__].__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     source = "".join(inspect.getsource(cls) for cls in reversed(config_type.__mro__[:-1]))
@@ -999,16 +1015,17 @@ def make_parser(config_type, defaults=True):
         kind, text = types[field.name], comments[field.name].replace("%", "%%")
         text += "" if field.default is None else f" (default {field.default})"
         flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        default = field.default if defaults else argparse.SUPPRESS
+        how = {"default": field.default if defaults else argparse.SUPPRESS}
         if get_origin(kind) in (Union, UnionType):  # ... | None
             kind = next(t for t in get_args(kind) if t is not type(None))
         if kind is bool:
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=default, help=text)
-            continue
-        choices = get_args(kind) if get_origin(kind) is Literal else None
-        text += f" [{', '.join(choices)}]" if choices else ""
-        convert = str if choices else tuple_of(*get_args(kind)) if get_origin(kind) is tuple else kind
-        parser.add_argument(*flags, type=convert, choices=choices, metavar=field.name.upper(), default=default, help=text)
+            how |= {"action": argparse.BooleanOptionalAction}
+        else:
+            choices = get_args(kind) if get_origin(kind) is Literal else None
+            text += f" [{', '.join(choices)}]" if choices else ""
+            convert = str if choices else tuple_of(*get_args(kind)) if get_origin(kind) is tuple else kind
+            how |= {"type": convert, "choices": choices, "metavar": field.name.upper()}
+        parser.add_argument(*flags, help=text, **how)
     return parser
 
 
@@ -1025,11 +1042,11 @@ def read_recipe(config_type, name):
 
 
 def parse_config(config_type, presets=lambda flags: {}, argv=None):
-    """Command line -> config_type(...). `presets(flags)` may turn flags such as --demo into other defaults, which flags
-    given next to them override. Anything wrong: one line, exit code 2."""
+    """Command line -> config_type(...). `presets(flags)` may turn flags such as --demo into other defaults,
+    which flags given next to them override. Anything wrong: one line, exit code 2."""
     parser, argv = make_parser(config_type), sys.argv[1:] if argv is None else argv
     words = [re.sub("^--no_", "--no-", word) for word in argv]
-    words = [f" {word}" if re.match(r"-[.\d]", word) else word for word in words]  # a negative value is no flag
+    words = [f" {word}" if re.match(r"-[.\d]", word) else word for word in words]  # negative: no flags
     flags, unknown = parser.parse_known_args(words)
     if unknown:
         word, names = unknown[0].split("=")[0], [field.name for field in dataclasses.fields(config_type)]
@@ -1037,7 +1054,8 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
             parser.error(f"--resume takes no file ({word}): it continues the run in --out; for weights use "
                          + start_flags(config_type))
         near = difflib.get_close_matches(word.lstrip("-"), names, 1)
-        parser.error(f"unknown argument {word}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them"))
+        hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+        parser.error(f"unknown argument {word}; {hint}")
     try:
         parser.set_defaults(**presets(flags))
         return config_type(**vars(parser.parse_args(words)))
@@ -1052,10 +1070,8 @@ def start_flags(config):
 def new_file(path, suffix):
     """--out as the path of one file, its folder made; UserError if it is there already."""
     path = Path(path)
-    if path.suffix != suffix or path.is_dir():
-        raise UserError(f"--out {path}: expected the name of a new file, NAME{suffix}")
-    if path.exists():
-        raise UserError(f"--out {path} is there already: move it away or choose another")
+    if path.suffix != suffix or path.exists():
+        raise UserError(f"--out {path}: expected the name of a new file, NAME{suffix}; move an old one away")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1064,7 +1080,8 @@ def new_file(path, suffix):
 
 
 def write_atomically(path, save, previous=None):
-    """save(open file) next to `path`, then rename over it: a kill or a full disk leaves what was there as it was.
+    """save(open file) next to `path`, then rename over it: a kill or a full disk leaves what was there as it
+    was.
 
     previous: a path that the old file is moved to (a kill between the two renames leaves it there alone).
     """
@@ -1082,13 +1099,12 @@ def write_atomically(path, save, previous=None):
             temporary.unlink(missing_ok=True)
         while error.__context__:  # torch reports a full disk as a wrong position in the file
             error = error.__context__
-        message = f"cannot write {path} ({first_line(error)}); what was there before is untouched"
-        raise UserError(message, code=1) from None
+        raise UserError(f"cannot write {path}, which stays as it was: {first_line(error)}", code=1) from None
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next ones. By default it returns blocks of more than 32 MB to
-    the system at once and gets them back page by page: on a CPU up to half of an update's time."""
+    """Let glibc keep the memory of freed tensors for the next ones. By default it returns blocks of more than
+    32 MB to the system at once and gets them back page by page: on a CPU up to half of an update's time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
@@ -1096,11 +1112,13 @@ def keep_freed_memory():
 
 
 class Run:
-    """One run of one script: its process, its folder, its log, its place in the data. The loop is the script's.
+    """One run of one script: its process, its folder, its log, its place in the data. The loop is the
+    script's.
 
-    rank, world_size, is_main, device, amp_dtype: the process. out: Path of the folder. n: images; steps: updates in all;
-    micro_batch, accum_steps: how a batch is split. step: updates done. stopping: all processes have agreed to stop.
-    saved: plain values that travel in the checkpoint. inputs: {name: value} that a resumed run must have again.
+    rank, world_size, is_main, device, amp_dtype: the process. out: Path of the folder. n: images; steps:
+    updates in all; micro_batch, accum_steps: how a batch is split. step: updates done. stopping: all
+    processes have agreed to stop. saved: plain values that travel in the checkpoint. inputs: {name: value}
+    that a resumed run must have again.
     """
 
     version = 2  # of the checkpoint's content
@@ -1116,30 +1134,32 @@ class Run:
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.workers = min(8, share) if cfg.workers is None else cfg.workers
         self.step, self.stop_requested, self.stopping, self.skipped = 0, False, False, ""
-        self.bad_files, self.new_bad_files, self.bad_limit = {}, {}, 1  # {path: reason}: of all processes, of this one
+        self.bad_files, self.new_bad_files, self.bad_limit = {}, {}, 1  # {path: reason}
         self.saved = {"skipped_nonfinite": 0, "skipped_overflow": 0, "in_a_row": 0, "window": []}
-        self.inputs, self.last_save, self.updates, self.seconds, self.waited = {}, time.monotonic(), 0, 0.0, 0.0
+        self.inputs, self.last_save = {}, time.monotonic()
+        self.updates, self.seconds, self.waited = 0, 0.0, 0.0  # since the last log line
         if not self.cuda:
             keep_freed_memory()
 
     # ---- start
 
     def start(self, n, settings="", steps=None):
-        """Plan the run for n images: `steps` updates, by default epochs * n / batch_size. Join the other processes, catch
-        signals, make the folder: UserError if --out holds another run. n None: no training. settings: words to print."""
+        """Plan the run for n images: `steps` updates, by default epochs * n / batch_size. Join the other
+        processes, catch signals, make the folder: UserError if --out holds another run. n None: no training.
+        settings: words to print."""
         if n:
-            B = self.cfg.batch_size
-            self.n, self.steps = n, steps or int(self.cfg.epochs * n // B)
+            B, epochs = self.cfg.batch_size, self.cfg.epochs
+            self.n, self.steps = n, steps or int(epochs * n // B)
             self.micro_batch, self.accum_steps = split_batch(B, self.cfg.micro_batch, self.world_size)
             if n < B:
                 raise UserError(f"{n} images are fewer than one batch: --batch_size is {B}, use at most {n}")
             if not self.steps:
-                raise UserError(f"--epochs {self.cfg.epochs} of {n} images is less than one update of --batch_size {B}")
+                raise UserError(f"--epochs {epochs} of {n} images: less than one update of --batch_size {B}")
         self.join()
         try:
             if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
-                way = "continue the run in it with --resume, or choose another --out" if n else "choose another --out"
-                raise UserError(f"{self.out} is not empty: {way}")
+                way = "continue the run in it with --resume, or " if n else ""
+                raise UserError(f"{self.out} is not empty: {way}choose another --out")
             if dist.is_initialized():
                 dist.barrier()  # all have looked before the first one writes
             if self.is_main:
@@ -1151,8 +1171,8 @@ class Run:
                f"{self.workers} loader workers, writing to {self.out}/")
         if n:
             self.catch_signals()
-            print0(f"{n} images, {self.steps} updates; batch {B} = {self.world_size} processes x {self.micro_batch} x "
-                   f"{self.accum_steps}; {settings}")
+            split = f"{self.world_size} processes x {self.micro_batch} x {self.accum_steps}"
+            print0(f"{n} images, {self.steps} updates; batch {B} = {split}; {settings}")
 
     def join(self):
         """Device and, under torchrun, process group."""
@@ -1162,12 +1182,13 @@ class Run:
         if "RANK" in os.environ and not dist.is_initialized():
             limit = timedelta(minutes=10)
             store, *_ = next(dist.rendezvous("env://", timeout=limit))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node (several count their restarts separately)
-                # torchrun keeps its store when it restarts: without a name of their own, new processes would take the
-                # addresses of the dead ones for each other's, and wait.
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node; several count their restarts separately
+                # torchrun keeps its store when it restarts: without a name of their own, new processes would
+                # take the addresses of the dead ones for each other's, and wait.
                 store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            dist.init_process_group("nccl" if self.cuda else "gloo", store=store, rank=self.rank, timeout=limit,
-                                    world_size=self.world_size, device_id=self.device if self.cuda else None)
+            backend, device = ("nccl", self.device) if self.cuda else ("gloo", None)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size,
+                                    timeout=limit, device_id=device)
         faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)  # kill -USR2: where does it hang?
 
     def catch_signals(self):
@@ -1182,7 +1203,8 @@ class Run:
             signal.signal(number, request_stop)
 
     def run_stage(self, train, cfg, method):
-        """train(cfg, ...) as a part of this run, with a folder of its own; returns whether it came to its end."""
+        """train(cfg, ...) as a part of this run, with a folder of its own; returns whether it came to its
+        end."""
         stage = Run(cfg, method)
         train(cfg, stage)
         self.catch_signals()
@@ -1198,9 +1220,10 @@ class Run:
             model.compile()
         if not dist.is_initialized():
             return model
-        # Buffers are constants, or BatchNorm statistics, which stay each process's own: no broadcast in every step.
-        known = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # new name, old name
+        # Buffers are constants, or BatchNorm statistics, which stay each process's own: no broadcast in every
+        # step.
+        names = inspect.signature(DistributedDataParallel).parameters  # newer torch renames the argument
+        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         return DistributedDataParallel(model, [self.device] if self.cuda else None, **{name: False})
 
     # ---- data
@@ -1211,13 +1234,13 @@ class Run:
         return KeyedSamples(source, transform, self.cfg.seed, self.bad_limit + 1, sample_noise, flip)
 
     def load_batches(self, samples, keys, collate=collate):
-        """Batches of KeyedSamples as they leave the workers, which live as long as the iterator. Unreadable files and
-        the time spent waiting are noted."""
+        """Batches of KeyedSamples as they leave the workers, which live as long as the iterator. Unreadable
+        files and the time spent waiting are noted."""
         atexit.unregister(end_workers)
         atexit.register(end_workers)
         iterator = iter(torch.utils.data.DataLoader(
-            samples, batch_sampler=keys, num_workers=self.workers, collate_fn=collate, worker_init_fn=init_worker,
-            pin_memory=self.cuda, prefetch_factor=4 if self.workers else None))
+            samples, batch_sampler=keys, num_workers=self.workers, collate_fn=collate, pin_memory=self.cuda,
+            worker_init_fn=init_worker, prefetch_factor=4 if self.workers else None))
         while True:
             begin = time.monotonic()
             batch = next(iterator, None)
@@ -1228,21 +1251,23 @@ class Run:
             yield batch
 
     def batches(self, source, transform, sample_noise, normalize=None):
-        """The training micro-batches from `step` on: (normalised images, noise) on the device, sample numbers."""
+        """The training micro-batches from `step` on: (normalised images, noise) on the device, sample
+        numbers."""
         normalize = normalize or self.normalize
         for batch in self.load_batches(self.samples(source, transform, sample_noise), training_keys(self)):
-            noise = batch["noise"].to(self.device, non_blocking=True)
-            yield normalize(batch["image"], batch["flip"]), noise, batch["index"]
+            yield normalize(batch["image"]), batch["noise"].to(self.device, non_blocking=True), batch["index"]
 
     def examples(self, source, sample_noise, normalize=None):
-        """What pictures show: --pictures images, evenly spaced, cropped as for evaluation, and the same noise for ever."""
-        n, normalize = self.cfg.pictures, normalize or self.normalize
-        samples = KeyedSamples(source, EvalCrop(self.cfg.img_size), self.cfg.seed, len(source), sample_noise, flip=False)
+        """What pictures show: --pictures images, evenly spaced, cropped as for evaluation, and their noise,
+        the same every time; None for 0."""
+        n, crop = self.cfg.pictures, EvalCrop(self.cfg.img_size)
+        samples = KeyedSamples(source, crop, self.cfg.seed, len(source), sample_noise, flip=False)
         batch = collate([samples[-1, i * len(source) // n] for i in range(n)]) if n else None
-        return batch and (normalize(batch["image"]), batch["noise"].to(self.device))
+        return batch and ((normalize or self.normalize)(batch["image"]), batch["noise"].to(self.device))
 
     def share_bad_files(self):
-        """On all processes, as soon as one has met a new one: name each file once; UserError above the limit."""
+        """On all processes, as soon as one has met a new one: name each file once; UserError above the
+        limit."""
         found = [self.new_bad_files] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(found, self.new_bad_files)
@@ -1251,9 +1276,8 @@ class Run:
             print0(f"unreadable, replaced by the next file: {path}: {why}")
         self.new_bad_files = {}
         if len(self.bad_files) > self.bad_limit:
-            listing = "".join(f"\n  {path}: {why}" for path, why in self.bad_files.items())
             raise UserError(f"{len(self.bad_files)} unreadable files, --max_bad {self.cfg.max_bad} allows "
-                            f"{self.bad_limit}:{listing}", code=1)
+                            f"{self.bad_limit}: {', '.join(self.bad_files)}", code=1)
 
     # ---- one update
 
@@ -1270,8 +1294,8 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.amp_dtype) if self.amp_dtype else nullcontext()
 
     def micro_batches(self, model, batches):
-        """The micro-batches of one update. Generators are seeded at each, so that a resumed run needs no stored generator
-        state; DDP averages the gradients in the last one only."""
+        """The micro-batches of one update. Generators are seeded at each, so that a resumed run needs no
+        stored generator state; DDP averages the gradients in the last one only."""
         self.began, self.sample_numbers = time.monotonic(), []
         for micro_step in range(self.accum_steps):
             *batch, numbers = next(batches)
@@ -1284,8 +1308,9 @@ class Run:
         torch.manual_seed(stable_seed(self.cfg.seed, self.step, micro_step, self.rank))
 
     def agree(self, terms, grad_norm):
-        """({name: float} averaged over the processes, whether the update is finite on all of them). terms: detached
-        scalars, `loss` among them; of an update to be skipped, this process's own values are returned.
+        """({name: float} averaged over the processes, whether the update is finite on all of them). terms:
+        detached scalars, `loss` among them; of an update to be skipped, this process's own values are
+        returned.
 
         The update's one host synchronisation: an all-reduce of a few numbers carries values and flags.
         """
@@ -1298,46 +1323,49 @@ class Run:
         if self.world_size > 1:
             dist.all_reduce(packed)
         *numbers, bad_loss, bad_gradient, stop, bad_files = packed.tolist()
-        self.stopping = stop > 0
+        self.stopping, self.skipped = stop > 0, ""
         if bad_files:
             self.share_bad_files()
-        self.skipped = "" if not bad_loss + bad_gradient else (
-            "overflow" if self.amp_dtype == torch.float16 and not bad_loss else "nonfinite")
+        if bad_loss or bad_gradient:
+            overflow = self.amp_dtype == torch.float16 and not bad_loss
+            self.skipped = "overflow" if overflow else "nonfinite"
         numbers = own.tolist() if self.skipped else [number / self.world_size for number in numbers]
         return dict(zip(values, numbers, strict=False)), not self.skipped
 
     def end_update(self, terms, lr):
-        """Count the update: a log line every --log_every, a dump for a skipped one, exit code 3 after ten in a row."""
-        self.step, self.updates, self.seconds = (
-            self.step + 1, self.updates + 1, self.seconds + time.monotonic() - self.began)
-        saved, window = self.saved, self.saved["window"]
-        # Ten non-finite updates in a row end the run, or thirty overflows: the fp16 scale starts high and is halved.
+        """Count the update: a log line every --log_every, a dump for a skipped one, exit code 3 after ten in
+        a row."""
+        self.step, self.updates = self.step + 1, self.updates + 1
+        self.seconds += time.monotonic() - self.began
+        step, saved, window = self.step, self.saved, self.saved["window"]
+        # Ten non-finite updates in a row end the run, or thirty overflows: the fp16 scale starts high and is
+        # halved.
         saved["in_a_row"] += {"": -saved["in_a_row"], "overflow": 1, "nonfinite": 3}[self.skipped]
         if self.skipped:
             saved[f"skipped_{self.skipped}"] += 1
         else:
             window.append(terms)
         if self.skipped == "overflow":
-            print0(f"step {self.step}: fp16 overflow, update skipped; the loss scale falls (harmless if rare)")
+            print0(f"step {step}: fp16 overflow, update skipped; the loss scale falls (harmless if rare)")
         if self.skipped == "nonfinite" or saved["in_a_row"] >= 30:
             self.dump(terms, lr)
         if saved["in_a_row"] >= 30:
             good = next(iter(self.checkpoints()), "none yet")
-            raise UserError(f"ten non-finite updates (or thirty overflows) in a row up to step {self.step}, lr {lr:.2g}; "
-                            f"last good checkpoint: {good}; see nonfinite_{self.step}.json; --resume with --amp off, "
+            raise UserError(f"ten non-finite updates (or thirty overflows) in a row up to step {step}; see "
+                            f"nonfinite_{step}.json; last good checkpoint: {good}; --resume with --amp off, "
                             "--clip_grad 1 or half the learning rate may get past this", code=3)
-        if self.step % self.cfg.log_every and self.step < self.steps:
+        if step % self.cfg.log_every and step < self.steps:
             return
-        means = {name: sum(terms[name] for terms in window) / len(window) for name in (window[0] if window else ())}
+        means = {k: sum(terms[k] for terms in window) / len(window) for k in (window[0] if window else ())}
         rate, wait = self.updates * self.cfg.batch_size / self.seconds, self.waited / self.seconds
-        skips = {name: count for name, count in saved.items() if name.startswith("skipped")}
-        grad_norm = means.pop("grad_norm", None)
-        self.log({"step": self.step, "epoch": round(self.epoch, 4), **{f"train/{k}": v for k, v in means.items()},
-                  "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 3), "data_wait": round(wait, 4),
-                  "peak_memory": self.peak_memory(), **skips})
-        left = timedelta(seconds=round((self.steps - self.step) * self.cfg.batch_size / rate))
-        print0(f"epoch {self.epoch:.2f} step {self.step}/{self.steps} loss {means.get('loss', math.nan):.4f} lr {lr:.2e} "
+        left = timedelta(seconds=round((self.steps - step) * self.cfg.batch_size / rate))
+        print0(f"epoch {self.epoch:.2f} step {step}/{self.steps} loss {means.get('loss', math.nan):.4f} lr {lr:.2e} "
                f"data_wait {wait:.0%} {rate:,.{0 if rate >= 10 else 2}f} images/s, {left} left")
+        grad_norm = means.pop("grad_norm", None)
+        self.log({"step": step, "epoch": round(self.epoch, 4), **{f"train/{k}": v for k, v in means.items()},
+                  "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 3),
+                  "data_wait": round(wait, 4), "peak_memory": self.peak_memory(),
+                  **{name: count for name, count in saved.items() if name.startswith("skipped")}})
         saved["window"], self.updates, self.seconds, self.waited = [], 0, 0.0, 0.0
 
     def dump(self, terms, lr):
@@ -1378,17 +1406,20 @@ class Run:
 
     def picture_due(self):
         """Path of the picture to draw now; None if none is due, or if another process draws it."""
-        if self.is_main and self.cfg.pictures and self.ends_epoch():
-            return self.out / f"pictures/epoch_{math.ceil(self.epoch_at(self.step - 1) + 1e-9):04}.png"
-        return None
+        if not (self.is_main and self.cfg.pictures and self.ends_epoch()):
+            return None
+        number = int(self.epoch_at(self.step - 1)) + 1  # of the pass that the last update was in
+        return self.out / f"pictures/epoch_{number:04}.png"
 
     def save_due(self):
         """Whether a pass has just ended, --save_minutes are over, or the run stops here."""
-        return self.ends_epoch() or self.stopping or time.monotonic() - self.last_save > 60 * self.cfg.save_minutes
+        minutes = (time.monotonic() - self.last_save) / 60
+        return self.ends_epoch() or self.stopping or minutes > self.cfg.save_minutes
 
     def meta(self, **more):
         """What a file of weights says of itself."""
-        fields = {name: getattr(self.cfg, name) for name in (*NETWORK, "img_size") if hasattr(self.cfg, name)}
+        names = [name for name in (*NETWORK, "img_size") if hasattr(self.cfg, name)]
+        fields = {name: getattr(self.cfg, name) for name in names}
         return {"method": self.method, **fields, "epoch": self.epoch, **more}
 
     def export(self, name, weights, meta):
@@ -1406,19 +1437,21 @@ class Run:
         if encoder:
             self.export("encoder.pth", encoder, meta)
         if self.is_main:
-            content = {name: value.state_dict() for name, value in self.state.items()}
-            content |= {"version": self.version, "method": self.method, "config": dataclasses.asdict(self.cfg), "n": self.n,
-                        "step": self.step, "precision": str(self.amp_dtype), "bad_files": self.bad_files, "meta": meta,
-                        "saved": self.saved, "inputs": self.inputs,
-                        "encoder": {name: prefix + name for name in encoder or ()}}
-            write_atomically(self.out / "last.pth", lambda file: torch.save(content, file), self.out / "previous.pth")
+            content = {name: value.state_dict() for name, value in self.state.items()} | {
+                "version": self.version, "method": self.method, "config": dataclasses.asdict(self.cfg),
+                "n": self.n, "step": self.step, "precision": str(self.amp_dtype), "meta": meta,
+                "bad_files": self.bad_files, "saved": self.saved, "inputs": self.inputs,
+                "encoder": {name: prefix + name for name in encoder or ()}}
+            last, previous = self.out / "last.pth", self.out / "previous.pth"
+            write_atomically(last, lambda file: torch.save(content, file), previous)
 
     def checkpoints(self):
         """Paths of what --resume can go on from, newest first."""
         return [path for path in (self.out / "last.pth", self.out / "previous.pth") if path.exists()]
 
     def load(self, **state):
-        """Keep the objects with a state_dict() that checkpoints hold; --resume: restore them, and `step`, from --out."""
+        """Name the objects whose state_dict() checkpoints hold; --resume: restore them, and `step`, from
+        --out."""
         self.state = state
         if self.cfg.resume and self.checkpoints():
             self.restore(*self.checkpoints())
@@ -1426,23 +1459,25 @@ class Run:
         if self.world_size > 1:
             dist.all_gather_object(steps, self.step)
         if len(set(steps)) > 1:
-            raise UserError(f"--resume: the processes stand at steps {steps}: all nodes must share the folder --out")
+            raise UserError(f"--resume: the processes are at steps {steps}: all nodes must share --out")
         log = self.out / "log.jsonl"
-        if self.is_main and log.exists():  # drop what a killed run logged after its last checkpoint: it comes again
+        if self.is_main and log.exists():  # drop what a killed run logged after its last checkpoint
             whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             self.write(log.name, "".join(line for line in whole if json.loads(line)["step"] <= self.step))
-        self.write("config.json", json.dumps({"script": self.method, **dataclasses.asdict(self.cfg)}, indent=1))
+        config = {"script": self.method, **dataclasses.asdict(self.cfg)}
+        self.write("config.json", json.dumps(config, indent=1))
         self.last_save = time.monotonic()
 
     def restore(self, path, *others):
         content, wrong = self.read_checkpoint(path)
         if wrong:
             good = [other for other in others if not self.read_checkpoint(other)[1]]
-            hint = f"{good[0]} is good: mv it over {path} and --resume again" if good else "no other checkpoint is good"
+            hint = f"{good[0]} is good: mv it over {path}, then --resume" if good else "there is no other"
             raise UserError(f"--resume: {wrong}; {hint}")
         for name, value in self.state.items():
             value.load_state_dict(content[name])
-        self.bad_files, self.step, self.saved = content["bad_files"], content["step"], self.saved | content["saved"]
+        self.bad_files, self.step = content["bad_files"], content["step"]
+        self.saved |= content["saved"]
         print0(f"resumed from {path}: step {self.step}, epoch {self.epoch:.2f}, "
                f"sample {self.step * self.cfg.batch_size % self.n} of the pass")
 
@@ -1452,26 +1487,34 @@ class Run:
             content = read_file(path)
         except UserError as error:
             return None, str(error)
+        way_out = f"or start from its weights, {start_flags(self.cfg)}, with another --out"
         if content.get("method") != self.method:
-            return None, f"{path} is no checkpoint of {self.method} but of {content.get('method', 'something else')}"
+            return None, f"{path} is of {content.get('method', 'another program')}, not of {self.method}"
         if content.get("version") != self.version:
-            return None, (f"{path} has format {content.get('version', 1)}, this script writes {self.version}: finish the "
-                          f"run with the scripts that began it, or start from its weights, {start_flags(self.cfg)}")
-        before = content["config"] | {"images": content["n"], "precision": content["precision"]} | content["inputs"]
-        before = {field.name: field.default for field in dataclasses.fields(self.cfg)} | before  # younger flags
-        now = dataclasses.asdict(self.cfg) | {"images": self.n, "precision": str(self.amp_dtype)} | self.inputs
-        changed = {key for key in now if before.get(key) != now[key]}
+            return None, f"{path} is of an older version of this script: finish the run with that, {way_out}"
+        defaults = {field.name: field.default for field in dataclasses.fields(self.cfg)}  # for younger flags
+        then = defaults | content["config"] | content["inputs"]
+        then |= {"images": content["n"], "precision": content["precision"]}
+        now = dataclasses.asdict(self.cfg) | self.inputs
+        now |= {"images": self.n, "precision": str(self.amp_dtype)}
+        changed = {name for name in now if then.get(name) != now[name]}
         changed -= self.cfg.free_on_resume | set(self.cfg.start_from)
         if any(self.out.glob("nonfinite_*.json")):
             changed -= self.cfg.free_after_nan
-        listing = "; ".join(f"{key} {before.get(key)}, not {now[key]}" for key in sorted(changed))
-        return content, listing and (f"the run in {path} has {listing}: repeat its flags, or start from its weights with "
-                                     f"{start_flags(self.cfg)} and another --out")
+        listing = "; ".join(f"{name} {then.get(name)}, not {now[name]}" for name in sorted(changed))
+        return content, listing and f"the run in {path} has {listing}: repeat its flags, {way_out}"
+
+    def share_statistics(self, model):
+        """BatchNorm's, of the first process, to all: every process evaluates with the statistics that are
+        saved."""
+        for buffer in batch_statistics(model) if self.world_size > 1 else ():
+            dist.broadcast(buffer, 0)
 
     def finish(self, files="last.pth, encoder.pth, pictures/"):
         """The last line: what is there, and the command to type next."""
         if self.step < self.steps:
-            return print0(f"stopped after step {self.step} of {self.steps}; the same command with --resume carries on")
+            what = f"stopped after step {self.step} of {self.steps}"
+            return print0(f"{what}; the same command with --resume carries on")
         print0(f"done: {self.out}/{files}")
         if "encoder.pth" in files:
             what = "--demo --mode linear" if self.cfg.demo else f"--data {self.cfg.data}"
@@ -1479,11 +1522,11 @@ class Run:
 
 
 def save_image_grid(path, rows, titles, caption):
-    """PNG: rows of images (C, H, W) in [0, 1] under column titles, a caption below. Three channels are shown in colour,
-    other counts by their first channel; small images are enlarged by whole factors."""
+    """PNG: rows of images (C, H, W) in [0, 1] under column titles, a caption below. Three channels are shown
+    in colour, other counts by their first channel; small images are enlarged by whole factors."""
     factor, line = max(1, 128 // max(rows[0][0].shape[1:])), 16
-    images = torch.stack([(x if len(x) == 3 else x[:1].expand(3, -1, -1)).float().cpu() for row in rows for x in row])
-    images = images.clamp(0, 1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    images = torch.stack([x if len(x) == 3 else x[:1].expand(3, -1, -1) for row in rows for x in row])
+    images = images.float().cpu().clamp(0, 1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     grid = TF.to_pil_image(torchvision.utils.make_grid(images, nrow=len(titles), padding=4, pad_value=1.0))
     caption = textwrap.wrap(caption, grid.width // 6)  # the built-in font is about 6 px wide
     canvas = Image.new("RGB", (grid.width, line + grid.height + line * len(caption)), "white")
@@ -1497,7 +1540,8 @@ def save_image_grid(path, rows, titles, caption):
 
 
 def launch(config_type, presets, train, method):
-    """A script's main: parse, train(cfg, run), end the process group. A UserError ends in one line and its exit code."""
+    """A script's main: parse, train(cfg, run), end the process group. A UserError ends in one line and its
+    exit code."""
     cfg = parse_config(config_type, presets)
     try:
         run = Run(cfg, method)

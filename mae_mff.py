@@ -1,12 +1,13 @@
 """MAE and its multi-level feature fusion (MFF), with the PixMIM target.
 
 MAE     He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022, arXiv 2111.06377
-MFF     Liu et al., Improving Pixel-based MIM by Reducing Wasted Modeling Capability, ICCV 2023, arXiv 2308.00261
-PixMIM  Liu et al., Rethinking Pixel Reconstruction in Masked Image Modeling, arXiv 2303.02416
+MFF     Liu et al., Improving Pixel-based MIM by Reducing Wasted Modeling Capability, ICCV 2023, arXiv
+2308.00261 PixMIM  Liu et al., Rethinking Pixel Reconstruction in Masked Image Modeling, arXiv 2303.02416
 
-Idea. Hide 75 % of an image's patches, encode the visible ones, let a small decoder fill in the pixels of the hidden ones.
-A pixel target pulls low-level detail into the last block; MFF gives the decoder that detail from shallow blocks instead,
-by fusing their outputs, so that the last block is free for semantics. PixMIM takes the finest detail out of the target.
+Idea. Hide 75 % of an image's patches, encode the visible ones, let a small decoder fill in the pixels of the
+hidden ones. A pixel target pulls low-level detail into the last block; MFF gives the decoder that detail from
+shallow blocks instead, by fusing their outputs, so that the last block is free for semantics. PixMIM takes
+the finest detail out of the target.
 
 Data flow, in the order of the code (its names and shapes on the right)
     x                 visible patches + positions, class token first          latent      (B, 1 + len_keep, D)
@@ -23,13 +24,14 @@ Which blocks are fused (counted from 0; MFF appendix, table 4, for 12 blocks):
     and 10,11 in the pilot experiment (sec. A.5). Other depths: six, evenly spaced from the first to the last.
 --detach_shallow keeps gradients out of these shortcuts (sec. A.8). --target pixmim is MFF_PixMIM.
 
-Not in the papers, our choice: w has no weight decay (a vector); the decoders for the sizes the papers do not train (DECODERS);
-the low-pass radius scaled with the image side. From the released code rather than the text: the loss is averaged over the
-hidden patches of the whole batch, and the low-pass disc is centred between bins, at (n - 1) / 2.
+Not in the papers, our choice: w has no weight decay (a vector); the decoders for the sizes the papers do not
+train (DECODERS); the low-pass radius scaled with the image side. From the released code rather than the text:
+the loss is averaged over the hidden patches of the whole batch, and the low-pass disc is centred between
+bins, at (n - 1) / 2.
 
     python mae_mff.py --demo                                              two minutes on a CPU
-    torchrun --nproc_per_node 4 mae_mff.py --epochs 800                   the paper's run, images in data/imagenet
-    torchrun --nproc_per_node 4 mae_mff.py --epochs 800 --resume          carry on after a stop
+    torchrun --nproc_per_node 4 mae_mff.py --epochs 800                   the paper's run, images in
+    data/imagenet torchrun --nproc_per_node 4 mae_mff.py --epochs 800 --resume          carry on after a stop
     python mae_mff.py --data PHOTOS --init encoder.pth --epochs 100       own images, from pre-trained weights
     python mae_mff.py --data PHOTOS --draw last.pth --out photos.png      what it fills in
 """
@@ -150,7 +152,8 @@ def presets(flags):
     return draw_presets(flags.draw) if flags.draw else DEMO if flags.demo else {}
 
 
-# ---- masking and targets ---------------------------------------------------------------------------------------------
+# ---- masking and targets
+# ---------------------------------------------------------------------------------------------
 
 
 def random_masking(noise, mask_ratio):
@@ -166,8 +169,8 @@ def random_masking(noise, mask_ratio):
 
 
 def low_pass(images, radius=40.0 / 224):
-    """PixMIM's target filter on images (B, C, H, W) in [0, 1]: keep the frequencies within `radius` (a share of the side) of
-    the spectrum's centre; returns the magnitude of the inverse transform.
+    """PixMIM's target filter on images (B, C, H, W) in [0, 1]: keep the frequencies within `radius` (a share
+    of the side) of the spectrum's centre; returns the magnitude of the inverse transform.
 
     The disc is centred at (n - 1) / 2, half a bin off the zero frequency, as in the released code.
     """
@@ -178,7 +181,8 @@ def low_pass(images, radius=40.0 / 224):
 
 
 def patch_target(images, patch_size, normalised=True):
-    """(B, C, H, W) -> (B, L, p*p*C): pixels, normalised per patch over all its values (unbiased variance, eps 1e-6)."""
+    """(B, C, H, W) -> (B, L, p*p*C): pixels, normalised per patch over all its values (unbiased variance, eps
+    1e-6)."""
     target = patchify(images, patch_size)
     if not normalised:
         return target
@@ -188,13 +192,14 @@ def patch_target(images, patch_size, normalised=True):
 def masked_mse(pred, target, mask):
     """Mean squared error on the hidden patches (MAE sec. 3).
 
-    pred, target: (B, L, p*p*C); mask: (B, L), 1 = hidden, at least one. Returns a scalar: mean over the values of a patch,
-    then over all hidden patches of the batch.
+    pred, target: (B, L, p*p*C); mask: (B, L), 1 = hidden, at least one. Returns a scalar: mean over the
+    values of a patch, then over all hidden patches of the batch.
     """
     return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
 
 
-# ---- model -----------------------------------------------------------------------------------------------------------
+# ---- model
+# -----------------------------------------------------------------------------------------------------------
 
 
 class MaskedAutoencoder(ViT):
@@ -230,7 +235,8 @@ class MaskedAutoencoder(ViT):
         return self.norm(self.fuse(outputs))
 
     def fuse(self, outputs):
-        """z = sum_i softmax(w)_i y_i; y_i = Linear_i(x_i), the last block unprojected. outputs: {layer: x_i}."""
+        """z = sum_i softmax(w)_i y_i; y_i = Linear_i(x_i), the last block unprojected. outputs: {layer:
+        x_i}."""
         *shallow, last = outputs.values()
         if not shallow:
             return last
@@ -263,7 +269,8 @@ class MaskedAutoencoder(ViT):
         return self.decode(self.encode(images, ids_keep), ids_restore), mask
 
     def forward(self, images, noise):
-        """Returns the loss and its terms: the loss again and softmax(w) under the layers' numbers (MFF fig. 1)."""
+        """Returns the loss and its terms: the loss again and softmax(w) under the layers' numbers (MFF fig.
+        1)."""
         pred, mask = self.predict(images, noise)
         with torch.autocast(images.device.type, enabled=False):  # target and loss in float32
             loss = masked_mse(pred.float(), self.target(images.float()), mask)
@@ -274,11 +281,13 @@ class MaskedAutoencoder(ViT):
         return loss, terms
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training
+# --------------------------------------------------------------------------------------------------------
 
 
 class SimpleResizedCrop:
-    """PixMIM's crop: short side to the image size, bilinear, then a random crop with 4 px of reflected border."""
+    """PixMIM's crop: short side to the image size, bilinear, then a random crop with 4 px of reflected
+    border."""
 
     def __init__(self, size):
         self.size, self.crop = size, v2.RandomCrop(size, padding=4, padding_mode="reflect")
@@ -288,7 +297,8 @@ class SimpleResizedCrop:
 
 
 def train_step(model, batches, optimizer, scaler, run):
-    """One update of run.accum_steps micro-batches; returns the loss's terms, means over the update, as floats."""
+    """One update of run.accum_steps micro-batches; returns the loss's terms, means over the update, as
+    floats."""
     optimizer.zero_grad(set_to_none=True)
     total = {}
     for images, noise in run.micro_batches(model, batches):
@@ -353,11 +363,13 @@ def train(cfg, run):
     run.finish()
 
 
-# ---- --draw: what a file of weights fills in -------------------------------------------------------------------------
+# ---- --draw: what a file of weights fills in
+# -------------------------------------------------------------------------
 
 
 def draw_presets(path):
-    """Settings for the model in a file. Ours says how it was trained; the tensors of official ones show their sizes."""
+    """Settings for the model in a file. Ours says how it was trained; the tensors of official ones show their
+    sizes."""
     content = read_file(path)
     config, network = content.get("config", {}), network_of(content)
     if network.get("model") not in VIT_SIZES:

@@ -1,7 +1,7 @@
 """Drawn images, so that everything runs without a download: `--data shapes`, and `--demo`, which implies it.
 
-An image shows one to four of the ten SHAPE_KINDS on a textured background. Its class is the kind with the largest
-visible area.
+An image shows one to four of the ten SHAPE_KINDS on a textured background. Its class is the kind with the
+largest visible area.
 """
 
 import hashlib
@@ -53,8 +53,8 @@ def texture(side, rng):
 class Shapes:
     """A source of images as common.open_data describes it. Image `i` is a function of (seed, split, i).
 
-    What is drawn is kept if the whole set takes less than 256 MB (by each loader worker for itself: containers give
-    little shared memory).
+    What is drawn is kept if the whole set takes less than 256 MB (by each loader worker for itself:
+    containers give little shared memory).
     """
 
     def __init__(self, size, in_chans, split="train", seed=0, n=None):
@@ -75,7 +75,8 @@ class Shapes:
         return f"shapes[{index}]"
 
     def draw(self, index):
-        """Returns image uint8 (H, W, C), instance map uint8 (H, W) (0 = background, i + 1 = shape i), kinds (n,)."""
+        """Returns image uint8 (H, W, C), instance map uint8 (H, W) (0 = background, i + 1 = shape i), kinds
+        (n,)."""
         height, width = self.size
         key = hashlib.blake2b(struct.pack("3q", *self.key, index), digest_size=8).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little") >> 1))
