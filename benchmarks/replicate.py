@@ -16,7 +16,7 @@ minutes of CIFAR-10.
              labels=np.concatenate([part.targets for part in parts]))
 
 Repeat the command to go on after a stop: what is finished is not run again. `--only mff,ddae` runs a part, `--jobs` so many at
-a time. Runs go to --out, the table to --table, and all logs, one compressed file per kind of run, to --logs.
+a time. Runs go to --out, the tables to --table, and all logs, one compressed file per kind of run, to --logs.
 """
 
 import argparse
@@ -39,6 +39,7 @@ import torch
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
+MARKS = "<!-- replicate.py writes from here -->\n\n", "\n<!-- to here -->\n"  # in docs/RESULTS.md
 SCALES = {  # model, updates and batch of pre-training, base learning rates; training images and passes of the read-outs
     "small": {"model": "nano", "updates": 500, "batch": 64, "mae": "6e-3", "ve": "2e-3", "revcol": "6e-3", "cim": "2e-3",
               "images": 10_000, "tune_epochs": 2},
@@ -273,45 +274,46 @@ def table(bench):
     for way in READ_OUTS:
         spreads[way], freedom = pooled_spread(results, way)
         widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan  # of one run's interval
-    pairs = {way: widths[way] * math.sqrt(2 / len(seeds)) for way in READ_OUTS}
     lines = [
-        "# The papers' claims at small scale", "",
-        f"Written by `benchmarks/replicate.py --scale {bench.args.scale}`; what is compared, and how to repeat it, is in that "
-        "script's docstring. Logs of all runs: [runs](runs), one file per row of the second table.", "",
-        f"Scale `{bench.args.scale}`: {scale['model']}, patches of 4 px, {scale['updates']} updates of {scale['batch']} images "
-        f"({bench.epochs:.2f} passes), read out on {scale['images']:,} training images: fine-tuned for {scale['tune_epochs']} "
-        "passes (layer decay 0.75; random weights 1), or by a linear probe on frozen features (the class token; RevColV2's "
-        "mean). Top-1 on the test images in %, mean over seeds ± standard deviation.", "",
-        f"Seeds {', '.join(map(str, seeds))}; runs of commit {', '.join(commits)}, table of {git_commit()}; torch "
-        f"{torch.__version__}, {os.cpu_count()} cores, "
+        f"`python benchmarks/replicate.py --data cifar10.npz --scale {bench.args.scale}`: size {scale['model']}, patches of 4 "
+        f"px, {scale['updates']} updates of {scale['batch']} images ({bench.epochs:.2f} passes). Read out on "
+        f"{scale['images']:,} training images: fine-tuned for {scale['tune_epochs']} passes (layer decay 0.75; random weights "
+        "1), and by a linear probe on frozen features (class token; RevColV2: mean). Top-1 on the test images in %, mean ± "
+        f"standard deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(commits)}, table of "
+        f"{git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
-        "Differences are points of top-1 ± half their 95 % interval, for which the spread over seeds is pooled over all runs "
-        f"(fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points): with {len(seeds)} seeds nothing below "
-        f"{pairs['finetune']:.1f} and {pairs['linear']:.1f} points can be seen, and of all these rows one in twenty errs. "
-        "*Within noise*: the interval has 0 in it. No difference *agrees* if the interval stays within a point.", "",
-        "| claim | paper (ImageNet) | seeds | fine-tuned | | linear probe | |", "|---|---|---|---|---|---|---|"]
+        "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over all runs "
+        f"(fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); expect about 5 % false positives. "
+        "*Within noise*: the interval contains 0. A claim of no difference *agrees* if the interval stays within a point.", "",
+        "| claim | paper (ImageNet) | fine-tuned | linear probe |", "|---|---|---|---|"]
     for claim in CLAIMS:
-        counts = [sum((name, seed) in results for seed in seeds) for name in (claim.first, claim.second)]
-        cells = ["{}, {}".format(*counts)]
+        cells = []
         for way in READ_OUTS:
             first, second = ([results[name, seed][way] for seed in seeds if way in results.get((name, seed), {})]
                              for name in (claim.first, claim.second))
-            if not first or not second:
-                cells += ["", ""]
-                continue
-            difference = statistics.mean(first) - statistics.mean(second)
-            margin = widths[way] * math.sqrt(1 / len(first) + 1 / len(second))
-            cells += [f"{difference:+.2f} ± {margin:.2f}", verdict(difference, margin, claim.equal)]
+            if first and second:
+                difference = statistics.mean(first) - statistics.mean(second)
+                margin = widths[way] * math.sqrt(1 / len(first) + 1 / len(second))
+                cells.append(f"{difference:+.2f} ± {margin:.2f} {verdict(difference, margin, claim.equal)}")
+            else:
+                cells.append("")
         lines.append(f"| {claim.words} (`{claim.first}` - `{claim.second}`) | {claim.paper} | " + " | ".join(cells) + " |")
-    lines += ["", "| run | command | seeds | fine-tuned | linear probe |", "|---|---|---|---|---|"]
-    for name, arm in bench.arms.items():
+    lines += ["", "| run | seeds | fine-tuned | linear probe |", "|---|---|---|---|"]
+    for name in bench.arms:
         found = [results[name, seed] for seed in seeds if (name, seed) in results]
         if found:
-            start = "".join(f" {flag} {file}" for flag, file in arm.start.items())
-            command = f"`{arm.script or 'finetune.py --weights none'} {arm.flags}{start}`".replace(" `", "`")
             cells = [cell([result[way] for result in found if way in result]) for way in READ_OUTS]
-            lines.append(f"| `{name}` | {command} | {len(found)} | " + " | ".join(cells) + " |")
+            lines.append(f"| `{name}` | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def write_table(text, file):
+    """Between the two marks of a page that has them, or as the whole file."""
+    page = file.read_text(encoding="utf-8") if file.exists() else ""
+    if MARKS[0] in page:
+        before, rest = page.split(MARKS[0])
+        text = before + MARKS[0] + text + MARKS[1] + rest.split(MARKS[1])[1]
+    file.write_text(text, encoding="utf-8")
 
 
 def write_logs(bench, folder):
@@ -334,7 +336,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
     parser.add_argument("--out", type=Path, help="default runs/replicate_SCALE")
-    parser.add_argument("--table", type=Path, help="default OUT/table.md")
+    parser.add_argument("--table", type=Path, help="file, or page with marks, such as docs/RESULTS.md; default OUT/table.md")
     parser.add_argument("--logs", type=Path, help="default OUT/logs")
     args = parser.parse_args()
     groups = dict.fromkeys(claim.group for claim in CLAIMS)
@@ -352,13 +354,13 @@ def main():
         try:
             for job in jobs:
                 job.result()
-                args.table.write_text(table(bench), encoding="utf-8")
+                write_table(table(bench), args.table)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     write_logs(bench, args.logs)
     text = table(bench)
-    args.table.write_text(text, encoding="utf-8")
+    write_table(text, args.table)
     print(text)
 
 

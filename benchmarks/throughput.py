@@ -3,8 +3,8 @@
 step     One pre-training update of ViT-B/16 at 224 px: ours (from the 8-bit batch to the optimizer, with all checks) against
          transformers' ViTMAEForPreTraining and an MAE of timm's blocks (ready float batch, fused AdamW); with the share of the
          machine's matrix-product speed, measured in the same run, and where our time goes.
-methods  One update of every method and size in turns with MAE's: images/s, cost measured and expected from the FLOPs, share of
-         the matrix-product speed, and the peak memory of a process that trains it. The GPU: also Large.
+methods  One update of every method and size in turns with MAE's: images/s, cost measured and expected from the FLOPs, and the
+         peak memory of a process that trains it. The GPU: also Large.
 compile  The same updates with torch.compile and without, and what compiling takes: Base (CPU: nano, and MAE alone).
 cim      One update of CIM against one of a BEiT-B with the same tokenizer encoder (DALL-E's shape, random weights), as in the
          paper's A.1: measured, with the time and the FLOPs of each part. A quarter of the batch.
@@ -79,8 +79,8 @@ def turns(rivals, rounds):
 
 
 def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines] + [""]
+    lines = ["| " + " | ".join(str(cell) for cell in line) + " |" for line in [head, *rows]]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
 
 
 # ---- step
@@ -210,7 +210,7 @@ def profile(step):
 def bench_step(args):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    images, out, shares, flops = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8), [], {}, {}
+    images, out, shares, flops = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8), {}, {}, {}
     for precision, amp in PRECISIONS.items():
         rivals = {f"mae_mff.py, {name}": make_update(script, args.batch, amp, **values("base"))[1]
                   for name, (script, values) in list(METHODS.items())[:2]}
@@ -224,14 +224,14 @@ def bench_step(args):
         best = min(seconds[name] for name in list(rivals)[2:])
         for name, value in seconds.items():
             used = flops.get(name, flops["mae_mff.py, MAE"]) / value
-            out.append([precision, name, f"{args.batch / value:.2f}", f"{best / value:.2f}", f"{used / peak:.0%}"])
+            out.setdefault(name, [name]).append(f"{args.batch / value:.2f}, {best / value:.2f}, {used / peak:.0%}")
         shares[precision] = profile(rivals["mae_mff.py, MAE"])
-        out.append([precision, f"(matrix product: {peak / 1e9:,.0f} GFLOP/s)", "", "", "100%"])
+        out.setdefault("product", ["(matrix product)"]).append(f"{peak / 1e9:,.0f} GFLOP/s")
     parts = [[group, *(f"{share[group]:.0%}" for share in shares.values())] for group in [*GROUPS, "everything else"]]
     gflop = f"{flops['mae_mff.py, MAE'] / args.batch / 1e9:.1f} GFLOP per image"
-    setting = f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns; {gflop}, forward and backward."
-    return [setting, "",
-            *table(["precision", "update", "images/s", "against the best peer", "of the matrix-product speed"], out),
+    return [f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns; {gflop}, forward and backward. Cells: "
+            "images/s, ratio to the best peer, share of the matrix-product speed.", "",
+            *table(["update", *PRECISIONS], out.values()),
             "Where our time goes (MAE, one profiled update):", "", *table(["share of the time", *shares], parts)]
 
 
@@ -239,28 +239,25 @@ def bench_step(args):
 
 
 def bench_methods(args):
-    rows = []
-    for size in ("tiny", "small", "base", *(["large"] if DEVICE.type == "cuda" else [])):
-        product, work = matrix_product("bf16")
+    sizes, rows = ["tiny", "small", "base", *(["large"] if DEVICE.type == "cuda" else [])], {name: [name] for name in METHODS}
+    for size in sizes:
         base, base_flops = make_update(mae_mff, args.batch, "bf16", model=size, **METHODS["MAE"][1](size))[1], 0
         for name, (script, values) in METHODS.items():
             if script is revcol_v2 and size not in revcol_v2.SIZES:
+                rows[name].append("")
                 continue
             update = base if name == "MAE" else make_update(script, args.batch, "bf16", model=size, **values(size))[1]
             flops = count_flops(update)
             base_flops = base_flops or flops
-            seconds = turns({"MAE": base, name: update, "product": product}, args.rounds)
+            seconds = turns({"MAE": base, name: update}, args.rounds)
             command = [sys.executable, __file__, "--memory_of", name, size, "--batch", str(args.batch)]
             memory = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
-            rows.append([size, name, f"{args.batch / seconds[name]:.3g}", f"{seconds[name] / seconds['MAE']:.2f}",
-                         f"{flops / base_flops:.2f}", f"{flops / args.batch / 1e9:.1f}",
-                         f"{flops / seconds[name] / (work / seconds['product']):.0%}", memory])
+            cost = f"{seconds[name] / seconds['MAE']:.2f} ({flops / base_flops:.2f})"
+            rows[name].append(f"{args.batch / seconds[name]:.3g}, {cost}, {memory}")
     held = "the allocator's peak" if DEVICE.type == "cuda" else "of the process, Python and torch included"
     return [f"224 px, bf16, batch {args.batch}, median of {args.rounds} turns with MAE's update of the same size, timed anew "
-            "for each: a machine's speed drifts, so read the costs. RevColV2's FLOPs include what its backward pass computes "
-            f"again. Memory: {held}.", "",
-            *table(["size", "method", "images/s", "cost, MAE = 1", "expected from the FLOPs", "GFLOP per image",
-                    "of the matrix-product speed", "peak memory, GiB"], rows)]
+            "for each. Cells: images/s, cost in MAE updates (expected from the FLOPs, with what RevColV2 computes again), peak "
+            f"memory in GiB ({held}).", "", *table(["method", *sizes], rows.values())]
 
 
 def print_memory(name, size, batch_size):
@@ -311,15 +308,15 @@ def bench_cim(args):
         if learns:
             output.backward()
 
-    rows, parts_rows = [], []
-    for precision, amp in PRECISIONS.items():
+    rows, parts_rows = {}, {}
+    for amp in PRECISIONS.values():
         models, steps = {}, {}
         for kind, values in kinds.items():
             models[kind], steps[kind] = make_update(cim, n, amp, **values)
         seconds = turns(steps, args.rounds)
         for kind in list(kinds)[1:]:
-            rows.append([kind, precision, *(f"{n / seconds[name]:.2f}" for name in ("BEiT-B", kind)),
-                         f"{seconds[kind] / seconds['BEiT-B']:.2f}"])
+            rows.setdefault(kind, [kind]).append(", ".join(f"{n / seconds[name]:.2f}" for name in ("BEiT-B", kind))
+                                                 + f", {seconds[kind] / seconds['BEiT-B']:.2f}")
         beit, model = models["BEiT-B"], models["CIM-ResPix"]
         parts = {  # name: what runs, and whether backward runs too
             "tokenizer's encoder": (lambda: tokenizer.ids(pixels), False),
@@ -331,19 +328,20 @@ def bench_cim(args):
         }
         seconds = turns({name: lambda part=part, amp=amp: run(*part, amp) for name, part in parts.items()}, args.rounds)
         flops = {name: count_flops(lambda part=part, amp=amp: run(*part, amp)) / n for name, part in parts.items()}
-        parts_rows += [[precision, name, f"{1000 * value / n:.0f}", f"{flops[name] / 1e9:.1f}"]
-                       for name, value in seconds.items()]
+        for name, value in seconds.items():
+            parts_rows.setdefault(name, [name, f"{flops[name] / 1e9:.1f}"]).append(f"{1000 * value / n:.0f}")
     beit = sum(flops[name] for name in ("tokenizer's encoder", "(BEiT's 12 blocks)"))
     expected = sum(value for name, value in flops.items() if not name.startswith("(")) / beit
-    return [f"ViT-B/16, 224 px, batch {n}, median of {args.rounds} turns. CIM's cost by FLOPs: {expected:.2f} x BEiT's.", "",
-            *table(["method", "precision", "BEiT-B, images/s", "its images/s", "BEiT's cost x"], rows),
-            *table(["precision", "part (with backward where it learns)", "ms per image", "GFLOP per image"], parts_rows)]
+    return [f"ViT-B/16, 224 px, batch {n}, median of {args.rounds} turns. CIM's cost by FLOPs: {expected:.2f} x BEiT's. Cells: "
+            "BEiT-B's images/s, CIM's, cost.", "", *table(["method", *PRECISIONS], rows.values()),
+            *table(["part (with backward where it learns)", "GFLOP per image", "fp32, ms per image", "bf16, ms per image"],
+                   parts_rows.values())]
 
 
 def bench_electra(args):
-    n, rows = max(1, args.batch // 2), []
+    n, rows = max(1, args.batch // 2), {}
     images, draw = torch.randn(n, 3, 224, 224, device=DEVICE), torch.rand(n, 196, device=DEVICE)
-    for precision, amp in PRECISIONS.items():
+    for amp in PRECISIONS.values():
         model, update = make_update(vision_electra, n, amp)
         frozen = {name: parameter.detach() for name, parameter in model.discriminator.named_parameters()}
         parts = {  # what runs, forward and backward
@@ -364,11 +362,10 @@ def bench_electra(args):
         rivals["one update"] = update
         seconds = turns(rivals, args.rounds)
         whole = seconds.pop("one update")
-        rows += [[precision, name, f"{1000 * value / n:.0f}", f"{value / sum(seconds.values()):.2f}"]
-                 for name, value in [*seconds.items(), ("one update", whole)]]
-    return [f"ViT-B/16 twice, 224 px, batch {n}, median of {args.rounds} turns; the update has normalisation, losses, "
-            "diversity, gradient norms and optimizer besides.", "",
-            *table(["precision", "what, forward and backward", "ms per image", "of the sum of the parts"], rows)]
+        for name, value in [*seconds.items(), ("one update", whole)]:
+            rows.setdefault(name, [name]).append(f"{1000 * value / n:.0f}, {value / sum(seconds.values()):.2f}")
+    return [f"ViT-B/16 twice, 224 px, batch {n}, median of {args.rounds} turns. Cells: ms per image, share of the sum of the "
+            "parts.", "", *table(["forward and backward", *PRECISIONS], rows.values())]
 
 
 # ---- loader
@@ -414,12 +411,11 @@ def bench_loader(args):
     torch.set_num_threads(threads)
     image = seconds["ours, DDAE's masks and distance maps"] / n
     drawn = "; ".join(f"{name} {1e3 * value:.0f} us, {value / 1000 / image:.1%}" for name, value in draws.items())
-    decode, peer = seconds["decoding alone, torchvision"], seconds["MAE's published pipeline"]
-    rows = [[name, f"{1e3 * value / n:.3f}", f"{n / value:,.0f}", f"{peer / value:.2f}", f"{decode / value:.0%}"]
-            for name, value in seconds.items()]
+    peer = seconds["MAE's published pipeline"]
+    rows = [[name, f"{n / value:,.0f}", f"{peer / value:.2f}"] for name, value in seconds.items()]
     return [f"{n} photographs, one core, no worker process, batches of {batch}, median of {3 * args.rounds} turns.", "",
-            *table(["", "ms per image", "images/s", "x the published pipeline", "of torchvision's decoding alone"], rows),
-            f"DDAE's draw, timed alone, as a share of the loader's time per image: {drawn}.", ""]
+            *table(["", "images/s", "x the published pipeline"], rows),
+            f"DDAE's masks, timed alone, with their share of the time per image: {drawn}.", ""]
 
 
 # ---- wait
@@ -462,10 +458,9 @@ def bench_wait(args):
         for _ in range(steps):
             step()
         alone = time.perf_counter() - begin
-        rows.append([f"{1e3 * pause:.0f} ms", f"{steps * batch / alone:.0f}", f"{steps * batch / together:.0f}",
-                     f"{waited / together:.0%}", f"{1 - alone / together:.0%}"])
+        rows.append([f"{1e3 * pause:.0f} ms", f"{waited / together:.0%}", f"{1 - alone / together:.0%}"])
     torch.set_num_threads(threads)
-    head = ["pause per image", "images/s without loading", "with loading", "data_wait as logged", "1 - with / without"]
+    head = ["pause per image", "data_wait as logged", "computed from rates"]
     return ["ViT-nano, 224 px photographs, one training thread, one loader worker slowed by a pause.", "", *table(head, rows)]
 
 
@@ -519,8 +514,8 @@ def main():
         if Path("/proc/cpuinfo").exists() else iter([]), platform.processor())
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "torchvision", "transformers", "timm"))
     options = f"--parts {args.parts} --batch {args.batch} --rounds {args.rounds} --images {args.images} --data PHOTOS"
-    lines = ["# Speed", "", f"Written by `python benchmarks/throughput.py {options}`; what each part measures is in that "
-             f"script's docstring. {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+    lines = ["# Speed", "", f"Written by `python benchmarks/throughput.py {options}`; its docstring says what each part "
+             f"measures. {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
              f"{'CUDA' if DEVICE.type == 'cuda' else 'no GPU'}; {versions}; commit {git_commit()}.", ""]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
