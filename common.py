@@ -433,12 +433,12 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("ignored", ignored))))
     wrong = unexpected + [name for name in missing if not name.startswith(tuple(allow_missing))]
     if wrong:
-        raise UserError(f"{path} does not fit this model: {len(unexpected)} tensors unexpected, {len(missing)} "
+        raise UserError(f"{path} does not fit: {len(unexpected)} tensors unexpected, {len(missing)} "
                         f"missing, for example {wrong[0]}")
     for name in own.keys() & weights.keys():
         theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
         if theirs != ours:
-            raise UserError(f"{path}: {name} is {theirs}, not {ours}: check --model, --patch_size, --in_chans")
+            raise UserError(f"{path}: {name} is {theirs}, not {ours}: check --model, --patch_size")
     model.load_state_dict(weights, strict=False)
 
 
@@ -945,7 +945,7 @@ class RunConfig:
     download: bool = False  # let torchvision fetch cifar10, cifar100 or stl10 into data/
     img_size: tuple[int, int] = (224, 224)  # pixels, H or H,W
     in_chans: int = 3  # channels of the images
-    mean: tuple[float, ...] | None = None  # per channel, of values in [0, 1]; default: the data's or ImageNet's
+    mean: tuple[float, ...] | None = None  # per channel, of values in [0, 1]; default: the data's, ImageNet's
     std: tuple[float, ...] | None = None  # likewise
     workers: int | None = None  # loader processes per process; default: its share of the cores, at most 8
     max_bad: float = 0.001  # share of unreadable files (at least one file) above which the run stops
@@ -980,7 +980,7 @@ class RunConfig:
             mean, std = (sum(mean) / 3,) * self.in_chans, (sum(std) / 3,) * self.in_chans
         self.mean, self.std = tuple(self.mean or mean), tuple(self.std or std)
         if not len(self.mean) == len(self.std) == self.in_chans:
-            raise ValueError(f"--mean has {len(self.mean)}, --std {len(self.std)} values for {self.in_chans} channels")
+            raise ValueError(f"{len(self.mean)} values of --mean, {len(self.std)} of --std, not {self.in_chans}")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1359,8 +1359,8 @@ class Run:
         means = {k: sum(terms[k] for terms in window) / len(window) for k in (window[0] if window else ())}
         rate, wait = self.updates * self.cfg.batch_size / self.seconds, self.waited / self.seconds
         left = timedelta(seconds=round((self.steps - step) * self.cfg.batch_size / rate))
-        print0(f"epoch {self.epoch:.2f} step {step}/{self.steps} loss {means.get('loss', math.nan):.4f} lr {lr:.2e} "
-               f"data_wait {wait:.0%} {rate:,.{0 if rate >= 10 else 2}f} images/s, {left} left")
+        print0(f"epoch {self.epoch:.2f} step {step}/{self.steps} loss {means.get('loss', math.nan):.4f} "
+               f"lr {lr:.2e} data_wait {wait:.0%} {rate:,.{0 if rate >= 10 else 2}f} images/s, {left} left")
         grad_norm = means.pop("grad_norm", None)
         self.log({"step": step, "epoch": round(self.epoch, 4), **{f"train/{k}": v for k, v in means.items()},
                   "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 3),

@@ -1,39 +1,36 @@
 """MAE and its multi-level feature fusion (MFF), with the PixMIM target.
 
 MAE     He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022, arXiv 2111.06377
-MFF     Liu et al., Improving Pixel-based MIM by Reducing Wasted Modeling Capability, ICCV 2023, arXiv
-2308.00261 PixMIM  Liu et al., Rethinking Pixel Reconstruction in Masked Image Modeling, arXiv 2303.02416
+MFF     Liu et al., Improving Pixel-based MIM by Reducing Wasted Modeling Capability, ICCV 2023, 2308.00261
+PixMIM  Liu et al., Rethinking Pixel Reconstruction in Masked Image Modeling, arXiv 2303.02416
 
-Idea. Hide 75 % of an image's patches, encode the visible ones, let a small decoder fill in the pixels of the
-hidden ones. A pixel target pulls low-level detail into the last block; MFF gives the decoder that detail from
-shallow blocks instead, by fusing their outputs, so that the last block is free for semantics. PixMIM takes
-the finest detail out of the target.
+Idea. Hide 75 % of an image's patches, encode the visible ones, let a small decoder fill in the hidden ones.
+A pixel target pulls low-level detail into the last block; MFF hands the decoder that detail from shallow
+blocks instead, so that the last block is free for semantics. PixMIM takes the finest detail out of the target.
 
 Data flow, in the order of the code (its names and shapes on the right)
-    x                 visible patches + positions, class token first          latent      (B, 1 + len_keep, D)
+    x                 visible patches + positions, class token first         latent   (B, 1 + len_keep, D)
     x_i = block_i(x_{i-1})                    output of block i, unnormalised
-    y_i = W_i x_i + b_i   for each fused i but the last; y_last = x_last      fuse_proj
-    z = sum_i softmax(w)_i y_i                w starts at ones                fuse_weight
-    p = decoder([LN(z), mask tokens, positions])                              pred        (B, L, p*p*C)
-    t = (patch - mean) / sqrt(var + 1e-6)     per patch, unbiased variance    target      (B, L, p*p*C)
-    loss = mean over hidden patches of mean over values of (p - t)^2          masked_mse
+    y_i = W_i x_i + b_i   for each fused i but the last; y_last = x_last     fuse_proj
+    z = sum_i softmax(w)_i y_i                w starts at ones               fuse_weight
+    p = decoder([LN(z), mask tokens, positions])                             pred     (B, L, p*p*C)
+    t = (patch - mean) / sqrt(var + 1e-6)     per patch, unbiased variance   target   (B, L, p*p*C)
+    loss = mean over hidden patches of mean over values of (p - t)^2         masked_mse
 Only pre-training fuses: encoder.pth is a plain ViT, final LayerNorm included.
 
-Which blocks are fused (counted from 0; MFF appendix, table 4, for 12 blocks):
-    --fuse_layers 0,2,4,6,8,11 (default, MFF)   11 (plain MAE)   0,11   0,4,8,11   0,1,2,3,4,5,6,7,8,9,10,11
-    and 10,11 in the pilot experiment (sec. A.5). Other depths: six, evenly spaced from the first to the last.
---detach_shallow keeps gradients out of these shortcuts (sec. A.8). --target pixmim is MFF_PixMIM.
+--fuse_layers: blocks counted from 0, of 12 by default 0,2,4,6,8,11 (MFF appendix, table 4; 11 alone is MAE); of
+other depths six, evenly spaced. --detach_shallow: no gradient through these shortcuts (sec. A.8).
+--target pixmim: MFF_PixMIM.
 
-Not in the papers, our choice: w has no weight decay (a vector); the decoders for the sizes the papers do not
-train (DECODERS); the low-pass radius scaled with the image side. From the released code rather than the text:
-the loss is averaged over the hidden patches of the whole batch, and the low-pass disc is centred between
-bins, at (n - 1) / 2.
+Our choice: no weight decay for w; decoders of sizes that the papers do not train (DECODERS); the low-pass
+radius scaled with the image side. From the released code rather than the text: the loss is averaged over the
+hidden patches of the whole batch, and the low-pass disc is centred between bins, at (n - 1) / 2.
 
-    python mae_mff.py --demo                                              two minutes on a CPU
-    torchrun --nproc_per_node 4 mae_mff.py --epochs 800                   the paper's run, images in
-    data/imagenet torchrun --nproc_per_node 4 mae_mff.py --epochs 800 --resume          carry on after a stop
-    python mae_mff.py --data PHOTOS --init encoder.pth --epochs 100       own images, from pre-trained weights
-    python mae_mff.py --data PHOTOS --draw last.pth --out photos.png      what it fills in
+    python mae_mff.py --demo                                          two minutes on a CPU
+    torchrun --nproc_per_node 4 mae_mff.py --epochs 800               the paper's run, images in data/imagenet
+    torchrun --nproc_per_node 4 mae_mff.py --epochs 800 --resume      carry on after a stop
+    python mae_mff.py --data PHOTOS --init encoder.pth --epochs 100   own images, from pre-trained weights
+    python mae_mff.py --data PHOTOS --draw last.pth --out photos.png  what it fills in
 """
 
 import functools
@@ -47,7 +44,6 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    NETWORK,
     VIT_SIZES,
     Block,
     RandomResizedCrop,
@@ -77,7 +73,7 @@ from common import (
     weights_of,
 )
 
-DECODERS = {  # width, blocks, heads: MAE sec. 4.1 for base to huge, the MFF authors' code for small, the others ours
+DECODERS = {  # width, blocks, heads: MAE sec. 4.1 from base on, the MFF authors' code for small, others ours
     "nano": (128, 1, 4),
     "tiny": (192, 4, 6),
     "small": (384, 8, 12),
@@ -97,23 +93,23 @@ class Config(RunConfig):
     decoder_num_heads: int | None = None  # decoder heads; likewise
     # method
     mask_ratio: float = 0.75  # share of hidden patches
-    fuse_layers: tuple[int, ...] | None = None  # blocks to fuse; default 0,2,4,6,8,11 of 12; the last alone is MAE
+    fuse_layers: tuple[int, ...] | None = None  # blocks to fuse; the last alone is MAE
     detach_shallow: bool = False  # no gradient through the shallow shortcuts (MFF sec. A.8)
-    target: Literal["mae", "raw", "pixmim"] = "mae"  # normalised, raw, or low-pass filtered and normalised pixels
-    crop: Literal["rrc", "src"] | None = None  # random resized crop, or PixMIM's simple one; default: the target's
+    target: Literal["mae", "raw", "pixmim"] = "mae"  # normalised, raw or low-pass pixels
+    crop: Literal["rrc", "src"] | None = None  # random resized crop, or PixMIM's simple one
     # optimisation: MFF appendix, table 1 (MAE's)
     epochs: float = 800.0  # passes over the data
     batch_size: int = 4096  # images per update, over all processes
-    micro_batch: int | None = None  # images per forward pass of one process; default: the largest that divides, <= 256
+    micro_batch: int | None = None  # images per forward pass of one process; default: up to 256
     base_lr: float = 1.5e-4  # learning rate per 256 images
     min_lr: float = 0.0  # where the cosine ends
-    warmup_epochs: float | None = None  # linear warm-up; default a fifth of the epochs, at most the papers' 40
+    warmup_epochs: float | None = None  # linear warm-up; default a fifth, at most the papers' 40
     weight_decay: float = 0.05  # AdamW
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     clip_grad: float = 0.0  # largest gradient norm; 0 = no clipping
     # run
     init: str | None = None  # start from these weights (ours, official MAE, timm); a fresh schedule
-    draw: str | None = None  # draw what these weights (last.pth, official MAE's) fill in, to --out X.png, and end
+    draw: str | None = None  # draw what these weights (last.pth, official MAE's) fill in, to --out X.png
     pictures: int = 8  # images drawn at each epoch's end; 0 = none
 
     start_from = ("init",)
@@ -132,7 +128,7 @@ class Config(RunConfig):
         self.crop = self.crop or ("src" if self.target == "pixmim" else "rrc")
         layers = list(self.fuse_layers)
         if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != depth - 1:
-            raise ValueError(f"--fuse_layers {layers} must rise and end with the last of {depth} blocks, {depth - 1}")
+            raise ValueError(f"--fuse_layers {layers} must rise and end with the last block, {depth - 1}")
         if self.decoder_embed_dim % 4 or self.decoder_embed_dim % self.decoder_num_heads:
             raise ValueError(f"--decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of "
                              f"--decoder_num_heads {self.decoder_num_heads}")
@@ -144,8 +140,8 @@ class Config(RunConfig):
 
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat patch minus its mean leaves nothing to predict.
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "target": "raw", "epochs": 4.0,
-        "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5, "log_every": 25}
+DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "target": "raw",
+        "epochs": 4.0, "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5, "log_every": 25}
 
 
 def presets(flags):
@@ -174,8 +170,8 @@ def low_pass(images, radius=40.0 / 224):
 
     The disc is centred at (n - 1) / 2, half a bin off the zero frequency, as in the released code.
     """
-    keep = [((torch.arange(n, device=images.device) - (n - 1) / 2) / (radius * n)) ** 2 for n in images.shape[-2:]]
-    disc = keep[0][:, None] + keep[1] <= 1
+    rows, columns = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in images.shape[-2:])
+    disc = (rows / (radius * len(rows)))[:, None] ** 2 + (columns / (radius * len(columns))) ** 2 <= 1
     spectrum = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
     return torch.fft.ifft2(torch.fft.ifftshift(spectrum * disc, dim=(-2, -1))).abs()
 
@@ -216,7 +212,8 @@ class MaskedAutoencoder(ViT):
         self.decoder_embed = nn.Linear(D, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(width, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(width, cfg.decoder_num_heads) for _ in range(cfg.decoder_depth))
+        blocks = (Block(width, cfg.decoder_num_heads) for _ in range(cfg.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_pred = nn.Linear(width, cfg.patch_size**2 * cfg.in_chans)
         for name, values in (("pixel_mean", cfg.mean), ("pixel_std", cfg.std)):
@@ -322,14 +319,16 @@ def save_pictures(path, model, examples, run):
     pred, mask = model.predict(images, noise)
     if cfg.target != "raw":
         patches = patchify(images, p)
-        mean, deviation = (fill_from_visible(f(-1, keepdim=True), mask, grid) for f in (patches.mean, patches.std))
+        statistics = patches.mean(-1, keepdim=True), patches.std(-1, keepdim=True)
+        mean, deviation = (fill_from_visible(values, mask, grid) for values in statistics)
         pred = pred * deviation + mean
     pred, hidden = unpatchify(pred, p, grid), patches_to_pixels(mask[..., None], p, grid)
     columns = [run.normalize.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]
     columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
-    statistics = "raw pixels" if cfg.target == "raw" else "un-normalised with the statistics of visible patches only"
-    save_image_grid(path, list(zip(*columns, strict=True)), ["original", "masked", "prediction", "pasted"],
-                    f"target {cfg.target}, {cfg.mask_ratio:.0%} hidden; prediction {statistics}")
+    caption = f"target {cfg.target}, {cfg.mask_ratio:.0%} hidden"
+    caption += "" if cfg.target == "raw" else "; un-normalised with the statistics of visible patches only"
+    titles = ["original", "masked", "prediction", "pasted"]
+    save_image_grid(path, list(zip(*columns, strict=True)), titles, caption)
 
 
 def train(cfg, run):
@@ -368,33 +367,31 @@ def train(cfg, run):
 
 
 def draw_presets(path):
-    """Settings for the model in a file. Ours says how it was trained; the tensors of official ones show their
-    sizes."""
+    """Settings for the model in a file. Ours says how it was trained; tensors of official ones show their sizes."""
     content = read_file(path)
-    config, network = content.get("config", {}), network_of(content)
+    network, config = network_of(content), content.get("config", {})
     if network.get("model") not in VIT_SIZES:
-        raise UserError(f"--draw {path} holds {network.get('model', 'no known network')}, not a ViT with decoder: use the "
-                        "last.pth of this script, or official MAE's")
+        raise UserError(f"--draw {path} holds {network.get('model', 'no known network')}, not a ViT with decoder")
     raw = not getattr(content.get("args"), "norm_pix_loss", "visualize" not in Path(path).name)
-    decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-    return {"out": "reconstruction.png", "fuse_layers": (VIT_SIZES[network["model"]][1] - 1,),
-            "target": "raw" if raw else "mae",
-            **{name: config[name] for name in ("mask_ratio", "fuse_layers", "target", *decoder) if name in config},
-            **{name: network[name] for name in (*NETWORK, "img_size") if name in network and hasattr(Config, name)}}
+    known = {"target": "raw" if raw else "mae", "fuse_layers": (VIT_SIZES[network["model"]][1] - 1,)}
+    known |= network | config
+    names = ("model", "patch_size", "img_size", "in_chans", "mean", "std", "mask_ratio", "fuse_layers", "target",
+             "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+    return {"out": "reconstruction.png", **{name: known[name] for name in names if name in known}}
 
 
 def draw_file(model, source, sample_noise, run):
     """One picture of --draw's weights; UserError if the file has no decoder, or if --out is there already."""
-    cfg, content = run.cfg, read_file(run.cfg.draw)
+    path, content = run.cfg.draw, read_file(run.cfg.draw)
     names = {name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))}
     found = len(weights_of(content, prefix="").keys() & names)
     if found < len(names):
-        raise UserError(f"{cfg.draw} has {found} of {len(names)} decoder tensors: nothing to draw with; use the last.pth of "
-                        "this script, or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
-    path = new_file(cfg.out, ".png")
-    load_weights(model, cfg.draw, prefix="", content=content)
-    save_pictures(path, model.to(run.device), run.examples(source, sample_noise), run)
-    print0(f"{path}: original, masked, prediction, pasted")
+        raise UserError(f"{path} has {found} of {len(names)} decoder tensors: draw with the last.pth of this "
+                        "script, or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
+    out = new_file(run.cfg.out, ".png")
+    load_weights(model, path, prefix="", content=content)
+    save_pictures(out, model.to(run.device), run.examples(source, sample_noise), run)
+    print0(f"{out}: original, masked, prediction, pasted")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ class Shapes:
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little") >> 1))
         surface = self.textures[rng.integers(len(self.textures))]
         top, left = rng.integers(0, surface.shape[0] - np.array(self.size) + 1)
-        behind, before = (0, 128) if rng.random() < 0.5 else (128, 0)  # light shapes on dark ground or the reverse
+        # Light shapes on dark ground or the reverse.
+        behind, before = (0, 128) if rng.random() < 0.5 else (128, 0)
         first, second = rng.integers(behind, behind + 128, (2, self.in_chans))
         ramp = np.linspace(0.25, 0.75, 256)[:, None]  # colour by texture value: (256, C)
         ramp = ((1 - ramp) * first + ramp * second).astype(np.uint8)
@@ -96,7 +97,8 @@ class Shapes:
         colours = rng.integers(before, before + 128, (n + 1, self.in_chans)).astype(np.uint8)
         for i in range(n):
             c, s = math.cos(angles[i]) * radii[i], math.sin(angles[i]) * radii[i]
-            points = self.polygons[kinds[i]] @ np.array([[c, s], [-s, c]], np.float32) + centres[i] * (width, height)
+            turn = np.array([[c, s], [-s, c]], np.float32)
+            points = self.polygons[kinds[i]] @ turn + centres[i] * (width, height)
             pen.polygon(points.ravel().tolist(), fill=i + 1)
         instances = np.asarray(instances)
         image = np.where(instances[..., None] > 0, colours[instances], image)
