@@ -86,9 +86,8 @@ def exit_with(method, error):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# ---------- Blocks: the Vision Transformer with timm's and MAE's parameter names, ResNet-50 with
-# torchvision's, weight files --------------------------------------------------------------------------------
-# --------------------------------------
+# Blocks: the ViT with timm's and MAE's parameter names, ResNet-50 with torchvision's, files of weights
+# ------------------------------------------------------------------------------------------------------------
 
 VIT_SIZES = {  # embed_dim, depth, num_heads
     "nano": (128, 4, 4),  # our choice, for --demo and tests
@@ -167,8 +166,7 @@ class PatchEmbed(nn.Module):
 
 
 def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); no mask argument, as a mask rules out the fast
-    kernels."""
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); no mask, as that rules out the fast kernels."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # Torch's fused CPU kernel has a bf16 backward pass two to five times slower than these two products.
         # The softmax sums in float32 and rounds to bf16 at its end.
@@ -203,8 +201,7 @@ class MLP(nn.Module):
 
 
 def drop_path(x, rate, training):
-    """Stochastic depth: zero a residual branch per sample with probability `rate`, divide the rest by 1 -
-    rate."""
+    """Stochastic depth: zero a branch per sample with probability `rate`, divide the rest by 1 - rate."""
     if rate == 0.0 or not training:
         return x
     keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
@@ -261,8 +258,7 @@ class ViT(nn.Module):
         return {name: value for name, value in self.state_dict().items() if name.startswith(trunk)}
 
     def init_weights(self):
-        """MAE's initial values: Xavier-uniform for linear layers and the patch embedding, N(0, .02) for
-        tokens."""
+        """MAE's: Xavier-uniform for linear layers and the patch embedding, N(0, .02) for tokens."""
         init_linear(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         for name, parameter in self.named_parameters():
@@ -270,8 +266,7 @@ class ViT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def layer_id(self, name):
-        """For layer-wise decay: 0 tokens and patch embedding, k + 1 block k, depth + 1 the rest (MAE,
-        BEiT)."""
+        """For layer-wise decay: 0 tokens and patch embedding, k + 1 block k, depth + 1 the rest."""
         if name.startswith(("cls_token", "pos_embed", "patch_embed")):
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.depth + 1
@@ -325,9 +320,8 @@ class ResNet50(nn.Module):
 
 
 def fill_from_visible(values, mask, grid):
-    """Estimate a statistic of each patch (B, L, S) from the visible patches around it, weighted by
-    exp(-distance^2 / 2): un-normalises predictions for pictures without a look at what is hidden. mask (B,
-    L), 1 = hidden."""
+    """Estimate a statistic of each patch (B, L, S) from the visible patches near it, weighted by
+    exp(-distance^2 / 2): for pictures, so that they show nothing of what is hidden. mask (B, L), 1 = hidden."""
     axes = [torch.arange(n, dtype=torch.float32, device=values.device) for n in grid]
     position = torch.cartesian_prod(*axes)
     score = -torch.cdist(position, position).square() / 2
@@ -443,9 +437,8 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
 
 
 # ------------------------------------------------------------------------------------------------------------
-# ---------- Data: sources of images, transforms, and a loader whose randomness depends on (seed, epoch,
-# sample) alone ----------------------------------------------------------------------------------------------
-# ------------------------
+# Data: sources of images, transforms, a loader whose randomness depends on (seed, epoch, sample) alone
+# ------------------------------------------------------------------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -568,8 +561,7 @@ def list_images(root):
 
 
 def open_folder(root, in_chans, classes=None):
-    """ImageFiles below `root`; classes: those given, or its first-level folders if every image lies in
-    one."""
+    """ImageFiles below `root`; classes: those given, or the first-level folders if all images are in one."""
     paths = list_images(root)
     inside = [os.path.relpath(path, root) for path in paths]
     if not all(os.sep in name for name in inside):
@@ -583,8 +575,7 @@ def open_folder(root, in_chans, classes=None):
 
 
 def open_npz(path, in_chans, split):
-    """One .npz: `images` uint8 (N, H, W[, C]), optional `labels` (N,), `split` (N,): 0 or "train", else held
-    out."""
+    """One .npz: `images` uint8 (N, H, W[, C]), optional `labels`, `split` (N,): 0 or "train", else held out."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     images = arrays.get("images", np.empty(0))
@@ -709,9 +700,8 @@ class RandomResizedCrop:
 
 
 class EvalCrop:
-    """The centre of an image: short side to size / ratio, `size` cut out. Default ratio: 224/256, as is usual
-    at 128 to 224 px; at other sizes 1 (above: usual; below: our choice, small images have no margin to
-    spare)."""
+    """The centre of an image: short side to size / ratio, `size` cut out. Default ratio: 224/256 from 128 to
+    224 px, as is usual, else 1 (above: usual; below: our choice, small images have no margin to spare)."""
 
     def __init__(self, size, ratio=None):
         self.size, self.ratio = size, ratio or (224 / 256 if 128 <= min(size) <= 224 else 1.0)
@@ -787,9 +777,8 @@ def epoch_order(n, seed, epoch):
 
 
 def training_keys(run):
-    """This process's micro-batches, lists of (epoch, index), from update run.step on. An update takes the
-    next `batch_size` samples of the endless sequence of passes; windows cross epoch ends, nothing is dropped
-    or padded."""
+    """This process's micro-batches, lists of (epoch, index), from update run.step on. An update takes the next
+    `batch_size` samples of an endless sequence of passes: nothing is dropped or padded at an epoch's end."""
     for micro_step in range(run.step * run.accum_steps, run.steps * run.accum_steps):
         first = (micro_step * run.world_size + run.rank) * run.micro_batch
         places = (divmod(position, run.n) for position in range(first, first + run.micro_batch))
@@ -836,8 +825,7 @@ class Normalize:
 
 
 def check_data(source, workers):
-    """Read every image as training would; print counts by extension, size and mode, examples, what cannot be
-    read."""
+    """Read every image as training would; print counts, examples, and what cannot be read."""
 
     def look(index):
         name = source.name(index)
@@ -864,8 +852,8 @@ def check_data(source, workers):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# ---------- Precision: parameter groups, the learning rate, what a skipped update must restore --------------
-# --------------------------------------------------------------------------------------------------------
+# Precision: parameter groups, the learning rate, what a skipped update must restore
+# ------------------------------------------------------------------------------------------------------------
 
 
 def amp_dtype(amp, device):
@@ -900,8 +888,7 @@ def adamw(groups, betas):
 
 
 def warmup_cosine(epoch, lr, min_lr, warmup_epochs, epochs):
-    """Learning rate at a fractional epoch: linear from 0 during the warm-up, then half a cosine down to
-    min_lr."""
+    """Learning rate at a fractional epoch: linear warm-up from 0, then half a cosine down to min_lr."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
@@ -933,8 +920,8 @@ def remember_statistics(model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# ---------- Run: command line, process group, one update, log, pictures, checkpoint -------------------------
-# ---------------------------------------------------------------------------------------------
+# Run: command line, process group, one update, log, pictures, checkpoint
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -1004,8 +991,7 @@ def tuple_of(element, *rest):
 
 
 def make_parser(config_type, defaults=True):
-    """A parser with a flag for each field of a dataclass, spelled with `_` or `-`; its help is the comment
-    behind."""
+    """A parser with a flag for each field, spelled with `_` or `-`; its help is the comment behind it."""
     parser = OneLineParser(description=sys.modules[config_type.__module__].__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     source = "".join(inspect.getsource(cls) for cls in reversed(config_type.__mro__[:-1]))
@@ -1203,8 +1189,7 @@ class Run:
             signal.signal(number, request_stop)
 
     def run_stage(self, train, cfg, method):
-        """train(cfg, ...) as a part of this run, with a folder of its own; returns whether it came to its
-        end."""
+        """train(cfg, ...) as a part of this run, in a folder of its own; returns whether it was completed."""
         stage = Run(cfg, method)
         train(cfg, stage)
         self.catch_signals()
@@ -1251,8 +1236,7 @@ class Run:
             yield batch
 
     def batches(self, source, transform, sample_noise, normalize=None):
-        """The training micro-batches from `step` on: (normalised images, noise) on the device, sample
-        numbers."""
+        """Training micro-batches from `step` on: (normalised images, noise) on the device, sample numbers."""
         normalize = normalize or self.normalize
         for batch in self.load_batches(self.samples(source, transform, sample_noise), training_keys(self)):
             yield normalize(batch["image"]), batch["noise"].to(self.device, non_blocking=True), batch["index"]
@@ -1266,8 +1250,7 @@ class Run:
         return batch and ((normalize or self.normalize)(batch["image"]), batch["noise"].to(self.device))
 
     def share_bad_files(self):
-        """On all processes, as soon as one has met a new one: name each file once; UserError above the
-        limit."""
+        """On all processes, when one has met a new one: name each once; UserError above the limit."""
         found = [self.new_bad_files] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(found, self.new_bad_files)
@@ -1333,8 +1316,7 @@ class Run:
         return dict(zip(values, numbers, strict=False)), not self.skipped
 
     def end_update(self, terms, lr):
-        """Count the update: a log line every --log_every, a dump for a skipped one, exit code 3 after ten in
-        a row."""
+        """Count the update: a log line every --log_every, a dump if it was skipped, exit 3 after ten such."""
         self.step, self.updates = self.step + 1, self.updates + 1
         self.seconds += time.monotonic() - self.began
         step, saved, window = self.step, self.saved, self.saved["window"]
@@ -1450,8 +1432,7 @@ class Run:
         return [path for path in (self.out / "last.pth", self.out / "previous.pth") if path.exists()]
 
     def load(self, **state):
-        """Name the objects whose state_dict() checkpoints hold; --resume: restore them, and `step`, from
-        --out."""
+        """Name the objects whose state_dict() is saved; --resume: restore them, and `step`, from --out."""
         self.state = state
         if self.cfg.resume and self.checkpoints():
             self.restore(*self.checkpoints())
@@ -1505,8 +1486,7 @@ class Run:
         return content, listing and f"the run in {path} has {listing}: repeat its flags, {way_out}"
 
     def share_statistics(self, model):
-        """BatchNorm's, of the first process, to all: every process evaluates with the statistics that are
-        saved."""
+        """BatchNorm's, of the first process, to all: all evaluate with the statistics that are saved."""
         for buffer in batch_statistics(model) if self.world_size > 1 else ():
             dist.broadcast(buffer, 0)
 
@@ -1540,8 +1520,7 @@ def save_image_grid(path, rows, titles, caption):
 
 
 def launch(config_type, presets, train, method):
-    """A script's main: parse, train(cfg, run), end the process group. A UserError ends in one line and its
-    exit code."""
+    """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line."""
     cfg = parse_config(config_type, presets)
     try:
         run = Run(cfg, method)

@@ -6,7 +6,7 @@ PixMIM  Liu et al., Rethinking Pixel Reconstruction in Masked Image Modeling, ar
 
 Idea. Hide 75 % of an image's patches, encode the visible ones, let a small decoder fill in the hidden ones.
 A pixel target pulls low-level detail into the last block; MFF hands the decoder that detail from shallow
-blocks instead, so that the last block is free for semantics. PixMIM takes the finest detail out of the target.
+blocks instead, so that the last block is free for semantics. PixMIM takes the finest detail from the target.
 
 Data flow, in the order of the code (its names and shapes on the right)
     x                 visible patches + positions, class token first         latent   (B, 1 + len_keep, D)
@@ -18,7 +18,7 @@ Data flow, in the order of the code (its names and shapes on the right)
     loss = mean over hidden patches of mean over values of (p - t)^2         masked_mse
 Only pre-training fuses: encoder.pth is a plain ViT, final LayerNorm included.
 
---fuse_layers: blocks counted from 0, of 12 by default 0,2,4,6,8,11 (MFF appendix, table 4; 11 alone is MAE); of
+--fuse_layers: blocks counted from 0, of 12 by default 0,2,4,6,8,11 (MFF appendix, table 4; 11 alone: MAE), of
 other depths six, evenly spaced. --detach_shallow: no gradient through these shortcuts (sec. A.8).
 --target pixmim: MFF_PixMIM.
 
@@ -148,8 +148,7 @@ def presets(flags):
     return draw_presets(flags.draw) if flags.draw else DEMO if flags.demo else {}
 
 
-# ---- masking and targets
-# ---------------------------------------------------------------------------------------------
+# ---- masking and targets -----------------------------------------------------------------------------------
 
 
 def random_masking(noise, mask_ratio):
@@ -177,8 +176,7 @@ def low_pass(images, radius=40.0 / 224):
 
 
 def patch_target(images, patch_size, normalised=True):
-    """(B, C, H, W) -> (B, L, p*p*C): pixels, normalised per patch over all its values (unbiased variance, eps
-    1e-6)."""
+    """(B, C, H, W) -> (B, L, p*p*C): pixels, normalised per patch over all values (unbiased, eps 1e-6)."""
     target = patchify(images, patch_size)
     if not normalised:
         return target
@@ -194,8 +192,7 @@ def masked_mse(pred, target, mask):
     return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
 
 
-# ---- model
-# -----------------------------------------------------------------------------------------------------------
+# ---- model -------------------------------------------------------------------------------------------------
 
 
 class MaskedAutoencoder(ViT):
@@ -232,8 +229,7 @@ class MaskedAutoencoder(ViT):
         return self.norm(self.fuse(outputs))
 
     def fuse(self, outputs):
-        """z = sum_i softmax(w)_i y_i; y_i = Linear_i(x_i), the last block unprojected. outputs: {layer:
-        x_i}."""
+        """z = sum_i softmax(w)_i y_i; y_i = Linear_i(x_i), the last block unprojected. outputs: {i: x_i}."""
         *shallow, last = outputs.values()
         if not shallow:
             return last
@@ -266,8 +262,7 @@ class MaskedAutoencoder(ViT):
         return self.decode(self.encode(images, ids_keep), ids_restore), mask
 
     def forward(self, images, noise):
-        """Returns the loss and its terms: the loss again and softmax(w) under the layers' numbers (MFF fig.
-        1)."""
+        """Returns the loss and its terms: the loss, and softmax(w) under the layers' numbers (MFF fig. 1)."""
         pred, mask = self.predict(images, noise)
         with torch.autocast(images.device.type, enabled=False):  # target and loss in float32
             loss = masked_mse(pred.float(), self.target(images.float()), mask)
@@ -278,13 +273,11 @@ class MaskedAutoencoder(ViT):
         return loss, terms
 
 
-# ---- training
-# --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 class SimpleResizedCrop:
-    """PixMIM's crop: short side to the image size, bilinear, then a random crop with 4 px of reflected
-    border."""
+    """PixMIM's crop: short side to the image size, bilinear, then a random crop with a border of 4 px."""
 
     def __init__(self, size):
         self.size, self.crop = size, v2.RandomCrop(size, padding=4, padding_mode="reflect")
@@ -294,8 +287,7 @@ class SimpleResizedCrop:
 
 
 def train_step(model, batches, optimizer, scaler, run):
-    """One update of run.accum_steps micro-batches; returns the loss's terms, means over the update, as
-    floats."""
+    """One update of run.accum_steps micro-batches; returns the loss's terms, their means as floats."""
     optimizer.zero_grad(set_to_none=True)
     total = {}
     for images, noise in run.micro_batches(model, batches):
@@ -362,16 +354,15 @@ def train(cfg, run):
     run.finish()
 
 
-# ---- --draw: what a file of weights fills in
-# -------------------------------------------------------------------------
+# ---- --draw: what a file of weights fills in ---------------------------------------------------------------
 
 
 def draw_presets(path):
-    """Settings for the model in a file. Ours says how it was trained; tensors of official ones show their sizes."""
+    """Settings for the model in a file. Ours says how it was trained; official ones show their sizes."""
     content = read_file(path)
     network, config = network_of(content), content.get("config", {})
     if network.get("model") not in VIT_SIZES:
-        raise UserError(f"--draw {path} holds {network.get('model', 'no known network')}, not a ViT with decoder")
+        raise UserError(f"--draw {path} holds {network.get('model', 'an unknown network')}, not a masked ViT")
     raw = not getattr(content.get("args"), "norm_pix_loss", "visualize" not in Path(path).name)
     known = {"target": "raw" if raw else "mae", "fuse_layers": (VIT_SIZES[network["model"]][1] - 1,)}
     known |= network | config
@@ -386,8 +377,8 @@ def draw_file(model, source, sample_noise, run):
     names = {name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))}
     found = len(weights_of(content, prefix="").keys() & names)
     if found < len(names):
-        raise UserError(f"{path} has {found} of {len(names)} decoder tensors: draw with the last.pth of this "
-                        "script, or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
+        raise UserError(f"{path} has {found} of {len(names)} decoder tensors: use the last.pth of this script, "
+                        "or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
     out = new_file(run.cfg.out, ".png")
     load_weights(model, path, prefix="", content=content)
     save_pictures(out, model.to(run.device), run.examples(source, sample_noise), run)
