@@ -6,32 +6,30 @@ The authors' code is not published. Known are the supplement, the abstract and f
 and its scale come from RevCol (Cai et al., ICLR 2023). What none of them says is our choice, marked (ours).
 
 Idea. A decoder that is thrown away after pre-training leaves the encoder's last layers with a mixture of
-detail and semantics. Here both are one network of columns and stay: bottom-up columns take the visible
-patches, top-down columns their outputs and mask tokens, and the lowest level of the last column predicts the
-hidden pixels. A column changes each level of the one before by an invertible unit: no information is lost,
-and semantics (top) and detail (bottom) separate.
+detail and semantics. Here both stay, as one network of columns: bottom-up columns take the visible patches,
+top-down columns their outputs and mask tokens, and the lowest level of the last column predicts the hidden
+pixels. A column changes each level of the one before by an invertible unit: nothing is lost, and semantics
+(top) and detail (bottom) separate.
 
 Data flow; n = len_keep visible cells of L, of p x p pixels; levels l = 0 to 3 with k = 16, 4, 1, 1 tokens
     S     = linear(p/4 x p/4 pixels) + positions                            encode       (B, n * 16, C_0)
     x_l^i = F_l^i(x_{l-1}^i, x_{l+1}^{i-1}) + a_l^i x_l^{i-1}               bottom-up    (B, n * k, C_l)
-            x_{-1} = S; in the first column x_l^1 = F_l^1(x_{l-1}^1)
     x_l   <- mask token of the level in hidden cells, + positions in all    fill         (B, L * k, C_l)
     x_l^i = F_l^i(x_{l+1}^i, x_{l-1}^{i-1}) + a_l^i x_l^{i-1}               top-down     (B, L * k, C_l)
     p     = linear(LN(x_0)) of the last column                              pixel_head   (B, L, p*p*C)
     t     = (cell - mean) / sqrt(var + 1e-6)                                cell_target  (B, L, p*p*C)
     loss  = mean over hidden cells of mean over values of (p - t)^2         masked_mse
-F: each neighbour through a linear layer and LayerNorm, summed, then blocks. a: per channel, starts at 0.5,
-stays at least 0.001 away from 0 (0 counts as positive: ours), no weight decay (ours). Inverse, from the top
-level: x_l^{i-1} = (x_l^i - F_l^i(...)) / a_l^i (Unit.inverse).
+x_{-1} = S; x_l^1 = F_l^1(x_{l-1}^1). F: each neighbour through a linear layer and LayerNorm, summed, then
+blocks. a: per channel, starts at 0.5, stays 0.001 away from 0 (0 counts as positive: ours), no weight decay
+(ours). Inverse (Unit.inverse), from the top level: x_l^{i-1} = (x_l^i - F_l^i(...)) / a_l^i.
 
 Ours: 2 + 2 columns; strides p/4, p/2, p, p; SIZES, which meet the supplement's 88 M / 19 G and 327 M / 67 G
 (table 5) within 3 %; ViT blocks at stride p, at finer levels MLP blocks that do not mix positions, so that
 nothing leaks into a hidden cell; a mask token per level; sine-cosine positions on each level's grid; MAE's
 masking, target, crop, flip and initial values; no losses on inner columns.
 
-Read-outs. Fine-tuning: mean of the last column's top level, without the units that it does not depend on (10
-M of Base). Linear probe, kNN: that of the last bottom-up column. Dense tasks: all maps of the last column,
-the top one pooled once more.
+Read-outs. Fine-tuning: mean of the last column's top level, without units that it does not depend on. Probe,
+kNN: that of the last bottom-up column. Dense tasks: all maps of the last column, the top one pooled again.
 
     python revcol_v2.py --demo                                            three minutes on two CPU cores
     torchrun --nproc_per_node 8 revcol_v2.py --model base                 supplement, table 1; data/imagenet
@@ -137,8 +135,8 @@ def cell_grid(img_size, patch_size):
 
 
 def to_cells(images, p):
-    """(B, C, H, W) -> (B, L, p*p*C): cells row by row; inside, quarters, their quarters, pixels, channels, each
-    row by row. So every four tokens are 2 x 2 neighbours."""
+    """(B, C, H, W) -> (B, L, p*p*C): cells row by row; in them quarters, their quarters, pixels, channels,
+    each row by row. So every four tokens are 2 x 2 neighbours."""
     B, C, H, W = images.shape
     q = p // 4
     x = images.reshape(B, C, H // p, 2, 2, q, W // p, 2, 2, q)  # b c h i1 i0 y w j1 j0 x
@@ -163,8 +161,7 @@ def to_map(x, level, grid):
 def level_pos_embed(channels, level, grid):
     """Sine-cosine table (1, L * k, C) of a level's own grid, in the order of its tokens."""
     numbers = to_map(torch.arange(math.prod(grid) * PER_CELL[level]).view(1, -1, 1), level, grid)
-    table = sincos_pos_embed(channels, numbers.shape[2:])[:, 1:]
-    return table[:, numbers.flatten().argsort()]
+    return sincos_pos_embed(channels, numbers.shape[2:])[:, 1:][:, numbers.flatten().argsort()]
 
 
 def join_cells(x, k):
@@ -218,8 +215,8 @@ class MLPBlock(nn.Module):
 
 
 class Link(nn.Module):
-    """What a neighbouring level sends: linear, LayerNorm. Going to a coarser level, neighbours inside a cell are
-    joined first; going to a finer one, the result is copied to all its positions."""
+    """What a neighbouring level sends: linear, LayerNorm. To a coarser level, four neighbours inside a cell
+    are joined first; to a finer one, the result is copied to its four positions."""
 
     def __init__(self, source, level, channels):
         super().__init__()
@@ -240,12 +237,11 @@ class Unit(nn.Module):
     def __init__(self, size, level, rates, top_down, first):
         super().__init__()
         channels, _, head = SIZES[size]
-        dim = channels[level]
-        self.down = Link(level - 1, level, channels) if level else None if top_down else nn.Identity()
+        dim, stem = channels[level], None if top_down else nn.Identity()
+        self.down = Link(level - 1, level, channels) if level else stem
         self.up = None if first or level == TOP else Link(level + 1, level, channels)
-        mixing = PER_CELL[level] == 1
-        blocks = [Block(dim, dim // head, drop_path=r) if mixing else MLPBlock(dim, r) for r in rates]
-        self.blocks = nn.Sequential(*blocks)
+        block = functools.partial(Block, num_heads=dim // head) if PER_CELL[level] == 1 else MLPBlock
+        self.blocks = nn.Sequential(*(block(dim, drop_path=rate) for rate in rates))
         self.a = None if first else nn.Parameter(torch.full((dim,), 0.5))
 
     def transform(self, lower, upper):
@@ -292,7 +288,7 @@ class Column(nn.Module):
 
 
 class RevColV2(nn.Module):
-    """The network without heads. read: "dense" (all of it), "top" (what the top level of the last column depends
+    """The network without heads. read: "dense" (all of it), "top" (what the last column's top level depends
     on), "bottom_up" (these columns alone)."""
 
     def __init__(self, size, img_size, patch_size, in_chans=3, drop_path=0.0, columns=2, memory="column",
@@ -306,12 +302,11 @@ class RevColV2(nn.Module):
             self.register_buffer(f"pos_embed_{level}", table, persistent=False)
         self.stem = nn.Linear((patch_size // 4) ** 2 * in_chans, self.channels[0])
         self.bottom_up = nn.ModuleList(Column(size, drop_path, False, first=i == 0) for i in range(columns))
-        lowest = [max(0, TOP - i) if read == "top" else 0 for i in reversed(range(columns))]
-        lowest = [] if read == "bottom_up" else lowest
-        self.top_down = nn.ModuleList(Column(size, drop_path, True, lowest=level) for level in lowest)
-        # How the names in a file of ours start that this read-out has no use for.
-        self.unused_names = [f"top_down.{i}.units.{level}." for i in range(len(lowest)) for level in range(lowest[i])]
-        self.unused_names += ["top_down."] if read == "bottom_up" else []
+        lowest = [{"dense": 0, "top": max(0, TOP - i), "bottom_up": TOP + 1}[read] for i in range(columns)]
+        lowest.reverse()
+        self.top_down = nn.ModuleList(Column(size, drop_path, True, lowest=n) for n in lowest if n <= TOP)
+        # How the names start that a file of the whole network has and this read-out has not.
+        self.unused_names = [f"top_down.{i}.units.{j}." for i in range(columns) for j in range(lowest[i])]
         self.last_layer = 1 + max(self.layer_id(name) for name, _ in self.named_parameters())
         init_linear(self)
 
@@ -334,7 +329,7 @@ class RevColV2(nn.Module):
         return checkpoint(column, *inputs, use_reentrant=False) if again else column(*inputs)
 
     def encode(self, images, ids_keep=None):
-        """(B, C, H, W) -> four levels of the last bottom-up column, of the cells ids_keep (B, n) or of all."""
+        """(B, C, H, W) -> levels of the last bottom-up column, of the cells ids_keep (B, n) or of all."""
         self.keep_invertible()
         grid = patch_grid(images.shape[2:], self.patch_size)
         cells, table = to_cells(images, self.patch_size), join_cells(self.pos_embed(0, grid), PER_CELL[0])
@@ -357,8 +352,8 @@ class RevColV2(nn.Module):
             tokens = x[level]
             if ids_restore is not None:
                 k, (B, L) = PER_CELL[level], ids_restore.shape
-                cells = join_cells(tokens, k)
-                hidden = self.mask_tokens[level].to(cells.dtype).expand(B, L - cells.shape[1], k, -1).flatten(2)
+                cells, token = join_cells(tokens, k), self.mask_tokens[level].to(tokens.dtype)
+                hidden = token.expand(B, L - cells.shape[1], k, -1).flatten(2)
                 tokens = split_cells(gather_tokens(torch.cat([cells, hidden], dim=1), ids_restore), k)
             filled[level] = tokens + self.pos_embed(level, grid)
         return filled
@@ -383,8 +378,8 @@ class RevColV2(nn.Module):
         return [*maps[:TOP], F.max_pool2d(maps[TOP], 2, ceil_mode=True)]
 
     def layer_id(self, name):
-        """For layer-wise decay, as in RevCol's code: 0 the stem; 1 + column + block's depth in the column's order
-        (an `a`: 0); last_layer a head."""
+        """For layer-wise decay, as in RevCol's code: 0 the stem; 1 + column + block's depth in its column
+        (of an `a`: 0); last_layer a head."""
         if name.startswith("stem"):
             return 0
         if not name.startswith(("bottom_up", "top_down")):
@@ -415,7 +410,7 @@ class MaskedRevCol(RevColV2):
         return {name: value for name, value in self.state_dict().items() if not name.startswith(added)}
 
     def predict(self, images, noise):
-        """(B, C, H, W), noise (B, L) -> pred (B, L, p*p*C), ordered as `to_cells`; mask (B, L), 1 = hidden."""
+        """(B, C, H, W), noise (B, L) -> pred (B, L, p*p*C), ordered as in `to_cells`, mask (B, L)"""
         ids_keep, ids_restore, mask = random_masking(noise, self.cfg.mask_ratio)
         x = self.levels(images, ids_keep, ids_restore)[0]
         return join_cells(self.pixel_head(x), PER_CELL[0]), mask
