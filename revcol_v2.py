@@ -1,4 +1,4 @@
-"""RevColV2: reversible bottom-up and top-down columns, trained by masked image modelling. A reconstruction.
+"""RevColV2: reversible bottom-up and top-down columns, masked image modelling. A labelled reconstruction.
 
 RevColV2: Exploring Disentangled Representations in Masked Image Modeling, NeurIPS 2023, arXiv 2309.01005
 
@@ -266,7 +266,7 @@ class Column(nn.Module):
     def __init__(self, size, rate, top_down, first=False, lowest=0):
         super().__init__()
         depths = SIZES[size][1]
-        self.top_down, self.lowest = top_down, lowest
+        self.top_down = top_down
         self.order = list(range(TOP, lowest - 1, -1) if top_down else range(TOP + 1))
         rates = iter([rate * i / (sum(depths) - 1) for i in range(sum(depths))])
         self.units = nn.ModuleDict()
@@ -344,18 +344,15 @@ class RevColV2(nn.Module):
 
     def fill(self, x, ids_restore, grid):
         """Levels of the visible cells -> of all: mask tokens in the hidden ones, positions on all.
-
-        ids_restore None: none is hidden. Levels that the first top-down column does not read become None.
-        """
-        filled = [None] * (TOP + 1)
-        for level in range(max(0, self.top_down[0].lowest - 1), TOP + 1):
-            tokens = x[level]
+        ids_restore None: no cell is hidden."""
+        filled = []
+        for level, tokens in enumerate(x):
             if ids_restore is not None:
                 k, (B, L) = PER_CELL[level], ids_restore.shape
                 cells, token = join_cells(tokens, k), self.mask_tokens[level].to(tokens.dtype)
                 hidden = token.expand(B, L - cells.shape[1], k, -1).flatten(2)
                 tokens = split_cells(gather_tokens(torch.cat([cells, hidden], dim=1), ids_restore), k)
-            filled[level] = tokens + self.pos_embed(level, grid)
+            filled.append(tokens + self.pos_embed(level, grid))
         return filled
 
     def levels(self, images, ids_keep=None, ids_restore=None):
