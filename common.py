@@ -1,9 +1,10 @@
 """What every method script takes as given. Four chapters: blocks, data, precision, run.
 
 Nothing here belongs to one paper: masking, targets, losses and training loops are in the scripts. Importing
-this file has no side effects. To take a method elsewhere, copy its script together with this file. Shapes: B
-images, C channels, H x W pixels, patches of p x p pixels on a grid (h, w), L = h * w patches, width D. `mask`
-is 1 where a patch is hidden, everywhere.
+this file has no side effects. To take a method elsewhere, copy its script together with this file.
+
+Shapes: B images, C channels, H x W pixels, patches of p x p pixels on a grid (h, w), L = h * w patches, width
+D. `mask` is 1 where a patch is hidden, everywhere.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import signal
@@ -30,11 +33,10 @@ import time
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -64,22 +66,21 @@ def first_line(error):
     return (str(error) or repr(error)).splitlines()[0][:200]
 
 
-def print0(text, rank=None, file=None):
+def print0(text):
     """Print on rank 0 only. File names that are not valid UTF-8 can be printed too."""
-    if (os.environ.get("RANK", "0") if rank is None else rank) == "0":
-        print(text.encode(errors="backslashreplace").decode(), flush=True, file=file)
+    if os.environ.get("RANK", "0") == "0":
+        print(text.encode(errors="backslashreplace").decode(), flush=True)
 
 
 def exit_with(method, error):
-    """Print the error in one line and exit with its code. Most errors hit all ranks: the others wait for rank
-    0, whose exit ends them too, and print only if they survive it."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    """Print the error in one line and exit with its code."""
+    rank, place = os.environ.get("RANK", "0"), ""
+    if rank != "0":  # most errors hit all ranks: rank 0 speaks, and its exit ends the others as they wait
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(6)
-        error = UserError(f"[process {rank}] {error}", error.code)
-    print0(f"{method}: {error}", rank="0", file=sys.stderr)
+        place = f"[process {rank}] "
+    print(f"{method}: {place}{error}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(error.code)  # at once: an orderly exit could wait for processes that will never answer
     sys.exit(error.code)
@@ -102,7 +103,7 @@ VIT_SIZES = {  # embed_dim, depth, num_heads
 def patch_grid(img_size, patch_size):
     """(h, w) patches of an image of (H, W) pixels; ValueError unless the patches tile it."""
     height, width = img_size
-    if height % patch_size or width % patch_size or min(img_size) < patch_size:
+    if height % patch_size or width % patch_size:
         raise ValueError(f"--img_size {height},{width} is not a multiple of --patch_size {patch_size}")
     return height // patch_size, width // patch_size
 
@@ -127,14 +128,11 @@ def patches_to_pixels(values, p, grid):
 
 
 def sincos_pos_embed(dim, grid):
-    """Fixed 2-D sine-cosine table (1, 1 + L, dim), row 0 (class token) zero.
+    """Fixed 2-D sine-cosine table (1, 1 + L, dim), row 0 (class token) zero. dim: a multiple of 4.
 
-    The first half of the channels encodes the column, the second the row (MAE's order; MoCo v3 and BEiT-style
-    code have it transposed, so tables must not be mixed with weights of the other kind). Each half is [sin |
-    cos] with frequencies 10000^(-k / (dim / 4)).
+    The first half of the channels encodes the column, the second the row, each [sin | cos] with frequencies
+    10000^(-k / (dim / 4)). That is MAE's order; MoCo v3's and BEiT's are transposed.
     """
-    if dim % 4:
-        raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, not {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [position.reshape(-1, 1) * omega for position in (columns, rows)]  # each (L, dim / 4)
@@ -168,8 +166,7 @@ class PatchEmbed(nn.Module):
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); no mask, as that rules out the fast kernels."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # Torch's fused CPU kernel has a bf16 backward pass two to five times slower than these two products.
-        # The softmax sums in float32 and rounds to bf16 at its end.
+        # The bf16 backward pass of torch's fused CPU kernel is two to five times slower than these products.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -178,8 +175,6 @@ def attend(q, k, v):
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -233,12 +228,8 @@ def init_linear(network):
 
 
 class ViT(nn.Module):
-    """Vision Transformer trunk: patch embedding, fixed sine-cosine positions, class token, blocks, final
-    LayerNorm.
-
-    `size` is a key of VIT_SIZES. `drop_path` is the rate of the last block; it grows linearly from 0 at the
-    first.
-    """
+    """Vision Transformer without head. size: a key of VIT_SIZES; drop_path: rate of the last block, rising
+    linearly from 0 at the first."""
 
     def __init__(self, size, img_size, patch_size, in_chans=3, drop_path=0.0):
         super().__init__()
@@ -253,7 +244,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
 
     def trunk_state(self):
-        """The trunk's part of the state dict, whatever a subclass adds: what a plain ViT loads."""
+        """The state dict without what a subclass adds: what a plain ViT loads."""
         trunk = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
         return {name: value for name, value in self.state_dict().items() if name.startswith(trunk)}
 
@@ -281,7 +272,7 @@ class ViT(nn.Module):
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
 
     def forward(self, images):
-        """(B, C, H, W) -> normalised tokens (B, 1 + L, D): nothing hidden, deterministic in eval mode."""
+        """(B, C, H, W) -> normalised tokens (B, 1 + L, D), nothing hidden."""
         x = self.prepend_cls(self.embed(images))
         for block in self.blocks:
             x = block(x)
@@ -289,8 +280,7 @@ class ViT(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """torchvision's ResNet-50 without classifier, of any width: 64 is the plain one with torchvision's names,
-    initial values and outputs; 128 and 256 are SimCLR's x2 and x4, wider in every layer."""
+    """torchvision's ResNet-50 without classifier. width: 64, or 128 and 256 for SimCLR's x2 and x4."""
 
     def __init__(self, width=64, in_chans=3):
         super().__init__()
@@ -320,8 +310,8 @@ class ResNet50(nn.Module):
 
 
 def fill_from_visible(values, mask, grid):
-    """Estimate a statistic of each patch (B, L, S) from the visible patches near it, weighted by
-    exp(-distance^2 / 2): for pictures, so that they show nothing of what is hidden. mask (B, L), 1 = hidden."""
+    """For pictures: estimate a statistic of each patch, values (B, L, S), from the visible patches near it,
+    weighted by exp(-distance^2 / 2). mask (B, L), 1 = hidden."""
     axes = [torch.arange(n, dtype=torch.float32, device=values.device) for n in grid]
     position = torch.cartesian_prod(*axes)
     score = -torch.cdist(position, position).square() / 2
@@ -329,16 +319,13 @@ def fill_from_visible(values, mask, grid):
 
 
 def read_file(path, load=None):
-    """Content of a .pth (weights_only=True; Namespace allowed, as in MAE's files) or .safetensors; else
-    UserError.
+    """Content of a .pth (tensors, plain values and MAE's Namespace, nothing else unpickled) or .safetensors.
 
-    load(path): another way to read it, whose errors are shown likewise.
+    load(path): another way to read it. UserError, in one line, if it cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a file; to continue the run in it: --resume --out {path}")
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist, or is a folder (to continue a run: --resume --out FOLDER)")
     try:
         with open(path, "rb") as file:
             if file.read(2).startswith((b"--", b"<")):
@@ -353,10 +340,10 @@ def read_file(path, load=None):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except ImportError:
         raise UserError(f"reading {path} needs: pip install safetensors") from None
-    except Exception as error:  # zip, pickle and storage errors, by kind of damage
-        pickled = "Unsupported" in str(error) or "not an allowed" in str(error)
-        why = "it holds more than tensors: save model.state_dict()" if pickled else first_line(error)
-        raise UserError(f"cannot read {path} safely, as a file of weights: {why}") from None
+    except pickle.UnpicklingError:  # torch's own message is how to run code from the file
+        raise UserError(f"cannot read {path}: damaged, or more than model.state_dict()") from None
+    except Exception as error:  # by kind of damage
+        raise UserError(f"cannot read {path}: {first_line(error)}") from None
 
 
 # What a file of weights says of its network and of the images that it was trained on.
@@ -366,35 +353,35 @@ NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean",
 def weights_of(content, prefix=None):
     """The named tensors of what read_file gave, without the prefixes of torch.compile and DDP.
 
-    A checkpoint of ours lists the tensors of its encoder: only these, unless `prefix` is given. With a
-    prefix, only the names that start with it, without it; all names if none does.
+    prefix None: of a checkpoint of ours, the encoder's alone, which it lists. Else the names that start with
+    it, without it; all names if none does.
     """
     weights = content.get("model", content.get("state_dict", content))
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError("the file holds no tensors under names: expected a state dict, alone or as `model`")
     weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
-    if prefix is None:
-        places = content.get("encoder") or dict(zip(weights, weights, strict=True))
-        return {name: weights[place] for name, place in places.items()}
+    if prefix is None and content.get("encoder"):
+        return {name: weights[place] for name, place in content["encoder"].items()}
+    prefix = prefix or ""
     chosen = {name: value for name, value in weights.items() if name.startswith(prefix)} or weights
     return {name.removeprefix(prefix): value for name, value in chosen.items()}
 
 
 def network_of(content):
-    """What a file says of its network and images: our `meta`, or what the names and shapes of timm's,
-    official MAE's and torchvision's ResNet-50 files show; {} if they show nothing."""
+    """{field: value} of a file's network and images: our `meta`, or what the tensors of timm's, MAE's and
+    torchvision's ResNet-50 files show; {} if they show nothing."""
     if isinstance(content.get("meta"), dict) and "model" in content["meta"]:
         return content["meta"]
     weights = weights_of(content)
-    kernel, pos_embed = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
-    if pos_embed is not None and kernel is not None and kernel.ndim == 4:
-        D, in_chans, patch_size, _ = kernel.shape
+    if {"patch_embed.proj.weight", "pos_embed"} <= weights.keys():
+        D, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        known = [size for size, (dim, blocks, _) in VIT_SIZES.items() if (dim, blocks) == (D, depth)]
-        side = math.isqrt(pos_embed.shape[1] - 1)
-        if known and side**2 == pos_embed.shape[1] - 1:
-            sizes = {"patch_size": patch_size, "img_size": (side * patch_size,) * 2}
-            return {"model": known[0], "in_chans": in_chans, **sizes}
+        L = weights["pos_embed"].shape[1] - 1
+        side = math.isqrt(L)
+        for size, (dim, blocks, _) in VIT_SIZES.items():
+            if (dim, blocks, side**2) == (D, depth, L):
+                img_size = (side * patch_size, side * patch_size)
+                return {"model": size, "patch_size": patch_size, "img_size": img_size, "in_chans": in_chans}
     if {"conv1.weight", "layer4.2.conv3.weight"} <= weights.keys():
         width, in_chans, *_ = weights["conv1.weight"].shape
         return {"model": "resnet50", "resnet_width": width, "in_chans": in_chans}
@@ -402,38 +389,39 @@ def network_of(content):
 
 
 def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=None):
-    """Copy weights into `model` by name (ours, official MAE, timm, torchvision) and print what was done.
+    """Copy weights into `model` by name and print what was done. UserError if a name has no place in the
+    model, if the model lacks one that starts with no prefix in `allow_missing`, or if shapes differ.
 
-    prefix: see `weights_of`. Names that start with a prefix in `ignore` are left out; position tables are
-    resized to the model's grid. UserError if a name has no place in the model, if the model lacks one that
-    starts with no prefix in `allow_missing`, or if shapes differ. content: what read_file(path) gave, if it
-    was read before.
+    prefix: see `weights_of`. ignore: prefixes of names to leave out. content: what read_file(path) gave, if
+    it was read before. Position tables are resized to the model's grid.
     """
     content = content or read_file(path)
-    meta, weights, own = network_of(content), weights_of(content, prefix), model.state_dict()
-    for name in [name for name in weights if name.endswith("pos_embed") and name in own]:
-        L, patch_size, size = weights[name].shape[1] - 1, meta.get("patch_size"), meta.get("img_size")
-        old = patch_grid(size, patch_size) if size else (math.isqrt(L),) * 2
-        if weights[name].shape[-1] == own[name].shape[-1] and old != model.grid:
-            if math.prod(old) != L:
-                raise UserError(f"{path}: {name} has {L} patches, and the file does not say on what grid")
-            weights[name] = resize_pos_embed(weights[name], old, model.grid)
-            print0(f"{name} {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}, bicubic")
+    meta, weights = network_of(content), weights_of(content, prefix)
     ignored = [name for name in weights if name.startswith(tuple(ignore))]
     weights = {name: value for name, value in weights.items() if name not in ignored}
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    print0(f"{path}: {len(own) - len(missing)}/{len(own)} tensors loaded; " + "; ".join(
-        f"{kind}: {', '.join(dict.fromkeys(name.split('.')[0] for name in names)) or 'none'}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("ignored", ignored))))
+    for name, own in model.state_dict().items():
+        if name.endswith("pos_embed") and name in weights and weights[name].shape[-1] == own.shape[-1]:
+            L = weights[name].shape[1] - 1
+            side = math.isqrt(L)
+            old = patch_grid(meta["img_size"], meta["patch_size"]) if "img_size" in meta else (side, side)
+            if math.prod(old) != L:
+                raise UserError(f"{path}: {name} has {L} patches, and the file does not say on what grid")
+            if old != model.grid:
+                weights[name] = resize_pos_embed(weights[name], old, model.grid)
+                print0(f"{name} {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}, bicubic")
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        shapes = str(error).splitlines()[1].strip()
+        raise UserError(f"{path} does not fit --model, --patch_size: {shapes}") from None
     wrong = unexpected + [name for name in missing if not name.startswith(tuple(allow_missing))]
     if wrong:
         raise UserError(f"{path} does not fit: {len(unexpected)} tensors unexpected, {len(missing)} "
                         f"missing, for example {wrong[0]}")
-    for name in own.keys() & weights.keys():
-        theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
-        if theirs != ours:
-            raise UserError(f"{path}: {name} is {theirs}, not {ours}: check --model, --patch_size")
-    model.load_state_dict(weights, strict=False)
+    missing, ignored = (", ".join(dict.fromkeys(name.split(".")[0] for name in names)) or "none"
+                        for names in (missing, ignored))
+    count = f"{len(weights)}/{len(model.state_dict())} tensors loaded"
+    print0(f"{path}: {count}; missing: {missing}; ignored: {ignored}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -441,8 +429,11 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
 # ------------------------------------------------------------------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+NAMED_DATA = ("cifar10", "cifar100", "stl10", "cars")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+# torchvision 0.29 announces the end of its decoders: Pillow then reads JPEG too, with the same result.
+decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 
 
 def stable_seed(*numbers):
@@ -451,53 +442,47 @@ def stable_seed(*numbers):
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
-def as_image(array, in_chans, path):
-    """(H, W) or (H, W, C) numpy array -> tensor (in_chans, H, W): uint8 as it is, 16 bit and float as float32
-    in [0, 1]. Grey becomes RGB and RGB grey; ValueError for any other number of channels."""
-    array = array[..., None] if array.ndim == 2 else array
+def as_image(array, in_chans):
+    """(H, W) or (H, W, C) array of uint8, uint16 or floats -> tensor (in_chans, H, W), uint8 or float32; 16
+    bit in [0, 1]. Grey becomes RGB and RGB grey; ValueError for any other number of channels."""
     array = array.astype(array.dtype.newbyteorder("="), copy=False)  # 16-bit TIFF is often big-endian
-    if array.ndim != 3 or 0 in array.shape:
-        raise ValueError(f"an image array must be (H, W) or (H, W, C), got {array.shape} in {path}")
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(f"expected an image of shape (H, W) or (H, W, C), got {array.shape}")
     if array.dtype == np.uint16:
-        array = array.astype(np.float32) / 65535
-    elif array.dtype != np.uint8:
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise ValueError(f"expected uint8, uint16 or finite float values, got {array.dtype} in {path}")
+        array = array / np.float32(65535)
+    elif array.dtype.kind == "f" and np.isfinite(array).all():
         array = array.astype(np.float32)
-    image = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"expected uint8, uint16 or finite float values, got {array.dtype}")
+    image = torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)
     if len(image) == 1 and in_chans == 3:
         return image.expand(3, -1, -1)
     if len(image) == 3 and in_chans == 1:
         return TF.rgb_to_grayscale(image)
     if len(image) != in_chans:
-        raise ValueError(f"{len(image)} channels in {path}, but --in_chans is {in_chans}")
+        raise ValueError(f"{len(image)} channels where --in_chans is {in_chans}")
     return image
 
 
 def read_image(path, in_chans):
-    """Decode one file to (in_chans, H, W), uint8 or, from 16-bit and float files, float32 in [0, 1]; EXIF
-    applied.
+    """Decode one file to (in_chans, H, W), as `as_image`, turned as its EXIF says.
 
     JPEG goes through libjpeg-turbo in torchvision; everything else through Pillow: torchvision's PNG decoder
     can take the whole process down on a damaged file, Pillow raises.
     """
     if path.lower().endswith(".npy"):
-        return as_image(np.load(path, allow_pickle=False), in_chans, path)
-    with open(path, "rb", buffering=0) as file:
-        data = bytearray(file.read())
+        return as_image(np.load(path, allow_pickle=False), in_chans)
+    data = np.fromfile(path, np.uint8)
     with Image.open(io.BytesIO(data)) as image:  # reads the header alone, and refuses decompression bombs
-        # torchvision 0.29 announces the end of its decoders: Pillow then reads JPEG too, with the same
-        # result.
-        if image.format == "JPEG" and in_chans in (1, 3) and hasattr(torchvision.io, "decode_jpeg"):
-            mode = torchvision.io.ImageReadMode.RGB if in_chans == 3 else torchvision.io.ImageReadMode.GRAY
-            data = torch.frombuffer(data, dtype=torch.uint8)
-            return torchvision.io.decode_jpeg(data, mode=mode, apply_exif_orientation=True)
+        if decode_jpeg and image.format == "JPEG" and in_chans in (1, 3):
+            mode = "RGB" if in_chans == 3 else "GRAY"
+            return decode_jpeg(torch.from_numpy(data), mode=mode, apply_exif_orientation=True)
         image = ImageOps.exif_transpose(image)
         if image.mode == "I":  # Pillow's 32-bit mode: what it reads 16-bit files into when it must
-            return as_image(np.asarray(image).clip(0, 65535).astype(np.uint16), in_chans, path)
+            return as_image(np.asarray(image).clip(0, 65535).astype(np.uint16), in_chans)
         if in_chans in (1, 3) and not (image.mode.startswith("I;16") or image.mode == "F"):
             image = image.convert("RGB" if in_chans == 3 else "L")
-        return as_image(np.array(image), in_chans, path)
+        return as_image(np.array(image), in_chans)
 
 
 class ImageFiles:
@@ -519,7 +504,7 @@ class ImageFiles:
 
 
 class ImageArray:
-    """Images in memory, uint8 (N, H, W, C); numbers: what each is called in `title`, where that has more."""
+    """Images in memory, uint8 (N, H, W, C). numbers: their places in the file that `title` names."""
 
     def __init__(self, images, labels, classes, in_chans, title, numbers=None):
         self.images, self.labels, self.classes, self.in_chans = images, labels, classes, in_chans
@@ -532,31 +517,26 @@ class ImageArray:
         return f"{self.title}[{self.numbers[index]}]"
 
     def read(self, index):
-        return as_image(self.images[index], self.in_chans, self.name(index)), int(self.labels[index])
+        return as_image(self.images[index], self.in_chans), int(self.labels[index])
 
 
 def list_images(root):
-    """Sorted paths of the images below `root` (nested or flat; links followed, hidden names skipped)."""
+    """Sorted paths of the images below `root`; links are followed, hidden names skipped."""
 
-    def fail(error):
+    def fail(error):  # os.walk would pass over a folder that it may not read
         raise error
 
-    found, others, visited = [], [], set()
+    found, visited = [], set()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
-        identity = os.stat(folder)
-        identity = identity.st_dev, identity.st_ino
-        if identity in visited:  # a link that leads back up
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(folder) in visited:  # a link that leads back up
             folders.clear()
             continue
-        visited.add(identity)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                (found if name.lower().endswith(EXTENSIONS) else others).append(os.path.join(folder, name))
+        visited.add(os.path.realpath(folder))
+        names = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in names]
     if not found:
-        example = f"for example {min(others)}" if others else "none at all"
-        raise UserError(f"no image under {root}: it holds {len(others)} other files, {example}; "
-                        f"expected {' '.join(EXTENSIONS)}")
+        raise UserError(f"no image under {root}: expected {' '.join(EXTENSIONS)}")
     return sorted(found)
 
 
@@ -574,8 +554,17 @@ def open_folder(root, in_chans, classes=None):
     return ImageFiles(paths, [index[folder] for folder in folders], classes, in_chans)
 
 
+def open_list(path, in_chans, split):
+    """ImageFiles of a text file with one path per line, relative to it or absolute."""
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines or split not in ("pretrain", "all"):
+        raise UserError(f"--data {path}: a list of {len(lines)} paths, for pre-training: no labels")
+    paths = [os.path.join(path.parent, line) for line in lines]
+    return ImageFiles(paths, [-1] * len(paths), None, in_chans)
+
+
 def open_npz(path, in_chans, split):
-    """One .npz: `images` uint8 (N, H, W[, C]), optional `labels`, `split` (N,): 0 or "train", else held out."""
+    """One .npz: `images` uint8 (N, H, W[, C]); `labels`, `split` (N,): 0 or "train", else held out."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     images = arrays.get("images", np.empty(0))
@@ -584,21 +573,20 @@ def open_npz(path, in_chans, split):
         raise UserError(f"{path} has {sorted(arrays)}; expected `images`, uint8 (N, H, W, C)")
     marks = arrays.get("split", np.zeros(len(images), np.int64))
     held_out = (marks != "train") if marks.dtype.kind in "US" else (marks != 0)
-    chosen = held_out if split == "val" else ~held_out | (split == "all")
-    if not chosen.any():
+    chosen = np.flatnonzero({"val": held_out, "all": held_out | True}.get(split, ~held_out))
+    if not len(chosen):
         raise UserError(f"{path} has no image for {split}: mark them in `split` (N,), 0 = train, 1 = val")
-    labels = arrays.get("labels")
-    classes = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
-    labels = np.full(len(images), -1) if labels is None else labels
-    images = images if chosen.all() else images[chosen]
-    return ImageArray(images, labels[chosen], classes, in_chans, path.name, np.flatnonzero(chosen))
+    labels = arrays.get("labels", np.full(len(images), -1))
+    classes = [str(i) for i in range(int(labels.max()) + 1)] or None
+    images = images if len(chosen) == len(images) else images[chosen]  # no copy of all of them
+    return ImageArray(images, labels[chosen], classes, in_chans, path.name, chosen)
 
 
 def open_torchvision(name, in_chans, split, download):
-    """cifar10, cifar100, stl10, cars under data/; the first three are fetched with --download."""
+    """One of NAMED_DATA, in data/; all but cars are fetched there with --download."""
     if download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--download: fetch the data with one process first (python, not torchrun)")
-    part = "train" if split != "val" else "test"
+    part = "test" if split == "val" else "train"
     try:
         if name == "cars":  # its `loader` hands over paths in place of decoded images
             data = datasets.StanfordCars("data", split=part, loader=str)
@@ -609,7 +597,7 @@ def open_torchvision(name, in_chans, split, download):
             data = datasets.STL10("data", part, download=download)
             return ImageArray(data.data.transpose(0, 2, 3, 1), data.labels, data.classes, in_chans, name)
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        data = kind("data", train=split != "val", download=download)
+        data = kind("data", train=part == "train", download=download)
         return ImageArray(data.data, data.targets, data.classes, in_chans, name)
     except (OSError, RuntimeError, ValueError) as error:
         hint = "torchvision's page on StanfordCars shows its layout" if name == "cars" else "add --download"
@@ -633,30 +621,24 @@ def open_data(cfg, split="pretrain", classes=None):
         from shapes import Shapes  # a script that is copied elsewhere runs without it
 
         return Shapes(cfg.img_size, cfg.in_chans, "val" if split == "val" else "train")
-    if cfg.data in ("cifar10", "cifar100", "stl10", "cars"):
+    if cfg.data in NAMED_DATA:
         return open_torchvision(cfg.data, cfg.in_chans, split, cfg.download)
     root = data_path(cfg.data)
     if root is None:
-        raise UserError(f"--data {cfg.data} does not exist: " + (
-            "link ImageNet there, give --data PATH (any folder of images), or try --demo"
-            if cfg.data == RunConfig.data else
-            "give a folder, a .txt list of paths, an .npz, or shapes|cifar10|cifar100|stl10|cars"))
+        raise UserError(f"--data {cfg.data} does not exist: give a folder of images, a .txt list of paths, "
+                        f"an .npz, or shapes|{'|'.join(NAMED_DATA)}; or try --demo")
+    if root.suffix.lower() in EXTENSIONS:
+        raise UserError(f"--data {root} is one image: give its folder")
+    train, val = root / "train", root / "val"
     try:
         if root.suffix == ".npz":
             return open_npz(root, cfg.in_chans, split)
-        if root.suffix.lower() in EXTENSIONS:
-            raise UserError(f"--data {root} is one image: give its folder")
-        if root.is_file():  # one path per line, relative to the list or absolute; no labels
-            lines = [line.strip() for line in root.read_text().splitlines() if line.strip()]
-            if not lines or split not in ("pretrain", "all"):
-                raise UserError(f"--data {root}: a list of {len(lines)} paths, for pre-training: no labels")
-            paths = [os.path.join(root.parent, line) for line in lines]
-            return ImageFiles(paths, [-1] * len(paths), None, cfg.in_chans)
+        if root.is_file():
+            return open_list(root, cfg.in_chans, split)
         if split != "val":
-            part = root / "train" if split != "all" and (root / "train").is_dir() else root
-            return open_folder(part, cfg.in_chans)
-        if (root / "val").is_dir():
-            return open_folder(root / "val", cfg.in_chans, classes)
+            return open_folder(train if split != "all" and train.is_dir() else root, cfg.in_chans)
+        if val.is_dir():
+            return open_folder(val, cfg.in_chans, classes)
     except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
         raise UserError(f"--data {root}: {error}") from None
     raise UserError(f"--data {root} has no val/: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it")
@@ -670,12 +652,10 @@ def resize_to_cover(image, size, interpolation):
 
 
 class RandomResizedCrop:
-    """A box of a share of the area within `scale` and an aspect of 3/4 to 4/3 (log-uniform), anywhere in the
-    image, resized, bicubic: MAE's pre-training crop; fine-tuning uses scale (.08, 1). If ten boxes do not
-    fit, the largest centred one.
+    """torchvision's, in less than half of its time: one draw, and pixels laid out for its fast 8-bit kernel.
 
-    Distribution and pixels are those of torchvision's class, in less than half of its time: one draw, and
-    pixels laid out as its fast 8-bit kernel wants them.
+    A box of a share of the area within `scale` and an aspect of 3/4 to 4/3 (log-uniform), resized, bicubic.
+    scale (.2, 1) is MAE's, fine-tuning has (.08, 1). If ten boxes do not fit, the largest centred one.
     """
 
     def __init__(self, size, scale=(0.2, 1.0)):
@@ -701,7 +681,7 @@ class RandomResizedCrop:
 
 class EvalCrop:
     """The centre of an image: short side to size / ratio, `size` cut out. Default ratio: 224/256 from 128 to
-    224 px, as is usual, else 1 (above: usual; below: our choice, small images have no margin to spare)."""
+    224 px, else 1 (above, as is usual; below, our choice: small images have no margin to spare)."""
 
     def __init__(self, size, ratio=None):
         self.size, self.ratio = size, ratio or (224 / 256 if 128 <= min(size) <= 224 else 1.0)
@@ -712,11 +692,10 @@ class EvalCrop:
 
 
 class KeyedSamples(torch.utils.data.Dataset):
-    """Turns a key (epoch, index) into a sample. All its randomness is drawn from (seed, epoch, index), never
-    from the worker or the process. `sample_noise()` gives what the method draws per sample (masking noise,
-    ...), as a tensor.
+    """Turns a key (epoch, index) into a sample, with randomness from (seed, epoch, index) alone.
 
-    A file that cannot be read is replaced by the next one that can; `bad` lists (path, reason).
+    sample_noise(): what the method draws per sample (masking noise, ...), a tensor. An unreadable file is
+    replaced by the next readable one, `tries` at most; `bad` lists (path, reason).
     """
 
     def __init__(self, source, transform, seed, tries, sample_noise=None, flip=True):
@@ -760,14 +739,14 @@ def collate(samples):
 def split_batch(batch_size, micro_batch, world_size):
     """(micro_batch, accum_steps): batch_size = processes x micro_batch x accum_steps. micro_batch None: the
     largest that divides, up to 256."""
+    unit = world_size * (micro_batch or 1)
+    if batch_size % unit:
+        near = [n for n in (batch_size // unit * unit, batch_size // unit * unit + unit) if n]
+        raise UserError(f"--batch_size {batch_size} is not a multiple of {unit} (processes x --micro_batch): "
+                        f"use {' or '.join(map(str, near))}")
     share = batch_size // world_size
-    micro = micro_batch or next(m for m in range(min(256, max(share, 1)), 0, -1) if share % m == 0)
-    if batch_size % (world_size * micro):
-        unit = world_size * (micro_batch or 1)  # a derived micro-batch fits any multiple of the processes
-        near = [m for m in (batch_size // unit * unit, batch_size // unit * unit + unit) if m]
-        raise UserError(f"--batch_size {batch_size} is not {world_size} processes x {micro_batch or 'any'} "
-                        f"(--micro_batch) x a whole number: use {' or '.join(map(str, near))}")
-    return micro, batch_size // (world_size * micro)
+    micro_batch = micro_batch or next(m for m in range(min(256, share), 0, -1) if share % m == 0)
+    return micro_batch, share // micro_batch
 
 
 @functools.lru_cache(maxsize=2)
@@ -777,8 +756,8 @@ def epoch_order(n, seed, epoch):
 
 
 def training_keys(run):
-    """This process's micro-batches, lists of (epoch, index), from update run.step on. An update takes the next
-    `batch_size` samples of an endless sequence of passes: nothing is dropped or padded at an epoch's end."""
+    """This process's micro-batches, lists of (epoch, index), from update run.step on. An update takes the
+    next `batch_size` samples of an endless sequence of passes: an epoch's end drops and pads nothing."""
     for micro_step in range(run.step * run.accum_steps, run.steps * run.accum_steps):
         first = (micro_step * run.world_size + run.rank) * run.micro_batch
         places = (divmod(position, run.n) for position in range(first, first + run.micro_batch))
@@ -792,16 +771,13 @@ def eval_keys(n, run, batch=256):
 
 
 def init_worker(_):
-    # Ctrl-C and a cluster's SIGTERM reach the workers too; the main process decides when to stop, they only
-    # serve it.
-    for number in STOP_SIGNALS:
+    for number in STOP_SIGNALS:  # these reach the workers too, but the main process decides when to stop
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def end_workers():
-    # At exit Python ends such children with SIGTERM, which they ignore, and would then wait for them for
-    # ever.
+    # At exit Python ends such children with SIGTERM, which they ignore, and would wait for them for ever.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's death for an error
     for child in multiprocessing.active_children():
         if child.daemon:
@@ -825,30 +801,21 @@ class Normalize:
 
 
 def check_data(source, workers):
-    """Read every image as training would; print counts, examples, and what cannot be read."""
+    """Read every image as training would; print how many there are of each kind, and what cannot be read."""
 
-    def look(index):
-        name = source.name(index)
-        suffix = next((end for end in EXTENSIONS if name.lower().endswith(end)), "in memory")
+    def kind(index):
         try:
-            image, _ = source.read(index)
-            with nullcontext() if suffix in (".npy", "in memory") else Image.open(name) as file:
-                mode = file.mode if file else f"{len(image)} channels {image.dtype}"
-            return suffix, f"{image.shape[2]}x{image.shape[1]}", mode, None
+            C, H, W = source.read(index)[0].shape
+            return [Path(source.name(index)).suffix.lower(), f"{W}x{H}"], None
         except Exception as error:
-            return suffix, None, None, f"\n  {name}: {first_line(error)}"
+            return [], f"{source.name(index)}: {first_line(error)}"
 
     with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding runs outside Python's lock
-        *columns, errors = zip(*pool.map(look, range(len(source))), strict=True)
-    print0(f"{len(source)} images, {len(source.classes) if source.classes else 'no'} classes")
-    for title, values in zip(("extension", "width x height", "mode"), columns, strict=True):
-        counts = Counter(value for value in values if value).most_common()
-        rest = f", {len(counts) - 8} others" if len(counts) > 8 else ""
-        print0(f"{title}: " + ", ".join(f"{value} {n}" for value, n in counts[:8]) + rest)
-    examples = sorted({0, len(source) // 2, len(source) - 1})
-    print0("for example: " + ", ".join(source.name(i) for i in examples))
-    bad = [error for error in errors if error]
-    print0(f"unreadable: {len(bad)}" + "".join(bad))
+        kinds, errors = zip(*pool.map(kind, range(len(source))), strict=True)
+    counts, bad = Counter(itertools.chain(*kinds)), [error for error in errors if error]
+    print0(f"{len(source)} images, {len(source.classes or ())} classes, for example {source.name(0)}")
+    print0("most are: " + ", ".join(f"{word} {n}" for word, n in counts.most_common(16)))
+    print0("\n  ".join([f"unreadable: {len(bad)}", *bad]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -864,7 +831,7 @@ def amp_dtype(amp, device):
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        cpu = torch.cpu.get_capabilities()
         amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
@@ -967,7 +934,7 @@ class RunConfig:
             mean, std = (sum(mean) / 3,) * self.in_chans, (sum(std) / 3,) * self.in_chans
         self.mean, self.std = tuple(self.mean or mean), tuple(self.std or std)
         if not len(self.mean) == len(self.std) == self.in_chans:
-            raise ValueError(f"{len(self.mean)} values of --mean, {len(self.std)} of --std, not {self.in_chans}")
+            raise ValueError(f"--mean {self.mean} and --std {self.std}, but --in_chans {self.in_chans}")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -976,7 +943,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def tuple_of(element, *rest):
-    """Text -> tuple: 1,2,3; of a fixed length, one number may stand for all."""
+    """A converter of text, 1,2,3, to a tuple; of a fixed length, one number may stand for all."""
 
     def convert(text):
         values = tuple(element(word) for word in text.split(","))
@@ -999,18 +966,18 @@ def make_parser(config_type, defaults=True):
     types = get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
         kind, text = types[field.name], comments[field.name].replace("%", "%%")
-        text += "" if field.default is None else f" (default {field.default})"
-        flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        how = {"default": field.default if defaults else argparse.SUPPRESS}
-        if get_origin(kind) in (Union, UnionType):  # ... | None
-            kind = next(t for t in get_args(kind) if t is not type(None))
+        if type(None) in get_args(kind):  # ... | None
+            kind = get_args(kind)[0]
         if kind is bool:
-            how |= {"action": argparse.BooleanOptionalAction}
+            how = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(kind) is Literal:
+            how = {"choices": get_args(kind), "metavar": "|".join(get_args(kind))}
         else:
-            choices = get_args(kind) if get_origin(kind) is Literal else None
-            text += f" [{', '.join(choices)}]" if choices else ""
-            convert = str if choices else tuple_of(*get_args(kind)) if get_origin(kind) is tuple else kind
-            how |= {"type": convert, "choices": choices, "metavar": field.name.upper()}
+            how = {"type": tuple_of(*get_args(kind)) if get_origin(kind) is tuple else kind, "metavar": "X"}
+        if field.default is not None:
+            text += f" (default {field.default})"
+        how["default"] = field.default if defaults else argparse.SUPPRESS
+        flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
         parser.add_argument(*flags, help=text, **how)
     return parser
 
@@ -1035,22 +1002,15 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
     words = [f" {word}" if re.match(r"-[.\d]", word) else word for word in words]  # negative: no flags
     flags, unknown = parser.parse_known_args(words)
     if unknown:
-        word, names = unknown[0].split("=")[0], [field.name for field in dataclasses.fields(config_type)]
-        if not word.startswith("-") and flags.resume:
-            parser.error(f"--resume takes no file ({word}): it continues the run in --out; for weights use "
-                         + start_flags(config_type))
-        near = difflib.get_close_matches(word.lstrip("-"), names, 1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists them"
-        parser.error(f"unknown argument {word}; {hint}")
+        names = [f"--{field.name}" for field in dataclasses.fields(config_type)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags; --resume takes no file"
+        parser.error(f"unknown argument {unknown[0]}; {hint}")
     try:
         parser.set_defaults(**presets(flags))
         return config_type(**vars(parser.parse_args(words)))
     except (ValueError, UserError) as error:
         parser.error(str(error))
-
-
-def start_flags(config):
-    return " or ".join(f"--{name} FILE" for name in config.start_from)
 
 
 def new_file(path, suffix):
@@ -1066,8 +1026,7 @@ def new_file(path, suffix):
 
 
 def write_atomically(path, save, previous=None):
-    """save(open file) next to `path`, then rename over it: a kill or a full disk leaves what was there as it
-    was.
+    """save(open file) next to `path`, then rename over it: a kill or a full disk leaves the old file whole.
 
     previous: a path that the old file is moved to (a kill between the two renames leaves it there alone).
     """
@@ -1082,7 +1041,7 @@ def write_atomically(path, save, previous=None):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         while error.__context__:  # torch reports a full disk as a wrong position in the file
             error = error.__context__
         raise UserError(f"cannot write {path}, which stays as it was: {first_line(error)}", code=1) from None
@@ -1098,13 +1057,10 @@ def keep_freed_memory():
 
 
 class Run:
-    """One run of one script: its process, its folder, its log, its place in the data. The loop is the
-    script's.
+    """One run of one script: its process, its folder, its log, its place in the data.
 
-    rank, world_size, is_main, device, amp_dtype: the process. out: Path of the folder. n: images; steps:
-    updates in all; micro_batch, accum_steps: how a batch is split. step: updates done. stopping: all
-    processes have agreed to stop. saved: plain values that travel in the checkpoint. inputs: {name: value}
-    that a resumed run must have again.
+    n: images; steps: updates in all; step: updates done; stopping: all processes have agreed to stop.
+    saved: plain values that travel in the checkpoint; inputs: values that a resumed run must have again.
     """
 
     version = 2  # of the checkpoint's content
@@ -1131,8 +1087,10 @@ class Run:
 
     def start(self, n, settings="", steps=None):
         """Plan the run for n images: `steps` updates, by default epochs * n / batch_size. Join the other
-        processes, catch signals, make the folder: UserError if --out holds another run. n None: no training.
-        settings: words to print."""
+        processes, catch signals, make the folder: UserError if --out holds another run.
+
+        n None: no training. settings: words to print.
+        """
         if n:
             B, epochs = self.cfg.batch_size, self.cfg.epochs
             self.n, self.steps = n, steps or int(epochs * n // B)
@@ -1144,8 +1102,7 @@ class Run:
         self.join()
         try:
             if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
-                way = "continue the run in it with --resume, or " if n else ""
-                raise UserError(f"{self.out} is not empty: {way}choose another --out")
+                raise UserError(f"{self.out} is not empty: choose another --out, or --resume the run in it")
             if dist.is_initialized():
                 dist.barrier()  # all have looked before the first one writes
             if self.is_main:
@@ -1169,8 +1126,8 @@ class Run:
             limit = timedelta(minutes=10)
             store, *_ = next(dist.rendezvous("env://", timeout=limit))
             if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node; several count their restarts separately
-                # torchrun keeps its store when it restarts: without a name of their own, new processes would
-                # take the addresses of the dead ones for each other's, and wait.
+                # torchrun's store outlives a restart: under the same names, new processes would take the
+                # addresses of dead ones for each other's, and wait.
                 store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             backend, device = ("nccl", self.device) if self.cuda else ("gloo", None)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size,
@@ -1205,11 +1162,17 @@ class Run:
             model.compile()
         if not dist.is_initialized():
             return model
-        # Buffers are constants, or BatchNorm statistics, which stay each process's own: no broadcast in every
-        # step.
+        # No broadcast of buffers at each step: they are constants, or BatchNorm's, each process's own.
         names = inspect.signature(DistributedDataParallel).parameters  # newer torch renames the argument
         name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         return DistributedDataParallel(model, [self.device] if self.cuda else None, **{name: False})
+
+    def gather(self, value):
+        """A plain value of every process, in a list."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     # ---- data
 
@@ -1219,19 +1182,12 @@ class Run:
         return KeyedSamples(source, transform, self.cfg.seed, self.bad_limit + 1, sample_noise, flip)
 
     def load_batches(self, samples, keys, collate=collate):
-        """Batches of KeyedSamples as they leave the workers, which live as long as the iterator. Unreadable
-        files and the time spent waiting are noted."""
-        atexit.unregister(end_workers)
+        """Batches of KeyedSamples as they leave the workers, which live as long as the iterator."""
         atexit.register(end_workers)
-        iterator = iter(torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             samples, batch_sampler=keys, num_workers=self.workers, collate_fn=collate, pin_memory=self.cuda,
-            worker_init_fn=init_worker, prefetch_factor=4 if self.workers else None))
-        while True:
-            begin = time.monotonic()
-            batch = next(iterator, None)
-            self.waited += time.monotonic() - begin
-            if batch is None:
-                return
+            worker_init_fn=init_worker, prefetch_factor=4 if self.workers else None)
+        for batch in loader:
             self.new_bad_files |= {path: why for path, why in batch["bad"] if path not in self.bad_files}
             yield batch
 
@@ -1251,13 +1207,10 @@ class Run:
 
     def share_bad_files(self):
         """On all processes, when one has met a new one: name each once; UserError above the limit."""
-        found = [self.new_bad_files] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(found, self.new_bad_files)
-        for path, why in sorted({path: why for files in found for path, why in files.items()}.items()):
-            self.bad_files[path] = why
+        found = {path: why for files in self.gather(self.new_bad_files) for path, why in files.items()}
+        for path, why in sorted(found.items()):
             print0(f"unreadable, replaced by the next file: {path}: {why}")
-        self.new_bad_files = {}
+        self.bad_files, self.new_bad_files = self.bad_files | found, {}
         if len(self.bad_files) > self.bad_limit:
             raise UserError(f"{len(self.bad_files)} unreadable files, --max_bad {self.cfg.max_bad} allows "
                             f"{self.bad_limit}: {', '.join(self.bad_files)}", code=1)
@@ -1274,14 +1227,16 @@ class Run:
 
     def autocast(self):
         """The one mixed-precision context; does nothing for float32."""
-        return torch.autocast(self.device.type, dtype=self.amp_dtype) if self.amp_dtype else nullcontext()
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def micro_batches(self, model, batches):
         """The micro-batches of one update. Generators are seeded at each, so that a resumed run needs no
         stored generator state; DDP averages the gradients in the last one only."""
         self.began, self.sample_numbers = time.monotonic(), []
         for micro_step in range(self.accum_steps):
+            begin = time.monotonic()
             *batch, numbers = next(batches)
+            self.waited += time.monotonic() - begin
             self.sample_numbers += numbers.tolist()
             model.require_backward_grad_sync = micro_step == self.accum_steps - 1  # what DDP's no_sync() sets
             self.seed(micro_step)
@@ -1291,17 +1246,16 @@ class Run:
         torch.manual_seed(stable_seed(self.cfg.seed, self.step, micro_step, self.rank))
 
     def agree(self, terms, grad_norm):
-        """({name: float} averaged over the processes, whether the update is finite on all of them). terms:
-        detached scalars, `loss` among them; of an update to be skipped, this process's own values are
-        returned.
+        """({name: mean over the processes}, whether the update is finite on all of them). terms: detached
+        scalars, `loss` among them. The means of an update to be skipped are this process's own values.
 
         The update's one host synchronisation: an all-reduce of a few numbers carries values and flags.
         """
         values = {**terms, "grad_norm": grad_norm}
-        bad_loss, bad_gradient = ((~torch.isfinite(x)).float() for x in (terms["loss"], grad_norm))
-        flags = float(self.stop_requested), float(len(self.new_bad_files))
-        flags = [grad_norm.new_full((), flag) for flag in flags]  # no copy, so no synchronisation
-        own = torch.stack([*(value.float() for value in values.values()), bad_loss, bad_gradient, *flags])
+        flags = [~terms["loss"].isfinite(), ~grad_norm.isfinite()]
+        # full_like: no copy from the host, so no synchronisation
+        flags += [torch.full_like(grad_norm, x) for x in (self.stop_requested, len(self.new_bad_files))]
+        own = torch.stack([x.float() for x in (*values.values(), *flags)])
         packed = own.clone()
         if self.world_size > 1:
             dist.all_reduce(packed)
@@ -1316,49 +1270,48 @@ class Run:
         return dict(zip(values, numbers, strict=False)), not self.skipped
 
     def end_update(self, terms, lr):
-        """Count the update: a log line every --log_every, a dump if it was skipped, exit 3 after ten such."""
+        """Count the update; a log line every --log_every."""
         self.step, self.updates = self.step + 1, self.updates + 1
         self.seconds += time.monotonic() - self.began
-        step, saved, window = self.step, self.saved, self.saved["window"]
-        # Ten non-finite updates in a row end the run, or thirty overflows: the fp16 scale starts high and is
-        # halved.
-        saved["in_a_row"] += {"": -saved["in_a_row"], "overflow": 1, "nonfinite": 3}[self.skipped]
         if self.skipped:
-            saved[f"skipped_{self.skipped}"] += 1
+            self.count_skipped(terms, lr)
         else:
-            window.append(terms)
-        if self.skipped == "overflow":
-            print0(f"step {step}: fp16 overflow, update skipped; the loss scale falls (harmless if rare)")
-        if self.skipped == "nonfinite" or saved["in_a_row"] >= 30:
-            self.dump(terms, lr)
+            self.saved["in_a_row"] = 0
+            self.saved["window"].append(terms)
+        if self.step % self.cfg.log_every == 0 or self.step == self.steps:
+            self.log_window(lr)
+
+    def count_skipped(self, terms, lr):
+        """nonfinite_STEP.json of a skipped update; exit code 3 after ten in a row, or thirty overflows: the
+        fp16 scale starts high and is halved."""
+        step, saved, name = self.step, self.saved, f"nonfinite_{self.step}.json"
+        saved[f"skipped_{self.skipped}"] += 1
+        saved["in_a_row"] += 1 if self.skipped == "overflow" else 3
+        if self.skipped == "overflow" and saved["in_a_row"] < 30:
+            return print0(f"step {step}: fp16 overflow, update skipped, loss scale lowered: harmless if rare")
+        terms = {name: str(value) for name, value in terms.items()}
+        ranks = self.gather({"rank": self.rank, "samples": self.sample_numbers, "terms": terms})
+        self.write(name, json.dumps({"step": step, "lr": lr, "ranks": ranks}, indent=1))
+        print0(f"step {step}: non-finite loss or gradient, update skipped on all processes; see {name}")
         if saved["in_a_row"] >= 30:
             good = next(iter(self.checkpoints()), "none yet")
-            raise UserError(f"ten non-finite updates (or thirty overflows) in a row up to step {step}; see "
-                            f"nonfinite_{step}.json; last good checkpoint: {good}; --resume with --amp off, "
-                            "--clip_grad 1 or half the learning rate may get past this", code=3)
-        if step % self.cfg.log_every and step < self.steps:
-            return
+            raise UserError(f"ten such updates in a row (or thirty overflows); last good checkpoint: {good}; "
+                            "--resume with --amp off, --clip_grad 1 or half the learning rate", code=3)
+
+    def log_window(self, lr):
+        """A line on the updates since the last one."""
+        step, saved, window = self.step, self.saved, self.saved["window"]
         means = {k: sum(terms[k] for terms in window) / len(window) for k in (window[0] if window else ())}
+        grad_norm = means.pop("grad_norm", None)
         rate, wait = self.updates * self.cfg.batch_size / self.seconds, self.waited / self.seconds
         left = timedelta(seconds=round((self.steps - step) * self.cfg.batch_size / rate))
         print0(f"epoch {self.epoch:.2f} step {step}/{self.steps} loss {means.get('loss', math.nan):.4f} "
                f"lr {lr:.2e} data_wait {wait:.0%} {rate:,.{0 if rate >= 10 else 2}f} images/s, {left} left")
-        grad_norm = means.pop("grad_norm", None)
         self.log({"step": step, "epoch": round(self.epoch, 4), **{f"train/{k}": v for k, v in means.items()},
                   "lr": lr, "grad_norm": grad_norm, "images_per_second": round(rate, 3),
                   "data_wait": round(wait, 4), "peak_memory": self.peak_memory(),
                   **{name: count for name, count in saved.items() if name.startswith("skipped")}})
         saved["window"], self.updates, self.seconds, self.waited = [], 0, 0.0, 0.0
-
-    def dump(self, terms, lr):
-        """nonfinite_STEP.json: image numbers and loss terms of a skipped update, of all processes."""
-        terms = {name: str(value) for name, value in terms.items()}
-        records = [{"rank": self.rank, "samples": self.sample_numbers, "terms": terms}] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(records, records[0])
-        name = f"nonfinite_{self.step}.json"
-        self.write(name, json.dumps({"step": self.step, "lr": lr, "ranks": records}, indent=1))
-        print0(f"step {self.step}: non-finite loss or gradient, update skipped on all processes; see {name}")
 
     def peak_memory(self):
         """GiB: of the CUDA device, else of this process."""
@@ -1421,9 +1374,8 @@ class Run:
         if self.is_main:
             content = {name: value.state_dict() for name, value in self.state.items()} | {
                 "version": self.version, "method": self.method, "config": dataclasses.asdict(self.cfg),
-                "n": self.n, "step": self.step, "precision": str(self.amp_dtype), "meta": meta,
-                "bad_files": self.bad_files, "saved": self.saved, "inputs": self.inputs,
-                "encoder": {name: prefix + name for name in encoder or ()}}
+                "inputs": self.inputs, "step": self.step, "saved": self.saved, "bad_files": self.bad_files,
+                "meta": meta, "encoder": {name: prefix + name for name in encoder or ()}}
             last, previous = self.out / "last.pth", self.out / "previous.pth"
             write_atomically(last, lambda file: torch.save(content, file), previous)
 
@@ -1433,12 +1385,11 @@ class Run:
 
     def load(self, **state):
         """Name the objects whose state_dict() is saved; --resume: restore them, and `step`, from --out."""
-        self.state = state
+        self.state, self.last_save = state, time.monotonic()
+        self.inputs = {**self.inputs, "images": self.n, "precision": str(self.amp_dtype)}
         if self.cfg.resume and self.checkpoints():
             self.restore(*self.checkpoints())
-        steps = [self.step] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(steps, self.step)
+        steps = self.gather(self.step)
         if len(set(steps)) > 1:
             raise UserError(f"--resume: the processes are at steps {steps}: all nodes must share --out")
         log = self.out / "log.jsonl"
@@ -1447,14 +1398,17 @@ class Run:
             self.write(log.name, "".join(line for line in whole if json.loads(line)["step"] <= self.step))
         config = {"script": self.method, **dataclasses.asdict(self.cfg)}
         self.write("config.json", json.dumps(config, indent=1))
-        self.last_save = time.monotonic()
 
     def restore(self, path, *others):
-        content, wrong = self.read_checkpoint(path)
-        if wrong:
-            good = [other for other in others if not self.read_checkpoint(other)[1]]
-            hint = f"{good[0]} is good: mv it over {path}, then --resume" if good else "there is no other"
-            raise UserError(f"--resume: {wrong}; {hint}")
+        try:
+            content = self.read_checkpoint(path)
+        except UserError as error:
+            hint = ""
+            for other in others:
+                with suppress(UserError):
+                    self.read_checkpoint(other)
+                    hint = f"; {other} is good: mv it over {path}, then --resume"
+            raise UserError(f"--resume: {error}{hint}") from None
         for name, value in self.state.items():
             value.load_state_dict(content[name])
         self.bad_files, self.step = content["bad_files"], content["step"]
@@ -1463,27 +1417,24 @@ class Run:
                f"sample {self.step * self.cfg.batch_size % self.n} of the pass")
 
     def read_checkpoint(self, path):
-        """(content, what is wrong with it for this run, or "")"""
-        try:
-            content = read_file(path)
-        except UserError as error:
-            return None, str(error)
-        way_out = f"or start from its weights, {start_flags(self.cfg)}, with another --out"
-        if content.get("method") != self.method:
-            return None, f"{path} is of {content.get('method', 'another program')}, not of {self.method}"
-        if content.get("version") != self.version:
-            return None, f"{path} is of an older version of this script: finish the run with that, {way_out}"
-        defaults = {field.name: field.default for field in dataclasses.fields(self.cfg)}  # for younger flags
+        """What `save` wrote; UserError if the file is damaged, or of a run with other settings."""
+        content = read_file(path)
+        way_out = " or ".join(f"--{name} {path}" for name in self.cfg.start_from)
+        way_out = f"or start from its weights, {way_out}, with another --out"
+        if (content.get("method"), content.get("version")) != (self.method, self.version):
+            found = f"{content.get('method', 'another program')}, format {content.get('version', 1)}"
+            raise UserError(f"{path} is of {found}, not {self.method}, format {self.version}: {way_out}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self.cfg)}  # of younger flags
         then = defaults | content["config"] | content["inputs"]
-        then |= {"images": content["n"], "precision": content["precision"]}
         now = dataclasses.asdict(self.cfg) | self.inputs
-        now |= {"images": self.n, "precision": str(self.amp_dtype)}
-        changed = {name for name in now if then.get(name) != now[name]}
-        changed -= self.cfg.free_on_resume | set(self.cfg.start_from)
+        free = self.cfg.free_on_resume | set(self.cfg.start_from)
         if any(self.out.glob("nonfinite_*.json")):
-            changed -= self.cfg.free_after_nan
-        listing = "; ".join(f"{name} {then.get(name)}, not {now[name]}" for name in sorted(changed))
-        return content, listing and f"the run in {path} has {listing}: repeat its flags, {way_out}"
+            free = free | self.cfg.free_after_nan
+        changed = sorted(name for name in now.keys() - free if then.get(name) != now[name])
+        if changed:
+            listing = "; ".join(f"{name} {then.get(name)}, not {now[name]}" for name in changed)
+            raise UserError(f"the run in {path} has {listing}: repeat its flags, {way_out}")
+        return content
 
     def share_statistics(self, model):
         """BatchNorm's, of the first process, to all: all evaluate with the statistics that are saved."""
@@ -1514,18 +1465,22 @@ def save_image_grid(path, rows, titles, caption):
     pen = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         pen.text((4 + column * (grid.width - 4) // len(titles), 2), title, fill="black")
-    for i, text in enumerate(caption):
-        pen.text((4, line + grid.height + line * i), text, fill="black")
+    pen.text((4, line + grid.height), "\n".join(caption), fill="black")
     write_atomically(path, lambda file: canvas.save(file, "png"))
 
 
-def launch(config_type, presets, train, method):
-    """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line."""
+def launch(config_type, presets, train, method, open_sources=lambda cfg: [open_data(cfg)]):
+    """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line.
+
+    open_sources(cfg): the sources of images that --check_data looks at.
+    """
     cfg = parse_config(config_type, presets)
     try:
         run = Run(cfg, method)
         if cfg.check_data:
-            return check_data(open_data(cfg), run.workers)
+            for source in open_sources(cfg):
+                check_data(source, run.workers)
+            return
         train(cfg, run)
     except UserError as error:
         exit_with(method, error)
