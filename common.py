@@ -17,7 +17,6 @@ import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -26,7 +25,6 @@ import pickle
 import re
 import resource
 import signal
-import struct
 import sys
 import textwrap
 import time
@@ -86,9 +84,7 @@ def exit_with(method, error):
     sys.exit(error.code)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Blocks: the ViT with timm's and MAE's parameter names, ResNet-50 with torchvision's, files of weights
-# ------------------------------------------------------------------------------------------------------------
+# ==== Blocks: the ViT with timm's and MAE's parameter names, ResNet-50 with torchvision's, files of weights
 
 VIT_SIZES = {  # embed_dim, depth, num_heads
     "nano": (128, 4, 4),  # our choice, for --demo and tests
@@ -128,11 +124,8 @@ def patches_to_pixels(values, p, grid):
 
 
 def sincos_pos_embed(dim, grid):
-    """Fixed 2-D sine-cosine table (1, 1 + L, dim), row 0 (class token) zero. dim: a multiple of 4.
-
-    The first half of the channels encodes the column, the second the row, each [sin | cos] with frequencies
-    10000^(-k / (dim / 4)). That is MAE's order; MoCo v3's and BEiT's are transposed.
-    """
+    """Fixed 2-D sine-cosine table (1, 1 + L, dim), row 0 (class token) zero. The first half of the channels
+    encodes the column, the second the row (MAE; MoCo v3 has it transposed), each [sin | cos]."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [position.reshape(-1, 1) * omega for position in (columns, rows)]  # each (L, dim / 4)
@@ -319,10 +312,8 @@ def fill_from_visible(values, mask, grid):
 
 
 def read_file(path, load=None):
-    """Content of a .pth (tensors, plain values and MAE's Namespace, nothing else unpickled) or .safetensors.
-
-    load(path): another way to read it. UserError, in one line, if it cannot be read.
-    """
+    """Content of a .pth (tensors, plain values and MAE's Namespace: nothing else is unpickled) or
+    .safetensors, or what load(path) reads; UserError, in one line, if it cannot be read."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist, or is a folder (to continue a run: --resume --out FOLDER)")
@@ -351,11 +342,8 @@ NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean",
 
 
 def weights_of(content, prefix=None):
-    """The named tensors of what read_file gave, without the prefixes of torch.compile and DDP.
-
-    prefix None: of a checkpoint of ours, the encoder's alone, which it lists. Else the names that start with
-    it, without it; all names if none does.
-    """
+    """{name: tensor} of what read_file gave, without the prefixes of torch.compile and DDP. prefix None: of a
+    checkpoint of ours its encoder alone; else the names that start with it, without it; all if none does."""
     weights = content.get("model", content.get("state_dict", content))
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError("the file holds no tensors under names: expected a state dict, alone or as `model`")
@@ -389,16 +377,14 @@ def network_of(content):
 
 
 def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=None):
-    """Copy weights into `model` by name and print what was done. UserError if a name has no place in the
-    model, if the model lacks one that starts with no prefix in `allow_missing`, or if shapes differ.
+    """Copy weights into `model` by name; position tables are resized to its grid. UserError if a name has no
+    place in it, if it lacks one that starts with no prefix in `allow_missing`, or if shapes differ.
 
-    prefix: see `weights_of`. ignore: prefixes of names to leave out. content: what read_file(path) gave, if
-    it was read before. Position tables are resized to the model's grid.
+    prefix: see `weights_of`. ignore: prefixes of names to leave out. content: what read_file(path) gave.
     """
     content = content or read_file(path)
     meta, weights = network_of(content), weights_of(content, prefix)
-    ignored = [name for name in weights if name.startswith(tuple(ignore))]
-    weights = {name: value for name, value in weights.items() if name not in ignored}
+    weights = {name: value for name, value in weights.items() if not name.startswith(tuple(ignore))}
     for name, own in model.state_dict().items():
         if name.endswith("pos_embed") and name in weights and weights[name].shape[-1] == own.shape[-1]:
             L = weights[name].shape[1] - 1
@@ -418,15 +404,11 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
     if wrong:
         raise UserError(f"{path} does not fit: {len(unexpected)} tensors unexpected, {len(missing)} "
                         f"missing, for example {wrong[0]}")
-    missing, ignored = (", ".join(dict.fromkeys(name.split(".")[0] for name in names)) or "none"
-                        for names in (missing, ignored))
-    count = f"{len(weights)}/{len(model.state_dict())} tensors loaded"
-    print0(f"{path}: {count}; missing: {missing}; ignored: {ignored}")
+    parts = ", ".join(sorted({name.split(".")[0] for name in missing})) or "none"
+    print0(f"{path}: {len(weights)}/{len(model.state_dict())} tensors loaded; missing: {parts}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: sources of images, transforms, a loader whose randomness depends on (seed, epoch, sample) alone
-# ------------------------------------------------------------------------------------------------------------
+# ==== Data: sources of images, transforms, a loader whose randomness depends on (seed, epoch, sample) alone
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 NAMED_DATA = ("cifar10", "cifar100", "stl10", "cars")
@@ -438,16 +420,14 @@ decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 
 def stable_seed(*numbers):
     """A 64-bit seed from integers, the same on every machine and in every process."""
-    packed = struct.pack(f"{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+    digest = hashlib.blake2b(np.array(numbers, np.int64), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def as_image(array, in_chans):
-    """(H, W) or (H, W, C) array of uint8, uint16 or floats -> tensor (in_chans, H, W), uint8 or float32; 16
-    bit in [0, 1]. Grey becomes RGB and RGB grey; ValueError for any other number of channels."""
+    """(H, W) or (H, W, C) array -> tensor (in_chans, H, W): uint8, or float32 (16 bit in [0, 1]). Grey turns
+    into RGB and RGB into grey; ValueError for another number of channels, or another type."""
     array = array.astype(array.dtype.newbyteorder("="), copy=False)  # 16-bit TIFF is often big-endian
-    if array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(f"expected an image of shape (H, W) or (H, W, C), got {array.shape}")
     if array.dtype == np.uint16:
         array = array / np.float32(65535)
     elif array.dtype.kind == "f" and np.isfinite(array).all():
@@ -465,11 +445,8 @@ def as_image(array, in_chans):
 
 
 def read_image(path, in_chans):
-    """Decode one file to (in_chans, H, W), as `as_image`, turned as its EXIF says.
-
-    JPEG goes through libjpeg-turbo in torchvision; everything else through Pillow: torchvision's PNG decoder
-    can take the whole process down on a damaged file, Pillow raises.
-    """
+    """Decode one file to (in_chans, H, W), as `as_image`, turned as its EXIF says. JPEG goes through
+    torchvision, which is faster; its PNG decoder can crash on a damaged file, where Pillow raises."""
     if path.lower().endswith(".npy"):
         return as_image(np.load(path, allow_pickle=False), in_chans)
     data = np.fromfile(path, np.uint8)
@@ -478,9 +455,7 @@ def read_image(path, in_chans):
             mode = "RGB" if in_chans == 3 else "GRAY"
             return decode_jpeg(torch.from_numpy(data), mode=mode, apply_exif_orientation=True)
         image = ImageOps.exif_transpose(image)
-        if image.mode == "I":  # Pillow's 32-bit mode: what it reads 16-bit files into when it must
-            return as_image(np.asarray(image).clip(0, 65535).astype(np.uint16), in_chans)
-        if in_chans in (1, 3) and not (image.mode.startswith("I;16") or image.mode == "F"):
+        if in_chans in (1, 3) and image.mode[0] not in "IF":  # I;16 and F are more than 8 bit
             image = image.convert("RGB" if in_chans == 3 else "L")
         return as_image(np.array(image), in_chans)
 
@@ -613,9 +588,8 @@ def open_data(cfg, split="pretrain", classes=None):
     """The images of --data: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i),
     classes or None.
 
-    split: "pretrain" (labels are not needed), "train", "val", or "all". Of a folder, "val" is its `val/`,
-    with labels numbered by the training `classes`; "all" all of it; the others its `train/` if there is one.
-    Of named data "all" is "train".
+    split: "pretrain" (labels are not needed), "train", "val" or "all". Of a folder, "val" is its `val/`, with
+    labels numbered by the training `classes`, "all" all of it, the others its `train/` if there is one.
     """
     if cfg.data == "shapes":
         from shapes import Shapes  # a script that is copied elsewhere runs without it
@@ -629,16 +603,14 @@ def open_data(cfg, split="pretrain", classes=None):
                         f"an .npz, or shapes|{'|'.join(NAMED_DATA)}; or try --demo")
     if root.suffix.lower() in EXTENSIONS:
         raise UserError(f"--data {root} is one image: give its folder")
-    train, val = root / "train", root / "val"
+    part = root / {"all": ".", "val": "val"}.get(split, "train")
     try:
         if root.suffix == ".npz":
             return open_npz(root, cfg.in_chans, split)
         if root.is_file():
             return open_list(root, cfg.in_chans, split)
-        if split != "val":
-            return open_folder(train if split != "all" and train.is_dir() else root, cfg.in_chans)
-        if val.is_dir():
-            return open_folder(val, cfg.in_chans, classes)
+        if split != "val" or part.is_dir():
+            return open_folder(part if part.is_dir() else root, cfg.in_chans, classes)
     except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
         raise UserError(f"--data {root}: {error}") from None
     raise UserError(f"--data {root} has no val/: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it")
@@ -652,11 +624,9 @@ def resize_to_cover(image, size, interpolation):
 
 
 class RandomResizedCrop:
-    """torchvision's, in less than half of its time: one draw, and pixels laid out for its fast 8-bit kernel.
-
-    A box of a share of the area within `scale` and an aspect of 3/4 to 4/3 (log-uniform), resized, bicubic.
-    scale (.2, 1) is MAE's, fine-tuning has (.08, 1). If ten boxes do not fit, the largest centred one.
-    """
+    """torchvision's, in less than half of its time: one call of `rand`, and pixels laid out for the fast
+    8-bit kernel. A box of a share of the area within `scale` and an aspect of 3/4 to 4/3 (log-uniform), of
+    ten tries or else the largest centred one, is resized, bicubic. scale: MAE's; fine-tuning has (.08, 1)."""
 
     def __init__(self, size, scale=(0.2, 1.0)):
         self.size, self.scale, self.log_ratio = size, scale, math.log(4 / 3)
@@ -692,11 +662,9 @@ class EvalCrop:
 
 
 class KeyedSamples(torch.utils.data.Dataset):
-    """Turns a key (epoch, index) into a sample, with randomness from (seed, epoch, index) alone.
-
-    sample_noise(): what the method draws per sample (masking noise, ...), a tensor. An unreadable file is
-    replaced by the next readable one, `tries` at most; `bad` lists (path, reason).
-    """
+    """Turns a key (epoch, index) into a sample, with randomness from (seed, epoch, index) alone. A file that
+    cannot be read is replaced by the next, of `tries`; `bad` lists (path, reason). sample_noise(): a tensor
+    that the method needs per sample, such as masking noise."""
 
     def __init__(self, source, transform, seed, tries, sample_noise=None, flip=True):
         self.source, self.transform, self.seed, self.tries = source, transform, seed, tries
@@ -780,8 +748,7 @@ def end_workers():
     # At exit Python ends such children with SIGTERM, which they ignore, and would wait for them for ever.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's death for an error
     for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+        child.kill()
 
 
 class Normalize:
@@ -803,24 +770,21 @@ class Normalize:
 def check_data(source, workers):
     """Read every image as training would; print how many there are of each kind, and what cannot be read."""
 
-    def kind(index):
-        try:
-            C, H, W = source.read(index)[0].shape
-            return [Path(source.name(index)).suffix.lower(), f"{W}x{H}"], None
-        except Exception as error:
-            return [], f"{source.name(index)}: {first_line(error)}"
+    counts, bad, samples = Counter(), [], KeyedSamples(source, None, seed=0, tries=1)
+
+    def look(index):
+        image, _, errors = samples.read(index)
+        bad.extend(f"{path}: {why}" for path, why in errors)
+        counts.update([] if errors else [Path(source.name(index)).suffix, f"{image.shape[2]}x{image.shape[1]}"])
 
     with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding runs outside Python's lock
-        kinds, errors = zip(*pool.map(kind, range(len(source))), strict=True)
-    counts, bad = Counter(itertools.chain(*kinds)), [error for error in errors if error]
+        list(pool.map(look, range(len(source))))
     print0(f"{len(source)} images, {len(source.classes or ())} classes, for example {source.name(0)}")
     print0("most are: " + ", ".join(f"{word} {n}" for word, n in counts.most_common(16)))
     print0("\n  ".join([f"unreadable: {len(bad)}", *bad]))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Precision: parameter groups, the learning rate, what a skipped update must restore
-# ------------------------------------------------------------------------------------------------------------
+# ==== Precision: parameter groups, the learning rate, what a skipped update must restore ====================
 
 
 def amp_dtype(amp, device):
@@ -886,9 +850,7 @@ def remember_statistics(model):
     return restore
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Run: command line, process group, one update, log, pictures, checkpoint
-# ------------------------------------------------------------------------------------------------------------
+# ==== Run: command line, process group, one update, log, pictures, checkpoint ===============================
 
 
 @dataclasses.dataclass
@@ -937,30 +899,25 @@ class RunConfig:
             raise ValueError(f"--mean {self.mean} and --std {self.std}, but --in_chans {self.in_chans}")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        exit_with(self.prog, UserError(message))
-
-
 def tuple_of(element, *rest):
     """A converter of text, 1,2,3, to a tuple; of a fixed length, one number may stand for all."""
 
-    def convert(text):
+    def numbers(text):
         values = tuple(element(word) for word in text.split(","))
         if rest == (...,) or len(values) == 1 + len(rest):
             return values
         if len(values) > 1:
-            raise ValueError
+            raise ValueError  # argparse quotes the text
         return values * (1 + len(rest))
 
-    convert.__name__ = f"{element.__name__},..."  # argparse quotes it
-    return convert
+    return numbers
 
 
 def make_parser(config_type, defaults=True):
     """A parser with a flag for each field, spelled with `_` or `-`; its help is the comment behind it."""
-    parser = OneLineParser(description=sys.modules[config_type.__module__].__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=sys.modules[config_type.__module__].__doc__,
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: exit_with(parser.prog, UserError(message))
     source = "".join(inspect.getsource(cls) for cls in reversed(config_type.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): [^#]*#\s*(.*)$", source, re.MULTILINE))
     types = get_type_hints(config_type)
@@ -1018,18 +975,13 @@ def new_file(path, suffix):
     path = Path(path)
     if path.suffix != suffix or path.exists():
         raise UserError(f"--out {path}: expected the name of a new file, NAME{suffix}; move an old one away")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write --out {path}: {error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def write_atomically(path, save, previous=None):
-    """save(open file) next to `path`, then rename over it: a kill or a full disk leaves the old file whole.
-
-    previous: a path that the old file is moved to (a kill between the two renames leaves it there alone).
-    """
+    """save(open file) next to `path`, then rename over it: a kill or a full disk leaves the old file whole,
+    or, between the two renames, at `previous`, the path that it is moved to."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1048,8 +1000,8 @@ def write_atomically(path, save, previous=None):
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next ones. By default it returns blocks of more than
-    32 MB to the system at once and gets them back page by page: on a CPU up to half of an update's time."""
+    """Let glibc keep the memory of freed tensors. It returns blocks of more than 32 MB to the system and gets
+    them back page by page: on a CPU up to half of an update's time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
@@ -1086,29 +1038,21 @@ class Run:
     # ---- start
 
     def start(self, n, settings="", steps=None):
-        """Plan the run for n images: `steps` updates, by default epochs * n / batch_size. Join the other
-        processes, catch signals, make the folder: UserError if --out holds another run.
-
-        n None: no training. settings: words to print.
-        """
+        """Plan `steps` updates (default: epochs * n / batch_size) for n images, join the other processes,
+        make the folder, catch signals. n None: no training. settings: words to print."""
         if n:
             B, epochs = self.cfg.batch_size, self.cfg.epochs
             self.n, self.steps = n, steps or int(epochs * n // B)
             self.micro_batch, self.accum_steps = split_batch(B, self.cfg.micro_batch, self.world_size)
-            if n < B:
-                raise UserError(f"{n} images are fewer than one batch: --batch_size is {B}, use at most {n}")
-            if not self.steps:
+            if n < B or not self.steps:
                 raise UserError(f"--epochs {epochs} of {n} images: less than one update of --batch_size {B}")
         self.join()
-        try:
-            if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
-                raise UserError(f"{self.out} is not empty: choose another --out, or --resume the run in it")
-            if dist.is_initialized():
-                dist.barrier()  # all have looked before the first one writes
-            if self.is_main:
-                (self.out / "pictures").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write into --out {self.out}: {error}") from None
+        if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
+            raise UserError(f"{self.out} is not empty: choose another --out, or --resume the run in it")
+        if dist.is_initialized():
+            dist.barrier()  # all have looked before the first one writes
+        if self.is_main:
+            (self.out / "pictures").mkdir(parents=True, exist_ok=True)
         name = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
         print0(f"torch {torch.__version__}, {self.world_size} x {name}, {self.amp_dtype or torch.float32}, "
                f"{self.workers} loader workers, writing to {self.out}/")
@@ -1217,13 +1161,10 @@ class Run:
 
     # ---- one update
 
-    def epoch_at(self, step):
-        """Passes over the data after `step` updates, a fraction."""
-        return step * self.cfg.batch_size / self.n
-
     @property
     def epoch(self):
-        return self.epoch_at(self.step)
+        """Passes over the data so far, a fraction."""
+        return self.step * self.cfg.batch_size / self.n
 
     def autocast(self):
         """The one mixed-precision context; does nothing for float32."""
@@ -1246,11 +1187,8 @@ class Run:
         torch.manual_seed(stable_seed(self.cfg.seed, self.step, micro_step, self.rank))
 
     def agree(self, terms, grad_norm):
-        """({name: mean over the processes}, whether the update is finite on all of them). terms: detached
-        scalars, `loss` among them. The means of an update to be skipped are this process's own values.
-
-        The update's one host synchronisation: an all-reduce of a few numbers carries values and flags.
-        """
+        """({name: mean over the processes, or own value if not finite}, whether all are finite), for terms,
+        {name: detached scalar}, with `loss`. The one host synchronisation of an update: one all-reduce."""
         values = {**terms, "grad_norm": grad_norm}
         flags = [~terms["loss"].isfinite(), ~grad_norm.isfinite()]
         # full_like: no copy from the host, so no synchronisation
@@ -1315,19 +1253,15 @@ class Run:
 
     def peak_memory(self):
         """GiB: of the CUDA device, else of this process."""
-        if self.cuda:
-            return round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3)
+        unit = 1 if sys.platform == "darwin" else 1024
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return round((torch.cuda.max_memory_allocated() if self.cuda else own) / 2**30, 3)
 
     def log(self, line):
         """Append one JSON object to log.jsonl."""
         if self.is_main:
-            try:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write {self.out}/log.jsonl: {error}", code=1) from None
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def write(self, name, text):
         if self.is_main:
@@ -1337,13 +1271,13 @@ class Run:
 
     def ends_epoch(self):
         """Whether the last update has completed a pass, or the run."""
-        return self.step == self.steps or int(self.epoch) > int(self.epoch_at(self.step - 1))
+        return self.step == self.steps or self.step * self.cfg.batch_size % self.n < self.cfg.batch_size
 
     def picture_due(self):
         """Path of the picture to draw now; None if none is due, or if another process draws it."""
         if not (self.is_main and self.cfg.pictures and self.ends_epoch()):
             return None
-        number = int(self.epoch_at(self.step - 1)) + 1  # of the pass that the last update was in
+        number = (self.step - 1) * self.cfg.batch_size // self.n + 1  # of the pass that this update began in
         return self.out / f"pictures/epoch_{number:04}.png"
 
     def save_due(self):
@@ -1353,8 +1287,7 @@ class Run:
 
     def meta(self, **more):
         """What a file of weights says of itself."""
-        names = [name for name in (*NETWORK, "img_size") if hasattr(self.cfg, name)]
-        fields = {name: getattr(self.cfg, name) for name in names}
+        fields = {name: value for name, value in vars(self.cfg).items() if name in (*NETWORK, "img_size")}
         return {"method": self.method, **fields, "epoch": self.epoch, **more}
 
     def export(self, name, weights, meta):
@@ -1364,10 +1297,8 @@ class Run:
             write_atomically(self.out / name, lambda file: torch.save(content, file))
 
     def save(self, encoder=None, prefix="", **meta):
-        """Write the encoder's tensors to encoder.pth, and last.pth; the one before becomes previous.pth.
-
-        prefix: of the encoder's names in the model. meta: what the files say in place of the configuration.
-        """
+        """Write the encoder's tensors (whose names in the model have `prefix`) to encoder.pth, and last.pth,
+        keeping the one before as previous.pth. meta: what the files say in place of the configuration."""
         self.last_save, meta = time.monotonic(), self.meta(**meta)
         if encoder:
             self.export("encoder.pth", encoder, meta)
@@ -1471,9 +1402,7 @@ def save_image_grid(path, rows, titles, caption):
 
 def launch(config_type, presets, train, method, open_sources=lambda cfg: [open_data(cfg)]):
     """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line.
-
-    open_sources(cfg): the sources of images that --check_data looks at.
-    """
+    open_sources(cfg): the sources of images that --check_data looks at."""
     cfg = parse_config(config_type, presets)
     try:
         run = Run(cfg, method)
@@ -1484,6 +1413,8 @@ def launch(config_type, presets, train, method, open_sources=lambda cfg: [open_d
         train(cfg, run)
     except UserError as error:
         exit_with(method, error)
+    except OSError as error:  # a full disk, a folder that has vanished or is not ours
+        exit_with(method, UserError(f"cannot read or write {error.filename}: {error.strerror}", code=1))
     except KeyboardInterrupt:  # in training: the second one
         exit_with(method, UserError("interrupted", code=130))
     except RuntimeError as error:
