@@ -1,10 +1,9 @@
 """What every method script takes as given. Four chapters: blocks, data, precision, run.
 
 Nothing here belongs to one paper: masking, targets, losses and training loops are in the scripts. Importing
-this file has no side effects. To take a method elsewhere, copy its script together with this file.
-
-Shapes: B images, C channels, H x W pixels, patches of p x p pixels on a grid (h, w), L = h * w patches, width
-D. `mask` is 1 where a patch is hidden, everywhere.
+this file has no side effects. To take a method elsewhere, copy its script together with this file. Shapes: B
+images, C channels, H x W pixels, patches of p x p pixels on a grid (h, w), L = h * w patches, width D. `mask`
+is 1 where a patch is hidden, everywhere.
 """
 
 import argparse
@@ -344,9 +343,8 @@ NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean",
 def weights_of(content, prefix=None):
     """{name: tensor} of what read_file gave, without the prefixes of torch.compile and DDP. prefix None: of a
     checkpoint of ours its encoder alone; else the names that start with it, without it; all if none does."""
-    weights = content.get("model", content.get("state_dict", content))
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise UserError("the file holds no tensors under names: expected a state dict, alone or as `model`")
+    places = (content.get("model"), content.get("state_dict"), content)
+    weights = next(place for place in places if isinstance(place, dict))
     weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
     if prefix is None and content.get("encoder"):
         return {name: weights[place] for name, place in content["encoder"].items()}
@@ -385,8 +383,8 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
     content = content or read_file(path)
     meta, weights = network_of(content), weights_of(content, prefix)
     weights = {name: value for name, value in weights.items() if not name.startswith(tuple(ignore))}
-    for name, own in model.state_dict().items():
-        if name.endswith("pos_embed") and name in weights and weights[name].shape[-1] == own.shape[-1]:
+    for name in model.state_dict().keys() & weights.keys():
+        if name.endswith("pos_embed"):
             L = weights[name].shape[1] - 1
             side = math.isqrt(L)
             old = patch_grid(meta["img_size"], meta["patch_size"]) if "img_size" in meta else (side, side)
@@ -469,7 +467,7 @@ class ImageFiles:
         self.classes, self.in_chans = classes, in_chans
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.labels)
 
     def name(self, index):
         return os.fsdecode(self.paths[index].item())
@@ -478,18 +476,12 @@ class ImageFiles:
         return read_image(self.name(index), self.in_chans), int(self.labels[index])
 
 
-class ImageArray:
-    """Images in memory, uint8 (N, H, W, C). numbers: their places in the file that `title` names."""
+class ImageArray(ImageFiles):
+    """Images in memory, uint8 (N, H, W, C)."""
 
-    def __init__(self, images, labels, classes, in_chans, title, numbers=None):
-        self.images, self.labels, self.classes, self.in_chans = images, labels, classes, in_chans
-        self.title, self.numbers = title, range(len(images)) if numbers is None else numbers
-
-    def __len__(self):
-        return len(self.images)
-
-    def name(self, index):
-        return f"{self.title}[{self.numbers[index]}]"
+    def __init__(self, images, names, labels, classes, in_chans):
+        super().__init__(names, labels, classes, in_chans)
+        self.images = images
 
     def read(self, index):
         return as_image(self.images[index], self.in_chans), int(self.labels[index])
@@ -554,7 +546,8 @@ def open_npz(path, in_chans, split):
     labels = arrays.get("labels", np.full(len(images), -1))
     classes = [str(i) for i in range(int(labels.max()) + 1)] or None
     images = images if len(chosen) == len(images) else images[chosen]  # no copy of all of them
-    return ImageArray(images, labels[chosen], classes, in_chans, path.name, chosen)
+    names = [f"{path.name}[{i}]" for i in chosen]
+    return ImageArray(images, names, labels[chosen], classes, in_chans)
 
 
 def open_torchvision(name, in_chans, split, download):
@@ -562,21 +555,18 @@ def open_torchvision(name, in_chans, split, download):
     if download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--download: fetch the data with one process first (python, not torchrun)")
     part = "test" if split == "val" else "train"
-    try:
-        if name == "cars":  # its `loader` hands over paths in place of decoded images
-            data = datasets.StanfordCars("data", split=part, loader=str)
-            paths, labels = zip(*((path, label) for path, label in data), strict=True)
-            return ImageFiles(paths, labels, data.classes, in_chans)
-        if name == "stl10":
-            part = "train+unlabeled" if split == "pretrain" else part
-            data = datasets.STL10("data", part, download=download)
-            return ImageArray(data.data.transpose(0, 2, 3, 1), data.labels, data.classes, in_chans, name)
-        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        data = kind("data", train=part == "train", download=download)
-        return ImageArray(data.data, data.targets, data.classes, in_chans, name)
-    except (OSError, RuntimeError, ValueError) as error:
-        hint = "torchvision's page on StanfordCars shows its layout" if name == "cars" else "add --download"
-        raise UserError(f"--data {name} is not in data/ ({first_line(error)}): {hint}") from None
+    if name == "cars":  # its `loader` hands over paths in place of decoded images
+        data = datasets.StanfordCars("data", split=part, loader=str)
+        paths, labels = zip(*((path, label) for path, label in data), strict=True)
+        return ImageFiles(paths, labels, data.classes, in_chans)
+    if name == "stl10":
+        part = "train+unlabeled" if split == "pretrain" else part
+        data = datasets.STL10("data", part, download=download)
+        images, labels = data.data.transpose(0, 2, 3, 1), data.labels
+    else:
+        data = getattr(datasets, name.upper())("data", train=part == "train", download=download)
+        images, labels = data.data, data.targets
+    return ImageArray(images, [f"{name}[{i}]" for i in range(len(data))], labels, data.classes, in_chans)
 
 
 def data_path(data):
@@ -595,24 +585,25 @@ def open_data(cfg, split="pretrain", classes=None):
         from shapes import Shapes  # a script that is copied elsewhere runs without it
 
         return Shapes(cfg.img_size, cfg.in_chans, "val" if split == "val" else "train")
-    if cfg.data in NAMED_DATA:
-        return open_torchvision(cfg.data, cfg.in_chans, split, cfg.download)
     root = data_path(cfg.data)
-    if root is None:
+    if root is None and cfg.data not in NAMED_DATA:
         raise UserError(f"--data {cfg.data} does not exist: give a folder of images, a .txt list of paths, "
                         f"an .npz, or shapes|{'|'.join(NAMED_DATA)}; or try --demo")
-    if root.suffix.lower() in EXTENSIONS:
-        raise UserError(f"--data {root} is one image: give its folder")
-    part = root / {"all": ".", "val": "val"}.get(split, "train")
     try:
+        if cfg.data in NAMED_DATA:
+            return open_torchvision(cfg.data, cfg.in_chans, split, cfg.download)
+        if root.suffix.lower() in EXTENSIONS:
+            raise UserError(f"--data {root} is one image: give its folder")
         if root.suffix == ".npz":
             return open_npz(root, cfg.in_chans, split)
         if root.is_file():
             return open_list(root, cfg.in_chans, split)
+        part = root / {"all": ".", "val": "val"}.get(split, "train")
         if split != "val" or part.is_dir():
             return open_folder(part if part.is_dir() else root, cfg.in_chans, classes)
-    except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
-        raise UserError(f"--data {root}: {error}") from None
+    except (OSError, RuntimeError, ValueError, IndexError, zipfile.BadZipFile) as error:
+        hint = " (--download)" if cfg.data in NAMED_DATA else ""
+        raise UserError(f"--data {cfg.data}: {first_line(error)}{hint}") from None
     raise UserError(f"--data {root} has no val/: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it")
 
 
@@ -769,16 +760,16 @@ class Normalize:
 
 def check_data(source, workers):
     """Read every image as training would; print how many there are of each kind, and what cannot be read."""
-
     counts, bad, samples = Counter(), [], KeyedSamples(source, None, seed=0, tries=1)
 
     def look(index):
         image, _, errors = samples.read(index)
-        bad.extend(f"{path}: {why}" for path, why in errors)
-        counts.update([] if errors else [Path(source.name(index)).suffix, f"{image.shape[2]}x{image.shape[1]}"])
+        return [Path(source.name(index)).suffix, f"{image.shape[2]}x{image.shape[1]}"], errors
 
     with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding runs outside Python's lock
-        list(pool.map(look, range(len(source))))
+        for kind, errors in pool.map(look, range(len(source))):
+            counts.update([] if errors else kind)
+            bad += [f"{path}: {why}" for path, why in errors]
     print0(f"{len(source)} images, {len(source.classes or ())} classes, for example {source.name(0)}")
     print0("most are: " + ", ".join(f"{word} {n}" for word, n in counts.most_common(16)))
     print0("\n  ".join([f"unreadable: {len(bad)}", *bad]))
@@ -795,7 +786,7 @@ def amp_dtype(amp, device):
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
-        cpu = torch.cpu.get_capabilities()
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # younger than torch 2.11
         amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
@@ -840,11 +831,10 @@ def batch_statistics(model):
 def remember_statistics(model):
     """Returns a function that puts BatchNorm's statistics back as they are now: the forward pass of an update
     that is skipped has put what was not finite into them."""
-    statistics = batch_statistics(model)
-    before = [buffer.clone() for buffer in statistics]
+    before = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]
 
     def restore():
-        for buffer, value in zip(statistics, before, strict=True):
+        for buffer, value in before:
             buffer.copy_(value)
 
     return restore
@@ -884,12 +874,9 @@ class RunConfig:
     free_after_nan = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            whole = type(value) is int and name not in self.may_be_0
-            if (whole or name == "epochs" and value is not None) and value <= 0:
-                raise ValueError(f"--{name} is {value}, expected more than 0")
-        if min(self.img_size) <= 0 or (self.workers or 0) < 0:
-            raise ValueError("--img_size must be positive, --workers not negative")
+        for name, value in [*vars(self).items(), ("img_size", min(self.img_size))]:
+            if type(value) is int and value < (0 if name in self.may_be_0 else 1):
+                raise ValueError(f"--{name} {value} is too small")
         cifar = self.data in ("cifar10", "cifar100")
         mean, std = (CIFAR_MEAN, CIFAR_STD) if cifar else (IMAGENET_MEAN, IMAGENET_STD)
         if self.in_chans != 3:  # not in any paper: the grey level for every channel
@@ -1044,7 +1031,7 @@ class Run:
             B, epochs = self.cfg.batch_size, self.cfg.epochs
             self.n, self.steps = n, steps or int(epochs * n // B)
             self.micro_batch, self.accum_steps = split_batch(B, self.cfg.micro_batch, self.world_size)
-            if n < B or not self.steps:
+            if n < B or self.steps < 1:
                 raise UserError(f"--epochs {epochs} of {n} images: less than one update of --batch_size {B}")
         self.join()
         if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
@@ -1275,15 +1262,14 @@ class Run:
 
     def picture_due(self):
         """Path of the picture to draw now; None if none is due, or if another process draws it."""
-        if not (self.is_main and self.cfg.pictures and self.ends_epoch()):
-            return None
-        number = (self.step - 1) * self.cfg.batch_size // self.n + 1  # of the pass that this update began in
-        return self.out / f"pictures/epoch_{number:04}.png"
+        if self.is_main and self.cfg.pictures and self.ends_epoch():
+            number = (self.step - 1) * self.cfg.batch_size // self.n + 1  # of the pass the update began in
+            return self.out / f"pictures/epoch_{number:04}.png"
 
     def save_due(self):
         """Whether a pass has just ended, --save_minutes are over, or the run stops here."""
-        minutes = (time.monotonic() - self.last_save) / 60
-        return self.ends_epoch() or self.stopping or minutes > self.cfg.save_minutes
+        seconds = time.monotonic() - self.last_save
+        return self.ends_epoch() or self.stopping or seconds > 60 * self.cfg.save_minutes
 
     def meta(self, **more):
         """What a file of weights says of itself."""
@@ -1344,17 +1330,14 @@ class Run:
             value.load_state_dict(content[name])
         self.bad_files, self.step = content["bad_files"], content["step"]
         self.saved |= content["saved"]
-        print0(f"resumed from {path}: step {self.step}, epoch {self.epoch:.2f}, "
-               f"sample {self.step * self.cfg.batch_size % self.n} of the pass")
+        print0(f"resumed from {path}: step {self.step}, epoch {self.epoch:.2f}")
 
     def read_checkpoint(self, path):
         """What `save` wrote; UserError if the file is damaged, or of a run with other settings."""
-        content = read_file(path)
-        way_out = " or ".join(f"--{name} {path}" for name in self.cfg.start_from)
-        way_out = f"or start from its weights, {way_out}, with another --out"
-        if (content.get("method"), content.get("version")) != (self.method, self.version):
-            found = f"{content.get('method', 'another program')}, format {content.get('version', 1)}"
-            raise UserError(f"{path} is of {found}, not {self.method}, format {self.version}: {way_out}")
+        content, weights = read_file(path), " or ".join(f"--{name}" for name in self.cfg.start_from)
+        found, own = (content.get("method"), content.get("version", 1)), (self.method, self.version)
+        if found != own:
+            raise UserError(f"{path} is of {found[0]}, format {found[1]}, not of {own[0]}, format {own[1]}")
         defaults = {field.name: field.default for field in dataclasses.fields(self.cfg)}  # of younger flags
         then = defaults | content["config"] | content["inputs"]
         now = dataclasses.asdict(self.cfg) | self.inputs
@@ -1364,7 +1347,7 @@ class Run:
         changed = sorted(name for name in now.keys() - free if then.get(name) != now[name])
         if changed:
             listing = "; ".join(f"{name} {then.get(name)}, not {now[name]}" for name in changed)
-            raise UserError(f"the run in {path} has {listing}: repeat its flags, {way_out}")
+            raise UserError(f"{path} has {listing}: repeat its flags, or begin a new run with {weights}")
         return content
 
     def share_statistics(self, model):
@@ -1375,8 +1358,7 @@ class Run:
     def finish(self, files="last.pth, encoder.pth, pictures/"):
         """The last line: what is there, and the command to type next."""
         if self.step < self.steps:
-            what = f"stopped after step {self.step} of {self.steps}"
-            return print0(f"{what}; the same command with --resume carries on")
+            return print0(f"stopped after step {self.step} of {self.steps}; carry on with --resume")
         print0(f"done: {self.out}/{files}")
         if "encoder.pth" in files:
             what = "--demo --mode linear" if self.cfg.demo else f"--data {self.cfg.data}"
@@ -1414,13 +1396,12 @@ def launch(config_type, presets, train, method, open_sources=lambda cfg: [open_d
     except UserError as error:
         exit_with(method, error)
     except OSError as error:  # a full disk, a folder that has vanished or is not ours
-        exit_with(method, UserError(f"cannot read or write {error.filename}: {error.strerror}", code=1))
+        exit_with(method, UserError(f"cannot read or write: {first_line(error)}", code=1))
     except KeyboardInterrupt:  # in training: the second one
         exit_with(method, UserError("interrupted", code=130))
     except RuntimeError as error:
         if not re.search("Connection (closed|reset) by peer|Timed out waiting", str(error)):
             raise
-        message = "another process of this run has ended or does not answer; see its message"
-        exit_with(method, UserError(f"{message} ({first_line(error)})", code=1))
+        exit_with(method, UserError(f"another process has ended or hangs: {first_line(error)}", code=1))
     if dist.is_initialized():
         dist.destroy_process_group()
