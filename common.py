@@ -220,8 +220,7 @@ def init_linear(network):
 
 
 class ViT(nn.Module):
-    """Vision Transformer without head. size: a key of VIT_SIZES; drop_path: rate of the last block, rising
-    linearly from 0 at the first."""
+    """Vision Transformer without head. drop_path: rate of the last block, rising linearly from 0."""
 
     def __init__(self, size, img_size, patch_size, in_chans=3, drop_path=0.0):
         super().__init__()
@@ -375,11 +374,9 @@ def network_of(content):
 
 
 def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=None):
-    """Copy weights into `model` by name; position tables are resized to its grid. UserError if a name has no
-    place in it, if it lacks one that starts with no prefix in `allow_missing`, or if shapes differ.
-
-    prefix: see `weights_of`. ignore: prefixes of names to leave out. content: what read_file(path) gave.
-    """
+    """Copy weights into `model` by name (`prefix`: see weights_of), position tables resized to its grid.
+    UserError if a shape differs, if a name has no place in it and starts with no prefix in `ignore`, or if it
+    lacks one that starts with no prefix in `allow_missing`. content: what read_file(path) gave."""
     content = content or read_file(path)
     meta, weights = network_of(content), weights_of(content, prefix)
     weights = {name: value for name, value in weights.items() if not name.startswith(tuple(ignore))}
@@ -400,8 +397,7 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
         raise UserError(f"{path} does not fit --model, --patch_size: {shapes}") from None
     wrong = unexpected + [name for name in missing if not name.startswith(tuple(allow_missing))]
     if wrong:
-        raise UserError(f"{path} does not fit: {len(unexpected)} tensors unexpected, {len(missing)} "
-                        f"missing, for example {wrong[0]}")
+        raise UserError(f"{path} does not fit: {len(wrong)} tensors missing or unexpected, as {wrong[0]}")
     parts = ", ".join(sorted({name.split(".")[0] for name in missing})) or "none"
     print0(f"{path}: {len(weights)}/{len(model.state_dict())} tensors loaded; missing: {parts}")
 
@@ -532,8 +528,7 @@ def open_list(path, in_chans, split):
 
 def open_npz(path, in_chans, split):
     """One .npz: `images` uint8 (N, H, W[, C]); `labels`, `split` (N,): 0 or "train", else held out."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
+    arrays = dict(np.load(path, allow_pickle=False))
     images = arrays.get("images", np.empty(0))
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.dtype != np.uint8:
@@ -575,12 +570,9 @@ def data_path(data):
 
 
 def open_data(cfg, split="pretrain", classes=None):
-    """The images of --data: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i),
-    classes or None.
-
-    split: "pretrain" (labels are not needed), "train", "val" or "all". Of a folder, "val" is its `val/`, with
-    labels numbered by the training `classes`, "all" all of it, the others its `train/` if there is one.
-    """
+    """The images of --data: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i), and
+    classes or None. split: "pretrain" (labels are not needed), "train", "val" or "all". Of a folder, "val" is
+    `val/`, labels numbered by the training `classes`; "all" all of it; the others `train/` if there is one."""
     if cfg.data == "shapes":
         from shapes import Shapes  # a script that is copied elsewhere runs without it
 
@@ -779,8 +771,7 @@ def check_data(source, workers):
 
 
 def amp_dtype(amp, device):
-    """torch.bfloat16, torch.float16 or None (float32) for --amp; auto: bf16 where the hardware multiplies in
-    it, else fp16 on CUDA, else float32."""
+    """For --amp; None is float32. auto: bf16 where the hardware multiplies in it, else fp16 on CUDA."""
     if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs CUDA; use --amp bf16 or --amp off")
     if amp == "auto" and device.type == "cuda":
@@ -829,8 +820,7 @@ def batch_statistics(model):
 
 
 def remember_statistics(model):
-    """Returns a function that puts BatchNorm's statistics back as they are now: the forward pass of an update
-    that is skipped has put what was not finite into them."""
+    """A function that puts BatchNorm's statistics back as they are now: for an update that is skipped."""
     before = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]
 
     def restore():
@@ -996,11 +986,9 @@ def keep_freed_memory():
 
 
 class Run:
-    """One run of one script: its process, its folder, its log, its place in the data.
-
-    n: images; steps: updates in all; step: updates done; stopping: all processes have agreed to stop.
-    saved: plain values that travel in the checkpoint; inputs: values that a resumed run must have again.
-    """
+    """One run of one script: its process, folder, log, and place in the data. n: images; steps: updates in
+    all; step: updates done; stopping: all processes have agreed to stop. saved: plain values that travel in
+    the checkpoint; inputs: values that a resumed run must have again."""
 
     version = 2  # of the checkpoint's content
 
@@ -1017,7 +1005,7 @@ class Run:
         self.step, self.stop_requested, self.stopping, self.skipped = 0, False, False, ""
         self.bad_files, self.new_bad_files, self.bad_limit = {}, {}, 1  # {path: reason}
         self.saved = {"skipped_nonfinite": 0, "skipped_overflow": 0, "in_a_row": 0, "window": []}
-        self.inputs, self.last_save = {}, time.monotonic()
+        self.inputs = {}
         self.updates, self.seconds, self.waited = 0, 0.0, 0.0  # since the last log line
         if not self.cuda:
             keep_freed_memory()
@@ -1129,8 +1117,7 @@ class Run:
             yield normalize(batch["image"]), batch["noise"].to(self.device, non_blocking=True), batch["index"]
 
     def examples(self, source, sample_noise, normalize=None):
-        """What pictures show: --pictures images, evenly spaced, cropped as for evaluation, and their noise,
-        the same every time; None for 0."""
+        """For pictures: --pictures evenly spaced images and their noise, always the same; None for 0."""
         n, crop = self.cfg.pictures, EvalCrop(self.cfg.img_size)
         samples = KeyedSamples(source, crop, self.cfg.seed, len(source), sample_noise, flip=False)
         batch = collate([samples[-1, i * len(source) // n] for i in range(n)]) if n else None
@@ -1143,8 +1130,7 @@ class Run:
             print0(f"unreadable, replaced by the next file: {path}: {why}")
         self.bad_files, self.new_bad_files = self.bad_files | found, {}
         if len(self.bad_files) > self.bad_limit:
-            raise UserError(f"{len(self.bad_files)} unreadable files, --max_bad {self.cfg.max_bad} allows "
-                            f"{self.bad_limit}: {', '.join(self.bad_files)}", code=1)
+            raise UserError(f"more than {self.bad_limit} unreadable files, which is --max_bad", code=1)
 
     # ---- one update
 
