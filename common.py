@@ -572,7 +572,7 @@ def data_path(data):
 def open_data(cfg, split="pretrain", classes=None):
     """The images of --data: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i), and
     classes or None. split: "pretrain" (labels are not needed), "train", "val" or "all". Of a folder, "val" is
-    `val/`, labels numbered by the training `classes`; "all" all of it; the others `train/` if there is one."""
+    `val/`, labels numbered by the training `classes`; "all" all of it; else `train/` if there is one."""
     if cfg.data == "shapes":
         from shapes import Shapes  # a script that is copied elsewhere runs without it
 
@@ -918,13 +918,8 @@ def make_parser(config_type, defaults=True):
 
 def read_recipe(config_type, name):
     """{field: value} of recipes/NAME.txt: the flags of a paper, each with its source behind #."""
-    folder = Path(__file__).parent / "recipes"
-    try:
-        lines = (folder / f"{name}.txt").read_text().splitlines()
-    except OSError:
-        names = ", ".join(sorted(path.stem for path in folder.glob("*.txt")))
-        raise UserError(f"--recipe {name} is not in {folder}/: {names or 'it is empty'}") from None
-    words = [word for line in lines for word in line.split("#")[0].split()]
+    path = Path(__file__).parent / f"recipes/{name}.txt"
+    words = [word for line in path.read_text().splitlines() for word in line.split("#")[0].split()]
     return vars(make_parser(config_type, defaults=False).parse_args(words))
 
 
@@ -943,7 +938,7 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
     try:
         parser.set_defaults(**presets(flags))
         return config_type(**vars(parser.parse_args(words)))
-    except (ValueError, UserError) as error:
+    except (ValueError, OSError, UserError) as error:
         parser.error(str(error))
 
 
