@@ -968,7 +968,7 @@ def write_atomically(path, save, previous=None):
             temporary.unlink()
         while error.__context__:  # torch reports a full disk as a wrong position in the file
             error = error.__context__
-        raise UserError(f"cannot write {path}, which stays as it was: {first_line(error)}", code=1) from None
+        raise UserError(f"cannot write {path} ({first_line(error)})", code=1) from None
 
 
 def keep_freed_memory():
