@@ -138,8 +138,8 @@ class DVAE(nn.Module):
     def forward(self, pixels, temperature, kl_weight):
         """Training, on pixels (B, C, H, W) in [0, 1]: the loss and its terms.
 
-        loss = kl_weight * KL / values per token - log likelihood per value; KL from uniform use of the tokens, in
-        nats; logit-Laplace without constants, of relaxed tokens. tokens_used: exp(entropy of their mean use).
+        loss = kl_weight * KL / values per token - log likelihood per value; KL from a uniform use of tokens;
+        logit-Laplace without constants, of relaxed tokens. tokens_used: exp(entropy of their mean use).
         """
         view = self.view(pixels)
         logits, squeezed = self.logits(view), 0.8 * view + 0.1
@@ -212,7 +212,7 @@ DEMO = {"data": "shapes", "img_size": (32, 32), "in_chans": 1, "patch_size": 4, 
 
 def schedule(progress, kl_weight, device):
     """Temperature and KL weight, scalar tensors, at a share `progress` of the run: from 1 to 1/16, half a
-    cosine over its first half; from 0, linear over its first tenth. DALL-E's run is longer than these parts."""
+    cosine over its first half; from 0, linear over its first tenth. DALL-E's values, its run is longer."""
     fall = (1 + math.cos(math.pi * min(1.0, 2 * progress))) / 2
     values = (1 + 15 * fall) / 16, kl_weight * min(1.0, 10 * progress)
     return [torch.full((), value, device=device) for value in values]
