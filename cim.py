@@ -9,16 +9,16 @@ tokens. The enhancer, our aim, sees this corrupted image and restores the true o
 which tokens were replaced (RevDet). Both learn together; the enhancer's gradient never reaches the generator.
 
 Data flow, in the order of the code (source, the paper's symbol; its name here and its shape on the right)
-    A.3      g            argmax of the tokenizer's encoder, image of (8h, 8w)  golden     (B, L) ids
-    eq. (1)  m            k positions, not twice the same, 100 to 120 of 196    mask       (B, L), 1 = hidden
-    eq. (1)  x^masked     patch embeddings, [MASK] at m                                    (B, L, D)
-    A.3      p_BEiT       generator at the hidden positions                     logits     (B, n, vocabulary)
-             L_gen        -log p_BEiT(g | x^masked), mean over the hidden  generator_loss
-    eq. (2)  x^sampled    one draw from p_BEiT per hidden position              sample
-    eq. (2)  x^corrupted  golden ids, the sampled ones at m                     ids        (B, L)
-    A.3      I^corrupted  tokenizer's decoder, resized                          corrupted  (B, C, H, W)
-    2.2      ResPix       every pixel, normalised in the 8 x 8 window around it pixel_statistics
-    2.2      RevDet       ids != g, at every position                          replaced   (B, L), 1 = new
+    A.3      g            argmax of the tokenizer's encoder at (8h, 8w) px    golden     (B, L) ids
+    eq. (1)  m            k different positions, k = 100 to 120 of 196        mask       (B, L), 1 = hidden
+    eq. (1)  x^masked     patch embeddings, [MASK] at m                                  (B, L, D)
+    A.3      p_BEiT       generator at the hidden positions                   logits     (B, n, vocabulary)
+             L_gen        -log p_BEiT(g | x^masked), mean over all hidden     generator_loss
+    eq. (2)  x^sampled    one draw from p_BEiT per hidden position            sample
+    eq. (2)  x^corrupted  golden ids, the sampled ones at m                   ids        (B, L)
+    A.3      I^corrupted  tokenizer's decoder, resized                        corrupted  (B, C, H, W)
+    2.2      ResPix       pixels, normalised in the 8 x 8 window around each  pixel_statistics
+    2.2      RevDet       ids != g, at every position                         replaced   (B, L), 1 = replaced
     Table 13 loss = L_gen + w L_enh, w = 10 for ResPix, 1 for RevDet
 encoder.pth is the enhancer: a plain ViT, or a ResNet-50 under torchvision's names, without classifier.
 
@@ -127,7 +127,7 @@ class Config(RunConfig):
         if mae and (low != high or self.objective == "revdet" or self.sampling != "softmax"):
             raise ValueError("--generator mae has no tokens: one --num_masked, no revdet, no --sampling")
         if not 1 + self.share <= self.generator_depth <= depth:
-            raise ValueError(f"--generator_depth {self.generator_depth} is not 2 to {depth}, or 1: --no-share")
+            raise ValueError(f"--generator_depth {self.generator_depth}: 2 to {depth}, or 1 and --no-share")
         if self.freeze_generator and not self.generator_init:
             raise ValueError("--freeze_generator needs --generator_init")
         if self.objective == "none" and (self.generator_init or self.init):
@@ -329,7 +329,7 @@ class CorruptedImageModel(nn.Module):
         return (pixels - self.pixel_mean) / self.pixel_std
 
     def corrupt(self, pixels, noise, k):
-        """Eqs. (1) and (2), for pixels (B, C, H, W) in [0, 1]; hidden: the k (a scalar) smallest of noise (B, L).
+        """Eqs. (1) and (2), for pixels (B, C, H, W) in [0, 1]; the k smallest of noise (B, L) are hidden.
 
         Returns the corrupted image in [0, 1], no gradient; mask and replaced, (B, L) bool; L_gen; its terms.
         """
