@@ -464,7 +464,7 @@ def test_settings_that_cannot_be_are_refused(values):
 
 # ---- the commands
 
-QUICK = ["--demo", "--in_chans", 3, "--amp", "off", "--workers", 0, "--pictures", 2, "--log_every", 1]
+QUICK = ["--demo", "--in_chans", 3, "--amp", "off", "--workers", 0, "--pictures", 0, "--log_every", 1]
 QUICK += ["--batch_size", 50, "--epochs", 0.4]
 
 
@@ -481,7 +481,7 @@ def read(path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_demo_trains_its_tokenizer_and_goes_on_where_it_was_stopped(tmp_path, small_npz, processes):
-    command = ["cim.py", *QUICK, "--data", small_npz, "--save_minutes", 0, "--out"]
+    command = ["cim.py", *QUICK, "--data", small_npz, "--save_minutes", 0, "--pictures", 1, "--out"]
     output = run_script([*command, "whole"], tmp_path, processes)
     assert "python finetune.py --demo --mode linear --weights whole/encoder.pth" in output
     common.ViT("nano", (32, 32), 4).load_state_dict(read(tmp_path / "whole/encoder.pth")["model"])  # strict
