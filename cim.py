@@ -92,6 +92,7 @@ class Config(RunConfig):
     mask: Literal["random", "block"] = "random"  # hide single patches or BEiT's blocks (table 4)
     sampling: Literal["softmax", "argmax", "uniform"] = "softmax"  # how hidden tokens are drawn (table 7)
     pixel_norm: Literal["window", "patch", "none"] = "window"  # ResPix's target (table 6)
+    window_per_channel: bool = False  # a window's mean and deviation per channel
     rgb_std: float = 0.1  # deviation of an MAE's colours, of values in [0, 1]
     generator_init: str | None = None  # last.pth of --objective none, or of a raw-pixel MAE; not shared
     freeze_generator: bool = False  # and leave it as it is (A.1)
@@ -191,20 +192,21 @@ def sample(logits, sampling):
     return logits.argmax(-1)
 
 
-def window_statistics(images, size=8):
-    """Mean and deviation (B, 1, H, W) float32 of the size x size window around each pixel, over all
-    channels: offsets -3 to +4, reflected at the borders, eps 1e-6."""
+def window_statistics(images, per_channel=False, size=8):
+    """Mean and deviation (B, 1 or C, H, W) float32 of the size x size window around each pixel, over all
+    channels or each: offsets -3 to +4, reflected at the borders, eps 1e-6."""
     offset = images.mean((1, 2, 3), keepdim=True)  # E[x^2] - E[x]^2 would cancel too much without
     before = size // 2 - 1
     x = F.pad(images - offset, (before, size - 1 - before) * 2, mode="reflect")
-    mean, square = (F.avg_pool2d(values.mean(1, keepdim=True), size, stride=1) for values in (x, x.square()))
+    moments = [values if per_channel else values.mean(1, keepdim=True) for values in (x, x.square())]
+    mean, square = (F.avg_pool2d(moment, size, stride=1) for moment in moments)
     return mean + offset, ((square - mean.square()).clamp(min=0) + 1e-6).sqrt()
 
 
 def pixel_statistics(images, cfg):
     """Mean and deviation, for images (B, C, H, W), that --pixel_norm takes out of ResPix's target."""
     if cfg.pixel_norm == "window":
-        return window_statistics(images)
+        return window_statistics(images, cfg.window_per_channel)
     if cfg.pixel_norm == "none":
         return torch.zeros_like(images), torch.ones_like(images)
     patches = patchify(images, cfg.patch_size)
@@ -393,8 +395,7 @@ def train_step(model, batches, optimizer, scaler, run):
         scaler.scale(loss / run.accum_steps).backward()
         total = {name: total.get(name, 0) + term / run.accum_steps for name, term in terms.items()}
     scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, run.cfg.clip_grad or math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.cfg.clip_grad or math.inf)
     terms, finite = run.agree(total, grad_norm)  # the one host synchronisation
     if finite:
         scaler.step(optimizer)
@@ -425,7 +426,7 @@ def save_pictures(path, model, examples):
     if cfg.objective == "respix":
         images = model.normalize(pixels)
         mean, deviation = pixel_statistics(images, cfg)
-        template = window_statistics(images)[0].expand_as(images)
+        template = window_statistics(images, cfg.window_per_channel)[0].expand_as(images)
         restored = {"template": template, "output": pred * deviation + mean}
         columns |= {name: x * model.pixel_std + model.pixel_mean for name, x in restored.items()}
         caption += "; template: the window's mean (fig. 4); output: for corrupted 1"

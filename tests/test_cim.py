@@ -308,10 +308,11 @@ def test_corrupted_image_has_golden_tokens_where_visible(values):
 # ---- targets and losses
 
 
-@pytest.mark.parametrize("kind", ["window", "patch", "none"])
-def test_respix_target_and_loss(kind):
-    """Windows: offsets -3 to +4, reflected, biased variance; patches: MAE's."""
-    model, arguments = build(2, pixel_norm=kind)
+@pytest.mark.parametrize("kind, per_channel", [("window", False), ("window", True), ("patch", False),
+                                               ("none", False)])
+def test_respix_target_and_loss(kind, per_channel):
+    """Windows: offsets -3 to +4, reflected, biased variance, all channels or each; patches: MAE's."""
+    model, arguments = build(2, pixel_norm=kind, window_per_channel=per_channel)
     images = arguments[0] * 2 - 1
     target = images.clone()
     for row in range(32 if kind != "none" else 0):
@@ -321,9 +322,10 @@ def test_respix_target_and_loss(kind):
             else:
                 places = ([at + i for i in range(-3, 5)] for at in (row, column))
                 rows, columns = ([min(abs(i), 62 - i) for i in place] for place in places)
-            around = images[:, :, list(rows)][..., list(columns)].flatten(1)
-            deviation = (around.var(1, correction=int(kind == "patch"), keepdim=True) + 1e-6).sqrt()
-            target[..., row, column] = (images[..., row, column] - around.mean(1, keepdim=True)) / deviation
+            around = images[:, :, list(rows)][..., list(columns)].flatten(2 if per_channel else 1)
+            variance, mean = torch.var_mean(around, -1, correction=int(kind == "patch"))
+            mean, variance = (x if per_channel else x[:, None] for x in (mean, variance))
+            target[..., row, column] = (images[..., row, column] - mean) / (variance + 1e-6).sqrt()
     loss, terms, (corrupted, _, _, generator_loss, _) = twice(model, arguments)
     error = (model.enhancer(corrupted * 2 - 1) - target).flatten()
     expected = sum(abs(e) + e * e for e in error.tolist()) / len(error)
