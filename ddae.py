@@ -3,13 +3,12 @@
 DDAE     Chen et al., DDAE: Towards Deep Dynamic Vision BERT Pretraining, AAAI 2024,
          doi 10.1609/aaai.v38i2.27864. Equations, tables and appendix are numbered as in its first version,
          openreview.net/forum?id=k4p382L0bw. We know of no code by the authors.
-BootMAE  Dong et al., Bootstrapped Masked Autoencoders for Vision BERT Pretraining, ECCV 2022, arXiv 2207.07116:
-         its basis, which we follow where the paper is silent
+BootMAE  Dong et al., Bootstrapped Masked Autoencoders for Vision BERT Pretraining, ECCV 2022,
+         arXiv 2207.07116: its basis, which we follow where the paper is silent
 
-Idea. A hidden patch next to a visible one asks for local perception, one far from all of them for semantic
-reasoning. So weigh the loss by that distance, let the network learn how (beta), and do so at several depths: the
-output of every third block must predict the pixels, and the features that the teacher, a slow copy of the
-encoder which sees the whole image, has at that depth.
+Idea. A hidden patch next to a visible one asks for local perception, one far from all for semantic reasoning.
+So weigh the loss by that distance, to a learned power beta, and at several depths: every third block's output
+must predict the pixels, and the features that the teacher, a slow copy which sees the whole image, has there.
 
 Data flow, in the order of the code (source, the paper's symbol; its name here and its shape on the right)
     sec. 4.1  m             blocks, then single patches: 147 of 196   mask             (B, L), 1 = hidden
@@ -23,26 +22,20 @@ Data flow, in the order of the code (source, the paper's symbol; its name here a
     eq. (4)   theta' <- m theta' + (1 - m) theta                      update_teacher
 lambda_i is .75, and 1 for the last level. encoder.pth is a plain ViT: the student, final LayerNorm included.
 
-The paper's ablations (100 epochs; ViT-B in table 4, ViT-S in table 3)
-    Table 2   DDS on MAE: --no-distill --decoder mae. (On BEiT-v2: not built.)
-    Table 3   deep only, DS-MAE: the same with --no-dynamic; dynamic only, D-MAE: with --num_levels 1; plain MAE:
-              with both (MAE's own masks: --mask random)
-    Table 4   --dds both|pixel|feature|none: which loss is deep and dynamic (the other: last level, equal weights)
-    Table 6   --num_levels 1|2|4|6
-    Table 7   --beta_init 0 or -0.1,-0.3,-0.5,-0.7 ...; --no-learn_beta fixes it
+Ablations. Table 2: --no-distill --decoder mae. Table 3: these and --no-dynamic, --num_levels 1, or both: MAE
+(its own masks: --mask random). Tables 4, 6, 7: --dds, --num_levels, --beta_init, --no-learn_beta.
 
 Not in the paper, our choice or our reading (docs/ddae.md has the reasons and all others)
     masks     two stages, as BootMAE's, but for its last step, which reveals up to three patches again
-    weights   softmax and maximum per image; the maximum is a constant in the gradient: otherwise beta runs away
+    weights   softmax and maximum per image; the maximum is a constant in the gradient, or beta runs away
     eq. (6)   the norm of h before rescaling, times sqrt(n_masked): otherwise it hardly depends on beta
     targets   pixels normalised per patch and channel; features under a LayerNorm without parameters
     teacher   momentum of appendix A (sec. 3.3: .9999 throughout), with BootMAE's corner at epoch 100
 
-    python ddae.py --demo                                              two minutes on a CPU
-    torchrun --nproc_per_node 4 ddae.py --epochs 800                   the paper's run, images in data/imagenet
-    torchrun --nproc_per_node 4 ddae.py --epochs 100                   its short run, with 20 epochs of warm-up
-    torchrun --nproc_per_node 4 ddae.py --epochs 800 --resume          carry on after a stop
-    python ddae.py --data PHOTOS --init encoder.pth --epochs 100       own images, from pre-trained weights
+    python ddae.py --demo                                            two minutes on a CPU
+    torchrun --nproc_per_node 4 ddae.py --epochs 800                 the paper's run, images in data/imagenet
+    torchrun --nproc_per_node 4 ddae.py --epochs 800 --resume        carry on after a stop
+    python ddae.py --data PHOTOS --init encoder.pth --epochs 100     own images, from pre-trained weights
 """
 
 import functools
@@ -52,7 +45,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import nn
 
@@ -79,15 +71,13 @@ from common import (
     warmup_cosine,
 )
 
-LEVEL_WEIGHT = 0.75  # lambda_i of eqs. (3) and (5) for all levels but the last, which has 1
-REG_WEIGHT = 0.5  # lambda of eq. (6)
-DECODERS = {"nano": (128, 4), "tiny": (192, 6)}  # width, heads of the pixel decoder; paper's sizes: (512, 16)
+DECODERS = {"nano": (128, 4), "tiny": (192, 6)}  # width and heads of the pixel decoder; all others (512, 16)
 
 
 @dataclass
 class Config(RunConfig):
     # model
-    model: Literal[*VIT_SIZES] = "base"  # encoder: width, depth and heads of that ViT; the paper: small and base
+    model: Literal[*VIT_SIZES] = "base"  # encoder: width, depth and heads of that ViT; paper: small, base
     patch_size: int | None = None  # pixels; default 16, 14 for huge
     decoder: Literal["ddae", "mae"] = "ddae"  # pixel decoder and its target: 2 blocks, or MAE's 8 (table 2)
     decoder_embed_dim: int | None = None  # pixel decoder's width; default 512, less for nano and tiny
@@ -102,8 +92,8 @@ class Config(RunConfig):
     dds: Literal["both", "pixel", "feature", "none"] = "both"  # which loss is deep and dynamic (table 4)
     beta_init: tuple[float, ...] | None = None  # beta per level, or one for all; default -0.5 (table 7)
     learn_beta: bool = True  # --no-learn_beta fixes beta (table 7)
-    reg: Literal["sqrt", "literal", "none"] = "sqrt"  # eq. (6): times sqrt(hidden patches), as printed, left out
-    target: Literal["channel", "mae", "raw"] | None = None  # normalised per patch and channel, per patch, or raw
+    reg: Literal["sqrt", "literal", "none"] = "sqrt"  # eq. (6): times sqrt(n_masked), as printed, or left out
+    target: Literal["channel", "mae", "raw"] | None = None  # pixels: per patch and channel, per patch, raw
     feature_norm: Literal["layer", "none"] = "layer"  # LayerNorm without parameters on features and target
     momentum: tuple[float, float, float] = (0.999, 0.9999, 0.99999)  # teacher's, at epochs 0, 100, 400
     # optimisation: appendix A, but for min_lr, betas, clip_grad
@@ -127,40 +117,34 @@ class Config(RunConfig):
         depth = VIT_SIZES[self.model][1]
         width, heads = DECODERS.get(self.model, (512, 16))
         self.patch_size = self.patch_size or (14 if self.model == "huge" else 16)
-        self.decoder_embed_dim = self.decoder_embed_dim or width
-        self.decoder_num_heads = self.decoder_num_heads or heads
+        self.decoder_embed_dim = width = self.decoder_embed_dim or width
+        self.decoder_num_heads = heads = self.decoder_num_heads or heads
         self.decoder_depth = self.decoder_depth or {"ddae": 2, "mae": 8}[self.decoder]
         self.target = self.target or {"ddae": "channel", "mae": "mae"}[self.decoder]
         self.warmup_epochs = min(40.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
         if depth % self.num_levels:
-            raise ValueError(f"--num_levels {self.num_levels} does not divide the {depth} blocks of {self.model}")
-        if self.beta_init and (self.dds == "none" or not self.dynamic):
-            raise ValueError("--beta_init has no use without a dynamic loss (--no-dynamic, --dds none)")
-        self.beta_init = self.beta_init or (-0.5,)
-        if len(self.beta_init) == 1:
-            self.beta_init *= self.num_levels
+            raise ValueError(f"--num_levels {self.num_levels} does not divide the {depth} blocks")
+        if self.dds == "none" or not self.dynamic:  # equal weights: beta is 0, stays 0, and needs no eq. (6)
+            if self.beta_init and any(self.beta_init):
+                raise ValueError("--beta_init has no use without a dynamic loss (--no-dynamic, --dds none)")
+            self.beta_init, self.learn_beta, self.reg = (0.0,), False, "none"
+        beta = self.beta_init or (-0.5,)
+        self.beta_init = beta * self.num_levels if len(beta) == 1 else beta
         if len(self.beta_init) != self.num_levels:
-            raise ValueError(f"--beta_init has {len(self.beta_init)} values, --num_levels is {self.num_levels}")
+            raise ValueError(f"--beta_init has {len(beta)} values, --num_levels is {self.num_levels}")
         if self.dds == "feature" and not self.distill:
             raise ValueError("--dds feature needs the feature loss that --no-distill takes away")
-        if self.decoder_embed_dim % 4 or self.decoder_embed_dim % self.decoder_num_heads:
-            raise ValueError(f"--decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of "
-                             f"--decoder_num_heads {self.decoder_num_heads}")
+        if width % 4 or width % heads:
+            raise ValueError(f"--decoder_embed_dim {width} is no multiple of 4 and --decoder_num_heads {heads}")
+        self.grid = patch_grid(self.img_size, self.patch_size)
         L = math.prod(self.grid)
+        self.n_masked = int(L * self.mask_ratio)
         if not 0 < self.n_masked < L:
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
 
-    @property
-    def grid(self):
-        return patch_grid(self.img_size, self.patch_size)
 
-    @property
-    def n_masked(self):
-        return int(math.prod(self.grid) * self.mask_ratio)
-
-
-# Raw pixels in the demo: drawn shapes are flat, and a flat patch minus its mean leaves nothing to predict. The
-# teacher of a run of a thousand updates must follow faster than that of a quarter of a million.
+# Raw pixels in the demo: drawn shapes are flat, and a flat patch minus its mean leaves nothing to predict.
+# The teacher of a run of a thousand updates must follow faster than that of a quarter of a million.
 DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "target": "raw",
         "num_levels": 2, "decoder_depth": 1, "momentum": (0.99,) * 3, "epochs": 1.75, "batch_size": 32,
         "base_lr": 1.2e-2, "warmup_epochs": 0.5, "log_every": 25}
@@ -170,16 +154,15 @@ def presets(flags):
     return DEMO if flags.demo else {}
 
 
-# ---- masking, in the data workers --------------------------------------------------------------------------
+# ---- masks, weights, targets, losses -----------------------------------------------------------------------
 
 
 def block_mask(grid, n_masked, n_block):
     """Hide rectangles, BEiT's way, until n_block patches are hidden, then single patches: n_masked in all.
 
-    Returns (h, w) bool, True = hidden. Of a rectangle the area is uniform between 16/196 and 60/196 of the grid
-    (at most what is left to hide), the aspect log-uniform between .3 and 1/.3; one that is as high or as wide as
-    the grid, hides nothing new, or too much, is drawn again. In a grid too thin for them rectangles are cut to
-    fit. Uses torch's default generator.
+    Returns (h, w) bool, True = hidden. A rectangle's area is uniform between 16/196 and 60/196 of the grid, or
+    what is left to hide; its aspect log-uniform between .3 and 1/.3. It is drawn again if it is as high or as
+    wide as the grid (in a grid too thin for any it is cut instead), hides nothing new, or too much.
     """
     h, w = grid
     mask, left, numbers = np.zeros(grid, bool), n_block, []
@@ -201,16 +184,14 @@ def block_mask(grid, n_masked, n_block):
         new = height * width - np.count_nonzero(block)
         if 0 < new <= left:
             block[:], left = True, left - new
-    order = np.argpartition(torch.rand(h, w).numpy().ravel() - mask.ravel(), n_masked)  # hidden ones come first
+    order = np.argpartition(torch.rand(h, w).numpy().ravel() - mask.ravel(), n_masked)  # hidden first
     mask.ravel()[order[:n_masked]] = True
     return mask
 
 
 def distance_map(mask):
-    """D(m), sec. 3.2: (h, w), True = hidden -> float32 (L,), Euclidean, in patches, to the nearest visible patch.
-
-    At least 1 on hidden patches, 0 on visible ones, so that it says what is hidden too. One must be visible.
-    """
+    """D(m), sec. 3.2: (h, w), True = hidden -> float32 (L,), Euclidean distance to the nearest visible patch,
+    in patches: at least 1 on hidden ones, 0 on visible ones, so that it says what is hidden too."""
     return torch.from_numpy(distance_transform_edt(mask).ravel()).float()
 
 
@@ -220,12 +201,9 @@ def sample_mask(cfg):
     return distance_map(block_mask(cfg.grid, cfg.n_masked, n_block))
 
 
-# ---- weights, targets, losses ------------------------------------------------------------------------------
-
-
 def dynamic_weights(distance, beta):
-    """h, eq. (2): distance (B, L), 0 = visible; beta (K,). Returns (K, B, L) float32: softmax of D^beta over an
-    image's hidden patches, 0 on visible ones."""
+    """h, eq. (2): distance (B, L), 0 = visible; beta (K,). Returns (K, B, L) float32: softmax of D^beta over
+    the hidden patches of an image, 0 on visible ones."""
     above_0 = distance.float().clamp(min=1)  # 1 where visible: 0^beta gives a NaN gradient even behind a mask
     scores = above_0.pow(beta.view(-1, 1, 1))
     return scores.masked_fill(distance == 0, -torch.inf).softmax(-1)  # no overflow, unlike exp(11^5)
@@ -237,38 +215,32 @@ def rescale(h):
 
 
 def weighted_mse(pred, target, weight, mask):
-    """Eqs. (3) and (5) per level: pred (K, B, L, values), target (..., B, L, values), weight (K, B, L), mask (B, L).
-
-    Returns (K,): weighted sum over patches of the mean over values, divided by the batch's hidden patches, so that
-    equal weights give exactly MAE's loss.
-    """
-    return ((pred - target).square().mean(-1) * weight).sum((1, 2)) / mask.sum()
+    """Eq. (3) or (5), summed over levels with lambda_i: .75, and 1 for the last. A level's error is the weighted
+    sum over patches of the mean over values, divided by the number of hidden patches in the batch, so that equal
+    weights give MAE's loss. pred, target: (K or 1, B, L, values); weight: (K, B, L); mask: (B, L)."""
+    error = ((pred - target).square().mean(-1) * weight).sum((1, 2)) / mask.sum()  # (K,)
+    return 0.75 * error[:-1].sum() + error[-1]
 
 
 def regulariser(h, mask, literal=False):
-    """Eq. (6)'s last term without its factor: sum over levels of the mean over images of ||h||_2, times the root of
-    the number of an image's hidden patches unless `literal`. h (K, B, L), mask (B, L)."""
+    """Eq. (6)'s last term without its factor: sum over levels of the mean over images of ||h||_2, times the
+    root of an image's number of hidden patches unless `literal`. h: (K, B, L); mask: (B, L)."""
     norm = torch.linalg.vector_norm(h, dim=-1).mean(1).sum()
     return norm if literal else norm * mask[0].sum().sqrt()
 
 
-def patch_statistics(patches, target, in_chans):
-    """What a pixel target takes out of patches (B, L, p*p*C): mean and deviation, broadcastable to them. mae: over
-    all values, unbiased, eps 1e-6; channel: per channel, biased, eps 1e-5 (BootMAE's); raw: 0 and 1."""
-    if target == "raw":
-        return torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
-    if target == "mae":
-        return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    pixels = patches.unflatten(-1, (-1, in_chans))
-    variance, mean = torch.var_mean(pixels, dim=2, correction=0)  # (B, L, C)
-    return mean.repeat(1, 1, pixels.shape[2]), (variance + 1e-5).sqrt().repeat(1, 1, pixels.shape[2])
-
-
-def pixel_target(images, patch_size, target):
-    """(B, C, H, W) -> (B, L, p*p*C)"""
+def pixel_target(images, patch_size, kind):
+    """(B, C, H, W) -> normalised patches (B, L, p*p*C), the mean and the deviation taken out, broadcastable to
+    them. mae: of all values, unbiased, eps 1e-6; channel: per channel, biased, eps 1e-5; raw: 0 and 1."""
     patches = patchify(images, patch_size)
-    mean, deviation = patch_statistics(patches, target, images.shape[1])
-    return (patches - mean) / deviation
+    if kind == "raw":
+        mean, deviation = torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
+    elif kind == "mae":
+        mean, deviation = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    else:
+        variance, mean = torch.var_mean(patches.unflatten(-1, (-1, images.shape[1])), dim=2, correction=0)
+        mean, deviation = (x.repeat(1, 1, patch_size**2) for x in (mean, (variance + 1e-5).sqrt()))
+    return (patches - mean) / deviation, mean, deviation
 
 
 def momentum_at(epoch, values):
@@ -280,7 +252,7 @@ def momentum_at(epoch, values):
 
 
 class Decoder(nn.Module):
-    """Tokens of the visible patches -> a prediction for every patch: projection, mask tokens, blocks, norm, head."""
+    """Tokens of the visible patches -> predictions for all: projection, mask tokens, blocks, norm, head."""
 
     def __init__(self, in_dim, width, depth, num_heads, out_dim, grid):
         super().__init__()
@@ -293,10 +265,10 @@ class Decoder(nn.Module):
 
     def forward(self, latent, ids_restore):
         """All levels as one batch: (K, B, 1 + len_keep, in_dim), (B, L) -> (K, B, L, out_dim)"""
-        K, (B, L) = len(latent), ids_restore.shape
+        K, B, L = len(latent), *ids_restore.shape
         x = self.embed(latent.flatten(0, 1))
         hidden = self.mask_token.to(x.dtype).expand(K * B, L - (x.shape[1] - 1), -1)
-        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore.repeat(K, 1))  # in their places
+        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore.repeat(K, 1))  # in place
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
@@ -316,10 +288,9 @@ class DeepDynamicAutoEncoder(ViT):
             depth = cfg.decoder_depth if cfg.decoder == "ddae" else 2
             self.feature_decoder = Decoder(D, D, depth, VIT_SIZES[cfg.model][2], D, self.grid)
             self.teacher = ViT(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans).requires_grad_(False)
-        if cfg.dynamic and cfg.dds != "none":
-            self.beta = nn.Parameter(torch.tensor(cfg.beta_init), requires_grad=cfg.learn_beta)
-        level_weight = torch.tensor([LEVEL_WEIGHT] * (K - 1) + [1.0])
-        self.register_buffer("level_weight", level_weight, persistent=False)
+            plain = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
+            self.feature_norm = plain if cfg.feature_norm == "layer" else nn.Identity()
+        self.beta = nn.Parameter(torch.tensor(cfg.beta_init), requires_grad=cfg.learn_beta)
         self.init_weights()
         self.update_teacher(0.0)
 
@@ -327,8 +298,7 @@ class DeepDynamicAutoEncoder(ViT):
     def update_teacher(self, momentum):
         """Eq. (4); a momentum of 0 copies the student."""
         if self.cfg.distill:
-            student = dict(self.named_parameters())
-            student = [student[name] for name, _ in self.teacher.named_parameters()]
+            student = [self.get_parameter(name) for name, _ in self.teacher.named_parameters()]
             torch._foreach_lerp_(list(self.teacher.parameters()), student, 1 - momentum)
 
     def outputs(self, encoder, x):
@@ -341,7 +311,7 @@ class DeepDynamicAutoEncoder(ViT):
         return torch.stack(levels)
 
     def encode(self, images, distance):
-        """Visible patches through the student: latent (K, B, 1 + len_keep, D), normalised; ids_restore (B, L)."""
+        """Visible patches through the student: latent (K, B, 1 + len_keep, D), normed; ids_restore (B, L)."""
         len_keep = distance.shape[1] - self.cfg.n_masked
         ids_shuffle = (distance > 0).byte().argsort(dim=1, stable=True)  # visible patches first
         x = self.prepend_cls(gather_tokens(self.embed(images), ids_shuffle[:, :len_keep]))
@@ -352,27 +322,11 @@ class DeepDynamicAutoEncoder(ViT):
         """Momentum encoder on the whole image: every level's patch tokens (K, B, L, D)."""
         return self.outputs(self.teacher, self.teacher.prepend_cls(self.teacher.embed(images)))[:, :, 1:]
 
-    def predict(self, images, distance):
-        """Images (B, C, H, W), distance (B, L) -> pixels from the last level (B, L, p*p*C), in target units."""
-        latent, ids_restore = self.encode(images, distance)
-        return self.pixel_decoder(latent[-1:], ids_restore)[0]
-
-    def weights(self, distance):
-        """h and weight of each level, (K, B, L); h None and all weights alike if the loss is not dynamic."""
-        if not hasattr(self, "beta"):
-            return None, (distance > 0).float().expand(self.cfg.num_levels, -1, -1)
-        h = dynamic_weights(distance, self.beta)
-        return h, rescale(h)
-
-    def level_loss(self, pred, target, weight, mask):
-        """sum_i lambda_i (eq. 3 or 5)_i over the levels that are in pred: all, or the last."""
-        return (self.level_weight[-len(pred):] * weighted_mse(pred, target, weight, mask)).sum()
-
     def forward(self, images, distance):
-        """Returns the loss, eq. (6), and its terms: eqs. (3), (5), (6) as added; the last level's plain mean squared
-        error on hidden patches, for comparison with other runs; beta under its block's number."""
+        """Returns the loss, eq. (6), and its terms: eqs. (3), (5), (6) as added; the last level's mean squared
+        error on hidden patches, comparable between runs; beta under the number of its block."""
         cfg = self.cfg
-        deep_pixel, deep_feature = cfg.dds in ("both", "pixel"), cfg.dds in ("both", "feature")
+        deep_pixel, deep_feature = (cfg.dds in ("both", loss) for loss in ("pixel", "feature"))
         latent, ids_restore = self.encode(images, distance)
         pixels = self.pixel_decoder(latent if deep_pixel else latent[-1:], ids_restore)
         if cfg.distill:
@@ -380,21 +334,19 @@ class DeepDynamicAutoEncoder(ViT):
             teacher = self.feature_target(images)[-len(features):]
         with torch.autocast(images.device.type, enabled=False):  # targets and losses in float32
             mask = (distance > 0).float()
-            h, weight = self.weights(distance)
-            pixels, target = pixels.float(), pixel_target(images.float(), self.patch_size, cfg.target)
-            terms = {"eq3_pixel": self.level_loss(pixels, target, weight if deep_pixel else mask[None], mask)}
+            h = dynamic_weights(distance, self.beta)
+            weight = rescale(h)
+            pixels, (target, *_) = pixels.float(), pixel_target(images.float(), self.patch_size, cfg.target)
+            terms = {"eq3_pixel": weighted_mse(pixels, target, weight if deep_pixel else mask[None], mask)}
             if cfg.distill:
-                features, teacher = features.float(), teacher.float()
-                if cfg.feature_norm == "layer":
-                    features, teacher = (F.layer_norm(x, x.shape[-1:], eps=1e-6) for x in (features, teacher))
+                features, teacher = (self.feature_norm(x.float()) for x in (features, teacher))
                 weight = weight if deep_feature else mask[None]
-                terms["eq5_distill"] = self.level_loss(features, teacher, weight, mask)
-            if h is not None and cfg.reg != "none":
-                terms["eq6_reg"] = REG_WEIGHT * regulariser(h, mask, cfg.reg == "literal")
+                terms["eq5_distill"] = weighted_mse(features, teacher, weight, mask)
+            if cfg.reg != "none":
+                terms["eq6_reg"] = 0.5 * regulariser(h, mask, cfg.reg == "literal")
             loss = sum(terms.values())
-            terms = {"loss": loss, **terms, "mse": weighted_mse(pixels[-1:], target, mask[None], mask)[0]}
-        if h is not None:
-            terms |= {f"beta/{i}": beta for i, beta in zip(self.levels, self.beta.unbind(), strict=True)}
+            terms = {"loss": loss, **terms, "mse": weighted_mse(pixels[-1:], target, mask[None], mask)}
+        terms |= {f"beta/{i}": beta for i, beta in zip(self.levels, self.beta.unbind(), strict=True)}
         return loss, {name: value.detach() for name, value in terms.items()}
 
 
@@ -402,8 +354,7 @@ class DeepDynamicAutoEncoder(ViT):
 
 
 def train_step(model, batches, optimizer, scaler, run):
-    """One update of run.accum_steps micro-batches, then of the teacher; returns the loss's terms, means over the
-    update, as floats."""
+    """One update of run.accum_steps micro-batches, and of the teacher; returns the loss's terms, as floats."""
     optimizer.zero_grad(set_to_none=True)
     total = {}
     for images, distance in run.micro_batches(model, batches):
@@ -424,24 +375,24 @@ def train_step(model, batches, optimizer, scaler, run):
 
 @torch.no_grad()
 def save_pictures(path, model, examples, run):
-    """PNG: original, masked input, distance map, each level's weights, prediction, and the prediction in its place."""
+    """PNG: original, masked input, distance map, weights of each level, prediction, and it in its place."""
     (images, distance), p, grid, cfg = examples, model.patch_size, model.grid, model.cfg
-    mask, (_, weight) = (distance > 0).float(), model.weights(distance)
-    statistics = patch_statistics(patchify(images, p), cfg.target, cfg.in_chans)
+    mask, weight = (distance > 0).float(), rescale(dynamic_weights(distance, model.beta))
+    _, *statistics = pixel_target(images, p, cfg.target)
     mean, deviation = (fill_from_visible(values, mask, grid) for values in statistics)
-    pred = unpatchify(model.predict(images, distance) * deviation + mean, p, grid)
+    latent, ids_restore = model.encode(images, distance)
+    pred = unpatchify(model.pixel_decoder(latent[-1:], ids_restore)[0] * deviation + mean, p, grid)
     nearness = 1 - distance / distance.amax(1, keepdim=True)
     hidden, *maps = (patches_to_pixels(x[..., None], p, grid) for x in (mask, nearness, *weight))
-    columns = [run.normalize.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]
-    columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
-    columns[2:2] = maps
-    titles = ["original", "masked", "distance", *(f"weight {i}" for i in model.levels), "prediction", "pasted"]
-    betas = ", ".join(f"{beta:.3f}" for beta in model.beta.tolist()) if hasattr(model, "beta") else "none"
-    units = "raw pixels" if cfg.target == "raw" else "un-normalised with the statistics of visible patches only"
+    pasted = pred * hidden + images * (1 - hidden)
+    original, pred, pasted = (run.normalize.undo(x) for x in (images, pred, pasted))
+    columns = original, original * (1 - hidden) + 0.5 * hidden, *maps, pred, pasted
+    titles = "original", "masked", "distance", *(f"weight {i}" for i in model.levels), "prediction", "pasted"
+    units = "raw pixels" if cfg.target == "raw" else "un-normalised with the statistics of visible patches"
     save_image_grid(path, list(zip(*columns, strict=True)), titles,
-                    "distance: darker is farther, white is visible; weights of the levels after these blocks: white "
-                    f"is 1, black is visible; beta {betas}; target {cfg.target}, {cfg.mask_ratio:.0%} hidden; "
-                    f"prediction {units}")
+                    "distance: darker is farther, white is visible; weights of the levels after these blocks: "
+                    f"white is 1, black is visible; beta {[round(beta, 3) for beta in model.beta.tolist()]}; "
+                    f"target {cfg.target}, {cfg.mask_ratio:.0%} hidden; prediction {units}")
 
 
 def train(cfg, run):
