@@ -135,7 +135,7 @@ class Config(RunConfig):
         if self.dds == "feature" and not self.distill:
             raise ValueError("--dds feature needs the feature loss that --no-distill takes away")
         if width % 4 or width % heads:
-            raise ValueError(f"--decoder_embed_dim {width} is no multiple of 4 and --decoder_num_heads {heads}")
+            raise ValueError(f"--decoder_embed_dim {width}: no multiple of 4 and --decoder_num_heads {heads}")
         self.grid = patch_grid(self.img_size, self.patch_size)
         L = math.prod(self.grid)
         self.n_masked = int(L * self.mask_ratio)
@@ -160,9 +160,9 @@ def presets(flags):
 def block_mask(grid, n_masked, n_block):
     """Hide rectangles, BEiT's way, until n_block patches are hidden, then single patches: n_masked in all.
 
-    Returns (h, w) bool, True = hidden. A rectangle's area is uniform between 16/196 and 60/196 of the grid, or
-    what is left to hide; its aspect log-uniform between .3 and 1/.3. It is drawn again if it is as high or as
-    wide as the grid (in a grid too thin for any it is cut instead), hides nothing new, or too much.
+    Returns (h, w) bool, True = hidden. A rectangle's area is uniform between 16/196 and 60/196 of the grid or
+    what is left to hide, its aspect log-uniform between .3 and 1/.3. It is drawn again if it is as high or as
+    wide as the grid (in a grid too thin for any it is cut), hides nothing new, or too much.
     """
     h, w = grid
     mask, left, numbers = np.zeros(grid, bool), n_block, []
@@ -202,22 +202,20 @@ def sample_mask(cfg):
 
 
 def dynamic_weights(distance, beta):
-    """h, eq. (2): distance (B, L), 0 = visible; beta (K,). Returns (K, B, L) float32: softmax of D^beta over
-    the hidden patches of an image, 0 on visible ones."""
+    """h, eq. (2), the softmax of D^beta over an image's hidden patches, and weight, h over its maximum.
+
+    distance: (B, L), 0 = visible; beta: (K,). Returns both as (K, B, L) float32, 0 on visible patches.
+    """
     above_0 = distance.float().clamp(min=1)  # 1 where visible: 0^beta gives a NaN gradient even behind a mask
     scores = above_0.pow(beta.view(-1, 1, 1))
-    return scores.masked_fill(distance == 0, -torch.inf).softmax(-1)  # no overflow, unlike exp(11^5)
-
-
-def rescale(h):
-    """Weights in [0, 1]: h (K, B, L) divided by each image's maximum, a constant in the gradient."""
-    return h / h.detach().amax(-1, keepdim=True)
+    h = scores.masked_fill(distance == 0, -torch.inf).softmax(-1)  # no overflow, unlike exp(11^5)
+    return h, h / h.detach().amax(-1, keepdim=True)  # sec. 3.2; detached, or beta runs away
 
 
 def weighted_mse(pred, target, weight, mask):
-    """Eq. (3) or (5), summed over levels with lambda_i: .75, and 1 for the last. A level's error is the weighted
-    sum over patches of the mean over values, divided by the number of hidden patches in the batch, so that equal
-    weights give MAE's loss. pred, target: (K or 1, B, L, values); weight: (K, B, L); mask: (B, L)."""
+    """Eq. (3) or (5), summed over levels with lambda_i: .75, and 1 for the last. The error of a level is the
+    weighted sum over patches of the mean over values, divided by the batch's number of hidden patches: MAE's if
+    all weights are equal. pred, target: (K or 1, B, L, values); weight: (K, B, L); mask: (B, L)."""
     error = ((pred - target).square().mean(-1) * weight).sum((1, 2)) / mask.sum()  # (K,)
     return 0.75 * error[:-1].sum() + error[-1]
 
@@ -230,8 +228,8 @@ def regulariser(h, mask, literal=False):
 
 
 def pixel_target(images, patch_size, kind):
-    """(B, C, H, W) -> normalised patches (B, L, p*p*C), the mean and the deviation taken out, broadcastable to
-    them. mae: of all values, unbiased, eps 1e-6; channel: per channel, biased, eps 1e-5; raw: 0 and 1."""
+    """(B, C, H, W) -> normalised patches (B, L, p*p*C), and the mean and deviation taken out, which broadcast
+    to them. mae: of all values, unbiased, eps 1e-6; channel: per channel, biased, eps 1e-5; raw: 0 and 1."""
     patches = patchify(images, patch_size)
     if kind == "raw":
         mean, deviation = torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
@@ -241,11 +239,6 @@ def pixel_target(images, patch_size, kind):
         variance, mean = torch.var_mean(patches.unflatten(-1, (-1, images.shape[1])), dim=2, correction=0)
         mean, deviation = (x.repeat(1, 1, patch_size**2) for x in (mean, (variance + 1e-5).sqrt()))
     return (patches - mean) / deviation, mean, deviation
-
-
-def momentum_at(epoch, values):
-    """m of eq. (4), appendix A: values at epochs 0, 100, 400, linear between."""
-    return float(np.interp(epoch, (0, 100, 400), values))
 
 
 # ---- model -------------------------------------------------------------------------------------------------
@@ -323,8 +316,8 @@ class DeepDynamicAutoEncoder(ViT):
         return self.outputs(self.teacher, self.teacher.prepend_cls(self.teacher.embed(images)))[:, :, 1:]
 
     def forward(self, images, distance):
-        """Returns the loss, eq. (6), and its terms: eqs. (3), (5), (6) as added; the last level's mean squared
-        error on hidden patches, comparable between runs; beta under the number of its block."""
+        """Returns the loss, eq. (6), and its terms: eqs. (3), (5), (6) as added; the last level's mean
+        squared error on hidden patches, comparable between runs; beta under its block's number."""
         cfg = self.cfg
         deep_pixel, deep_feature = (cfg.dds in ("both", loss) for loss in ("pixel", "feature"))
         latent, ids_restore = self.encode(images, distance)
@@ -334,9 +327,9 @@ class DeepDynamicAutoEncoder(ViT):
             teacher = self.feature_target(images)[-len(features):]
         with torch.autocast(images.device.type, enabled=False):  # targets and losses in float32
             mask = (distance > 0).float()
-            h = dynamic_weights(distance, self.beta)
-            weight = rescale(h)
-            pixels, (target, *_) = pixels.float(), pixel_target(images.float(), self.patch_size, cfg.target)
+            h, weight = dynamic_weights(distance, self.beta)
+            pixels = pixels.float()
+            target, *_ = pixel_target(images.float(), self.patch_size, cfg.target)
             terms = {"eq3_pixel": weighted_mse(pixels, target, weight if deep_pixel else mask[None], mask)}
             if cfg.distill:
                 features, teacher = (self.feature_norm(x.float()) for x in (features, teacher))
@@ -345,7 +338,7 @@ class DeepDynamicAutoEncoder(ViT):
             if cfg.reg != "none":
                 terms["eq6_reg"] = 0.5 * regulariser(h, mask, cfg.reg == "literal")
             loss = sum(terms.values())
-            terms = {"loss": loss, **terms, "mse": weighted_mse(pixels[-1:], target, mask[None], mask)}
+            terms |= {"loss": loss, "mse": weighted_mse(pixels[-1:].detach(), target, mask[None], mask)}
         terms |= {f"beta/{i}": beta for i, beta in zip(self.levels, self.beta.unbind(), strict=True)}
         return loss, {name: value.detach() for name, value in terms.items()}
 
@@ -354,7 +347,7 @@ class DeepDynamicAutoEncoder(ViT):
 
 
 def train_step(model, batches, optimizer, scaler, run):
-    """One update of run.accum_steps micro-batches, and of the teacher; returns the loss's terms, as floats."""
+    """One update of run.accum_steps micro-batches, and of the teacher; returns the loss's terms as floats."""
     optimizer.zero_grad(set_to_none=True)
     total = {}
     for images, distance in run.micro_batches(model, batches):
@@ -367,8 +360,8 @@ def train_step(model, batches, optimizer, scaler, run):
     terms, finite = run.agree(total, grad_norm)  # the one host synchronisation
     if finite:
         scaler.step(optimizer)
-        student = getattr(model, "module", model)  # out of DDP's wrapper
-        student.update_teacher(momentum_at(run.epoch, run.cfg.momentum))
+        momentum = np.interp(run.epoch, (0, 100, 400), run.cfg.momentum)  # appendix A: linear between
+        getattr(model, "module", model).update_teacher(momentum)  # `module`: the model in DDP's wrapper
     scaler.update()
     return terms
 
@@ -377,7 +370,7 @@ def train_step(model, batches, optimizer, scaler, run):
 def save_pictures(path, model, examples, run):
     """PNG: original, masked input, distance map, weights of each level, prediction, and it in its place."""
     (images, distance), p, grid, cfg = examples, model.patch_size, model.grid, model.cfg
-    mask, weight = (distance > 0).float(), rescale(dynamic_weights(distance, model.beta))
+    mask, (_, weight) = (distance > 0).float(), dynamic_weights(distance, model.beta)
     _, *statistics = pixel_target(images, p, cfg.target)
     mean, deviation = (fill_from_visible(values, mask, grid) for values in statistics)
     latent, ids_restore = model.encode(images, distance)
@@ -388,11 +381,12 @@ def save_pictures(path, model, examples, run):
     original, pred, pasted = (run.normalize.undo(x) for x in (images, pred, pasted))
     columns = original, original * (1 - hidden) + 0.5 * hidden, *maps, pred, pasted
     titles = "original", "masked", "distance", *(f"weight {i}" for i in model.levels), "prediction", "pasted"
+    betas = ", ".join(f"{beta:.3f}" for beta in model.beta.tolist())
     units = "raw pixels" if cfg.target == "raw" else "un-normalised with the statistics of visible patches"
     save_image_grid(path, list(zip(*columns, strict=True)), titles,
-                    "distance: darker is farther, white is visible; weights of the levels after these blocks: "
-                    f"white is 1, black is visible; beta {[round(beta, 3) for beta in model.beta.tolist()]}; "
-                    f"target {cfg.target}, {cfg.mask_ratio:.0%} hidden; prediction {units}")
+                    "distance: white is visible, darker is farther; weights of levels, by their last block: "
+                    f"black is visible, white is 1; beta {betas}; target {cfg.target}, {cfg.mask_ratio:.0%} "
+                    f"hidden; prediction {units}")
 
 
 def train(cfg, run):
