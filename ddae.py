@@ -12,7 +12,7 @@ must predict the pixels, and the features that the teacher, a slow copy which se
 
 Data flow, in the order of the code (source, the paper's symbol; its name here and its shape on the right)
     sec. 4.1  m             blocks, then single patches: 147 of 196   mask             (B, L), 1 = hidden
-    sec. 3.2  D(m)          patches to the nearest visible one        distance         (B, L), 0 = visible
+    sec. 3.2  D(m)          distance to the nearest visible patch     distance         (B, L), 0 = visible
     eq. (2)   h_i           exp(D^beta_i) / its sum over the hidden   h                (K, B, L)
     sec. 3.2                h_i / max h_i                             weight           (K, B, L)
     sec. 3.2  f^(g_i)       output of block g_i = depth * i / K       latent           (K, B, 1 + len_keep, D)
@@ -202,10 +202,8 @@ def sample_mask(cfg):
 
 
 def dynamic_weights(distance, beta):
-    """h, eq. (2), the softmax of D^beta over an image's hidden patches, and weight, h over its maximum.
-
-    distance: (B, L), 0 = visible; beta: (K,). Returns both as (K, B, L) float32, 0 on visible patches.
-    """
+    """h, eq. (2): softmax of D^beta over an image's hidden patches; and weight, h over its maximum.
+    distance: (B, L), 0 = visible; beta: (K,). Returns both as (K, B, L) float32, 0 on visible patches."""
     above_0 = distance.float().clamp(min=1)  # 1 where visible: 0^beta gives a NaN gradient even behind a mask
     scores = above_0.pow(beta.view(-1, 1, 1))
     h = scores.masked_fill(distance == 0, -torch.inf).softmax(-1)  # no overflow, unlike exp(11^5)
@@ -214,7 +212,7 @@ def dynamic_weights(distance, beta):
 
 def weighted_mse(pred, target, weight, mask):
     """Eq. (3) or (5), summed over levels with lambda_i: .75, and 1 for the last. The error of a level is the
-    weighted sum over patches of the mean over values, divided by the batch's number of hidden patches: MAE's if
+    weighted sum over patches of the mean over values, divided by the number of hidden patches: MAE's loss if
     all weights are equal. pred, target: (K or 1, B, L, values); weight: (K, B, L); mask: (B, L)."""
     error = ((pred - target).square().mean(-1) * weight).sum((1, 2)) / mask.sum()  # (K,)
     return 0.75 * error[:-1].sum() + error[-1]
