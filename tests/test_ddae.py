@@ -266,8 +266,8 @@ def test_demo_learns_and_its_checkpoint_goes_into_init(tmp_path):
     run_script([*command, "--epochs", 0.024, "--out", "run"], tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert lines[-1]["train/mse"] < 0.8 * lines[0]["train/mse"] and "train/beta/2" in lines[-1]
-    output = run_script([*command, "--epochs", 0.002, "--out", "less", "--init", "run/last.pth", "--no-distill",
-                         "--beta_init", 0.3, "--no-learn_beta"], tmp_path)
+    output = run_script([*command, "--epochs", 0.002, "--init", "run/last.pth", "--out", "less",
+                         "--no-distill", "--beta_init", 0.3, "--no-learn_beta"], tmp_path)
     assert "ignored: beta, feature_decoder, teacher" in output
     beta = torch.load(tmp_path / "less/last.pth", weights_only=True)["model"]["beta"]
     assert beta.tolist() == pytest.approx([0.3, 0.3])
