@@ -1519,13 +1519,16 @@ def save_image_grid(path, rows, titles, caption):
     write_atomically(path, lambda file: canvas.save(file, "png"))
 
 
-def launch(config_type, presets, train, method):
-    """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line."""
+def launch(config_type, presets, train, method, open_sources=lambda cfg: [open_data(cfg)]):
+    """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line.
+    open_sources(cfg): the sources of images that --check_data looks at."""
     cfg = parse_config(config_type, presets)
     try:
         run = Run(cfg, method)
         if cfg.check_data:
-            return check_data(open_data(cfg), run.workers)
+            for source in open_sources(cfg):
+                check_data(source, run.workers)
+            return
         train(cfg, run)
     except UserError as error:
         exit_with(method, error)
