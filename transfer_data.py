@@ -1,10 +1,10 @@
-"""The data of transfer_seg_det.py: images with label maps (ADE20K's layout) or boxes and masks (COCO's), transforms of
-image and target together, pictures of predictions. There is no network in here.
+"""The data of transfer_seg_det.py: images with label maps (ADE20K's layout) or with boxes and masks (COCO's),
+transforms of image and target together, pictures of targets.
 
-A target is, for segmentation, a label map (H, W) uint8, where IGNORE does not count; for detection a dict {"boxes":
-(n, 4) float32 x1 y1 x2 y2 in pixels, "labels": (n,) int64 from 1, "masks": (n, H, W) uint8}. They are plain tensors:
-torchvision's tv_tensors resize masks by its older nearest-neighbour rule, which moves them by up to half a pixel.
-"""
+A target is, for segmentation, a label map (H, W) uint8, in which IGNORE does not count; for detection a dict
+{"boxes": (n, 4) float32 x1 y1 x2 y2 in pixels, "labels": (n,) int64 from 1, "masks": (n, H, W) uint8}. They
+are plain tensors: torchvision resizes its tv_tensors.Mask by an older nearest-neighbour rule, which moves
+masks by up to half a pixel. """
 
 import colorsys
 import json
@@ -28,33 +28,31 @@ IGNORE = 255  # label of pixels that do not count
 SPLITS = {"train": ("training", "train", "train2017"), "val": ("validation", "val", "val2017")}
 
 
-# ---- sources: len(), name(i), read(i) -> image (C, H, W), target; classes, in_chans, det ------------------------------
+# ---- sources: len(), name(i), read(i) -> image (C, H, W), target; classes, in_chans, det -------------------
 
 
 def open_scenes(cfg, split):
     """The images and targets of --data for --task; split: "train" or "val"."""
     if cfg.data == "shapes":
         return DrawnScenes(cfg, split)
-    root = data_path(cfg.data)
+    root, layout = data_path(cfg.data), "ADE20K" if cfg.task == "seg" else "COCO"
     if root is None or not root.is_dir():
-        layout = "ADE20K" if cfg.task == "seg" else "COCO"
-        raise UserError(f"--data {cfg.data} is no folder: expected one laid out as {layout} (docs/TRANSFER.md), or shapes")
-    if cfg.task == "det":
-        return CocoScenes(root, split, cfg.in_chans)
-    return LabelMaps(root, split, cfg.in_chans, cfg.zero_is_ignore)
+        raise UserError(f"--data {cfg.data} is no folder: expected one laid out as {layout}, or shapes")
+    return (LabelMaps if cfg.task == "seg" else CocoScenes)(root, split, cfg.in_chans, cfg.zero_is_ignore)
 
 
 def image_folder(root, split):
-    for path in (root / "images" / name for name in SPLITS[split]):
-        if path.is_dir():
-            return path
-    names = ", ".join(f"images/{name}/" for name in SPLITS[split])
-    raise UserError(f"--data {root}: none of the folders {names} is there")
+    found = [path for name in SPLITS[split] if (path := root / "images" / name).is_dir()]
+    if not found:
+        names = ", ".join(f"images/{name}/" for name in SPLITS[split])
+        raise UserError(f"--data {root}: none of the folders {names} is there")
+    return found[0]
 
 
 class LabelMaps:
-    """images/SPLIT/**/NAME.jpg with annotations/SPLIT/**/NAME.png, one channel of class numbers, and classes.txt, a name
-    per line (or ADE20K's objectInfo150.txt). zero_is_ignore: 0 stands for no class, 1 for the first."""
+    """images/SPLIT/**/NAME.jpg with annotations/SPLIT/**/NAME.png, one channel of class numbers, and a name
+    per line in classes.txt (or ADE20K's objectInfo150.txt). zero_is_ignore: 0 stands for no class, 1 for the
+    first."""
 
     det = False
 
@@ -63,20 +61,21 @@ class LabelMaps:
         self.paths = list_images(self.images)
         missing = [path for path in self.paths if not self.map_of(path).exists()]
         if missing:
-            raise UserError(f"{len(missing)} of the {len(self.paths)} images in {self.images} have no label map, for one "
-                            f"{missing[0]}: expected {self.map_of(missing[0])}")
+            n = f"{len(missing)} of the {len(self.paths)} images"
+            expected = f"expected {self.map_of(missing[0])}, for one"
+            raise UserError(f"{n} in {self.images} have no label map: {expected}")
         lists = [path for name in ("classes.txt", "objectInfo150.txt") if (path := root / name).exists()]
         if not lists:
-            raise UserError(f"--data {root} has no classes.txt: expected a name per line, in the order of the numbers")
+            raise UserError(f"--data {root} has no classes.txt: expected a name per line, in the maps' order")
         lines = lists[0].read_text("utf-8-sig", errors="replace").splitlines()
         self.classes = [line.strip() for line in lines if line.strip()]
         if lists[0].name == "objectInfo150.txt":
             self.classes = [line.split("\t")[-1] for line in self.classes[1:]]
             if not zero_is_ignore:
-                raise UserError(f"--data {root} is ADE20K, whose class numbers begin with 1: add --zero_is_ignore")
+                raise UserError(f"--data {root} is ADE20K, whose numbers begin with 1: add --zero_is_ignore")
         if len(self.classes) > IGNORE - zero_is_ignore:
-            raise UserError(f"{lists[0]} has {len(self.classes)} classes, more than {IGNORE - zero_is_ignore}: {IGNORE} "
-                            "in a map stands for no class")
+            n = len(self.classes)
+            raise UserError(f"{lists[0]} has {n} classes, more than {IGNORE - zero_is_ignore}")
 
     def map_of(self, path):
         annotations = self.images.parent.parent / "annotations"
@@ -93,24 +92,26 @@ class LabelMaps:
         with Image.open(self.map_of(self.paths[index])) as file:
             labels = torch.from_numpy(np.array(file).astype(np.int64))
         if labels.shape != image.shape[1:]:
-            raise ValueError(f"the label map is {tuple(labels.shape)}, the image {tuple(image.shape[1:])}; expected the "
-                             "same height and width, one channel")
-        wrong = labels[(labels >= len(self.classes) + self.zero_is_ignore) & (labels != IGNORE)]
-        if len(wrong):
-            hint = "" if self.zero_is_ignore else " from 0 on; list the background too, or ignore it: --zero_is_ignore"
-            raise ValueError(f"the label map has number {wrong.max()}, {len(self.classes)} classes are listed{hint}")
+            raise ValueError(f"the label map is {tuple(labels.shape)}, the image {tuple(image.shape[1:])}; "
+                             "expected the same height and width, one channel")
+        known = labels < len(self.classes) + self.zero_is_ignore
+        if not (known | (labels == IGNORE)).all():
+            hint = " from 0 on; list the background, or ignore it: --zero_is_ignore"
+            hint = "" if self.zero_is_ignore else hint
+            wrong, n = labels[~known & (labels != IGNORE)].max(), len(self.classes)
+            raise ValueError(f"the label map has number {wrong}, {n} classes are listed{hint}")
         if self.zero_is_ignore:
             labels = torch.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1)
         return image, labels.to(torch.uint8)
 
 
 class CocoScenes:
-    """images/SPLIT/ with annotations/instances_SPLIT.json in COCO's format. Crowds are no training targets, and count
-    neither for nor against a detector (pycocotools' rule). Boxes under a pixel or without a mask are dropped."""
+    """images/SPLIT/ with annotations/instances_SPLIT.json in COCO's format. Crowds are no training targets
+    and count neither for nor against a detector. Boxes under a pixel or without a mask are dropped."""
 
     det = True
 
-    def __init__(self, root, split, in_chans):
+    def __init__(self, root, split, in_chans, _=False):
         self.folder, self.in_chans, self.dropped = image_folder(root, split), in_chans, 0
         self.path, place = root / f"annotations/instances_{self.folder.name}.json", "its top level"
         try:
@@ -120,28 +121,31 @@ class CocoScenes:
             records = {x["id"]: [x["file_name"], x["height"], x["width"], []] for x in content["images"]}
             for entry in content["annotations"]:
                 place = f"annotation {entry.get('id')}"
-                (_, _, w, h), shape, crowd = entry["bbox"], entry["segmentation"], int(bool(entry.get("iscrowd")))
+                (_, _, w, h), shape, crowd = entry["bbox"], entry["segmentation"], entry.get("iscrowd")
                 if isinstance(shape, list):
                     shape = [polygon for polygon in shape if len(polygon) >= 6]
                 if not shape or min(w, h) < 1 and not crowd:
                     self.dropped += 1
                     continue
                 if entry["category_id"] not in self.categories or entry["image_id"] not in records:
-                    raise ValueError(f"no category {entry['category_id']}, or no image {entry['image_id']}, is listed")
-                area = w * h if entry.get("area") is None else entry["area"]
-                records[entry["image_id"]][3].append(entry | {"segmentation": shape, "iscrowd": crowd, "area": area})
-            self.ids = sorted(records)
+                    wrong = f"no category {entry['category_id']}, or no image {entry['image_id']}, is listed"
+                    raise ValueError(wrong)
+                entry |= {"segmentation": shape, "iscrowd": int(bool(crowd))}
+                entry["area"] = w * h if entry.get("area") is None else entry["area"]
+                records[entry["image_id"]][3].append(entry)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"{self.path} is not in COCO's format, see {place}: {type(error).__name__} {error}"
-            raise UserError(message) from None
+            wrong = f"{type(error).__name__} {error}"
+            raise UserError(f"{self.path} is not in COCO's format, see {place}: {wrong}") from None
         if all(entry["iscrowd"] for record in records.values() for entry in record[3]):
-            raise UserError(f"{self.path} has no object to learn: of {len(content['annotations'])} annotations "
-                            f"{self.dropped} are degenerate, the others iscrowd")
+            counts = f"of {len(content['annotations'])} annotations {self.dropped} are degenerate"
+            raise UserError(f"{self.path} has no object to learn: {counts}, the others iscrowd")
         if self.dropped:
-            print0(f"{self.dropped} degenerate boxes (under a pixel, or without a mask) dropped from {self.path}")
-        # One buffer: a million Python objects would be copied into every loader worker as their reference counts change.
+            boxes = f"{self.dropped} degenerate boxes (under a pixel, or without a mask)"
+            print0(f"{boxes} dropped from {self.path}")
+        # One buffer: loader workers would copy a million Python objects as their reference counts change.
+        self.ids = sorted(records)
         packed = [json.dumps(records[i]).encode() for i in self.ids]
         self.buffer, self.ends = b"".join(packed), np.cumsum([0, *map(len, packed)])
 
@@ -149,18 +153,18 @@ class CocoScenes:
         return len(self.ids)
 
     def record(self, index):
-        """[file name, height, width, annotations as in the file]"""
+        """[file name, height, width, annotations in COCO's format]"""
         return json.loads(self.buffer[self.ends[index] : self.ends[index + 1]])
 
     def name(self, index):
         return str(self.folder / self.record(index)[0])
 
     def read(self, index):
-        name, height, width, objects = self.record(index)
-        image = read_image(str(self.folder / name), self.in_chans)
+        _, height, width, objects = self.record(index)
+        image = read_image(self.name(index), self.in_chans)
         if image.shape[1:] != (height, width):
-            raise ValueError(f"{height} x {width} pixels in {self.path.name}, {image.shape[1]} x {image.shape[2]} in the "
-                             "file")
+            size = f"{image.shape[1]} x {image.shape[2]}"
+            raise ValueError(f"{height} x {width} pixels in {self.path.name}, {size} in the file")
         if max(height, width) > 32 * min(height, width):
             raise ValueError(f"{height} x {width} pixels: longer than 32 times its width")
         return image, coco_target(height, width, objects, self.categories)
@@ -179,22 +183,22 @@ class DrawnScenes:
         return len(self.shapes)
 
     def record(self, index):
-        """As that of CocoScenes; shapes that are hidden entirely are left out."""
+        """As CocoScenes.record; shapes that are hidden entirely are left out."""
         _, instances, kinds = self.shapes.draw(index)
-        numbers = np.unique(instances[instances > 0])
-        masks = instances == numbers[:, None, None]
-        boxes = masks_to_boxes(torch.from_numpy(masks)) + torch.tensor([0, 0, 1, 1])
-        objects = [{"image_id": index, "category_id": int(kinds[number - 1]) + 1, "bbox": box, "iscrowd": 0,
-                    "segmentation": rle.encode(np.asfortranarray(mask, np.uint8)), "area": int(mask.sum())}
-                   for number, mask, box in zip(numbers, masks, box_convert(boxes, "xyxy", "xywh").tolist(), strict=True)]
+        objects = []
+        for number in np.unique(instances[instances > 0]):
+            mask = instances == number
+            box = masks_to_boxes(torch.from_numpy(mask)[None]) + torch.tensor([0, 0, 1, 1])
+            objects.append({"image_id": index, "category_id": int(kinds[number - 1]) + 1, "iscrowd": 0,
+                            "bbox": box_convert(box, "xyxy", "xywh")[0].tolist(), "area": int(mask.sum()),
+                            "segmentation": rle.encode(np.asfortranarray(mask, np.uint8))})
         return [self.name(index), *self.shapes.size, objects]
 
     def read(self, index):
         image, instances, kinds = self.shapes.draw(index)
-        image = torch.from_numpy(image).permute(2, 0, 1)
-        if self.det:
-            return image, coco_target(*self.record(index)[1:], self.categories)
-        return image, torch.from_numpy(np.append(0, kinds + 1)[instances].astype(np.uint8))
+        labels = torch.from_numpy(np.append(0, kinds + 1)[instances].astype(np.uint8))
+        target = coco_target(*self.record(index)[1:], self.categories) if self.det else labels
+        return torch.from_numpy(image).permute(2, 0, 1), target
 
 
 def decode_mask(shape, height, width):
@@ -212,27 +216,27 @@ def coco_target(height, width, objects, categories):
     """COCO's annotations of one image -> a target of detection, without the crowds."""
     objects = [x for x in objects if not x["iscrowd"]]
     boxes = torch.tensor([x["bbox"] for x in objects], dtype=torch.float64).reshape(-1, 4)
-    masks = [decode_mask(x["segmentation"], height, width) for x in objects]
+    kinds = [categories.index(x["category_id"]) + 1 for x in objects]
+    masks = np.array([decode_mask(x["segmentation"], height, width) for x in objects], np.uint8)
     return {"boxes": box_convert(boxes, "xywh", "xyxy").float(),
-            "labels": torch.tensor([categories.index(x["category_id"]) + 1 for x in objects], dtype=torch.int64),
-            "masks": torch.from_numpy(np.array(masks, np.uint8).reshape(-1, height, width))}
+            "labels": torch.tensor(kinds, dtype=torch.int64),
+            "masks": torch.from_numpy(masks.reshape(-1, height, width))}
 
 
 def coco_truth(source):
     """pycocotools' object with all annotations of a source: what detections are compared with."""
     records = [source.record(i) for i in range(len(source))]
-    sizes = [{"id": i, "height": h, "width": w} for i, (_, h, w, _) in zip(source.ids, records, strict=True)]
     objects = [entry for *_, found in records for entry in found]
+    images = [{"id": i, "height": h, "width": w} for i, (_, h, w, _) in zip(source.ids, records, strict=True)]
     coco = COCO()
-    coco.dataset = {
-        "images": sizes, "annotations": [entry | {"id": i} for i, entry in enumerate(objects, start=1)],  # 0 is no id
-        "categories": [{"id": i, "name": c} for i, c in zip(source.categories, source.classes, strict=True)]}
+    coco.dataset = {"images": images, "categories": [{"id": i} for i in source.categories],
+                    "annotations": [entry | {"id": i} for i, entry in enumerate(objects, 1)]}  # 0 means none
     with redirect_stdout(None):
         coco.createIndex()
     return coco
 
 
-# ---- transforms: (image, target) -> (image, target) ------------------------------------------------------------------
+# ---- transforms: (image, target) -> (image, target) --------------------------------------------------------
 
 
 def uniform(low, high):
@@ -245,12 +249,14 @@ def nearest(masks, size):
 
 
 def random_corner(old, new):
-    """[top, left] of a crop of the size `new`, or of all of the image where that is smaller."""
+    """[top, left] of a crop of the size `new`"""
     return [int(torch.randint(max(have - want, 0) + 1, ())) for have, want in zip(old, new, strict=True)]
 
 
-def place(x, size, fill):
-    """Pad (C, h, w) on the right and below to `size`."""
+def crop(x, corner, size, flip, fill):
+    """(C, h, w) -> (C, *size): cut out, flipped, filled up on the right and below."""
+    x = x[:, corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]]
+    x = x.flip(-1) if flip else x
     return TF.pad(x, [0, 0, size[1] - x.shape[2], size[0] - x.shape[1]], fill=fill)
 
 
@@ -267,11 +273,9 @@ def fit_short_side(image, short):
 
 
 def distort(image):
-    """mmsegmentation's photometric distortion, each part with probability 1/2: brightness (plus up to 32 of 255),
-    contrast (a factor; before or after the next two), saturation (towards grey; there in HSV), hue.
-
-    torchvision's class of this name multiplies the brightness, takes contrast around the mean, and swaps channels.
-    """
+    """mmsegmentation's photometric distortion, each part with probability 1/2: brightness (plus up to 32 of
+    255), contrast (a factor; before or after the next two), saturation (towards grey; there in HSV), hue.
+    That of torchvision multiplies the brightness, takes contrast around the mean, and swaps channels."""
     brightness, contrast, saturation, hue, first = (torch.rand(5) < 0.5).tolist()
     x = TF.to_dtype(image, torch.float32, scale=True)
     factor = uniform(0.5, 1.5) if contrast else 1.0
@@ -285,35 +289,33 @@ def distort(image):
 
 
 class SegmentationCrop:
-    """Resize to `jitter` times the short side of --img_size; crop to it so that no class has 75 % (or as the tenth try
-    has it); flip; distort the colours; fill up with the mean colour and IGNORE: BEiT's and MAE's segmentation code."""
+    """Resize to `jitter` times the short side of --img_size; crop to it so that no class has 75 % (ten
+    tries); flip; distort the colours; fill up with the mean colour and IGNORE: BEiT's and MAE's segmentation
+    code."""
 
     def __init__(self, cfg):
         self.size, self.jitter, self.mean = cfg.img_size, cfg.jitter, cfg.mean
 
     def __call__(self, image, labels):
-        (H, W), scale = self.size, uniform(*self.jitter)
-        new = [max(1, round(scale * side)) for side in fit_short_side(image, min(H, W))]
+        size, scale = self.size, uniform(*self.jitter)
+        new = [max(1, round(scale * side)) for side in fit_short_side(image, min(size))]
         image, labels = TF.resize(image, new, antialias=True), nearest(labels[None], new)
         for _ in range(10):
-            top, left = random_corner(new, self.size)
-            part = labels[:, top : top + H, left : left + W]
+            corner = top, left = random_corner(new, size)
+            part = labels[:, top : top + size[0], left : left + size[1]]
             counts = torch.bincount(part[part != IGNORE], minlength=2)
             if counts.max() < 0.75 * counts.sum():
                 break
-        image = image[:, top : top + H, left : left + W]
-        if torch.rand(()) < 0.5:
-            image, part = image.flip(-1), part.flip(-1)
-        return place(distort(image), self.size, mean_colour(image, self.mean)), place(part, self.size, IGNORE)[0]
+        flip, fill = torch.rand(()) < 0.5, mean_colour(image, self.mean)
+        image = distort(image[:, top : top + size[0], left : left + size[1]])
+        return crop(image, (0, 0), size, flip, fill), crop(labels, corner, size, flip, IGNORE)[0]
 
 
 class LargeScaleJitter:
-    """Resize to `jitter` times what just fits --img_size; crop to it where that is larger; flip; fill up with the mean
-    colour. Boxes are those of what is left of the masks; where nothing is left the object goes.
-
-    torchvision's ScaleJitter rounds sizes down and resizes masks by the older rule. Masks leave packed, eight pixels to
-    a byte, as they are most of what loader workers hand over.
-    """
+    """Resize to `jitter` times what just fits --img_size; crop to it; flip; fill up with the mean colour.
+    Boxes are those of what is left of the masks; where nothing is left the object goes. Masks leave packed,
+    eight pixels to a byte: they are most of what loader workers hand over. torchvision's ScaleJitter rounds
+    sizes down."""
 
     def __init__(self, cfg):
         self.size, self.jitter, self.mean = cfg.img_size, cfg.jitter, cfg.mean
@@ -322,21 +324,25 @@ class LargeScaleJitter:
         (H, W), (h, w) = self.size, image.shape[1:]
         scale = uniform(*self.jitter) * min(H / h, W / w)
         new = [max(1, round(scale * side)) for side in (h, w)]
-        (top, left), flip = random_corner(new, self.size), torch.rand(()) < 0.5
-
-        def cut(x, fill):
-            x = x[:, top : top + H, left : left + W]
-            return place(x.flip(-1) if flip else x, self.size, fill)
-
-        image = cut(TF.resize(image, new, antialias=True), mean_colour(image, self.mean))
-        masks = cut(nearest(target["masks"], new), 0)
-        keep = masks.flatten(1).any(1)
+        corner, flip = random_corner(new, self.size), torch.rand(()) < 0.5
+        fill = mean_colour(image, self.mean)
+        image = crop(TF.resize(image, new, antialias=True), corner, self.size, flip, fill)
+        masks = crop(nearest(target["masks"], new), corner, self.size, flip, 0)
+        keep = masks.flatten(1).bool().any(1)
         boxes = masks_to_boxes(masks[keep]) + torch.tensor([0, 0, 1, 1])
-        return image, {"boxes": boxes, "labels": target["labels"][keep], "masks": pack(masks[keep])}
+        packed = torch.from_numpy(np.packbits(masks[keep].numpy(), axis=-1))
+        return image, {"boxes": boxes, "labels": target["labels"][keep], "masks": packed}
+
+
+def unpack(masks):
+    """Masks of LargeScaleJitter (n, H, W / 8) -> (n, H, W) uint8 of 0 and 1, on their device"""
+    bits = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)
+    return (masks[..., None] >> bits & 1).flatten(2)
 
 
 class Fit:
-    """For tests. Segmentation: the image (not the label map) to the short side of --img_size; detection: nothing."""
+    """For tests. Segmentation: the image (not its label map) to the short side of --img_size; detection: as
+    it is."""
 
     def __init__(self, cfg):
         self.short = min(cfg.img_size) if cfg.task == "seg" else None
@@ -346,19 +352,8 @@ class Fit:
         return image, target
 
 
-def pack(masks):
-    """(n, H, W) of 0 and 1 -> (n, H, W / 8) uint8"""
-    return torch.from_numpy(np.packbits(masks.numpy(), axis=-1))
-
-
-def unpack(masks):
-    """Undoes `pack`, on the masks' device."""
-    bits = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)
-    return (masks[..., None] >> bits & 1).flatten(2)
-
-
 class Scenes(torch.utils.data.Dataset):
-    """common.KeyedSamples (`samples`) whose transform changes the target with the image, and flips both."""
+    """common.KeyedSamples (`samples`) whose transform changes image and target together."""
 
     def __init__(self, samples):
         self.samples = samples
@@ -366,65 +361,57 @@ class Scenes(torch.utils.data.Dataset):
     def __getitem__(self, key):
         (epoch, index), samples = key, self.samples
         image, target, bad = samples.read(index)
-        if isinstance(target, int):  # nothing could be read: the run stops before it uses this
-            size = image.shape[1:]
-            nothing = torch.full(size, IGNORE, dtype=torch.uint8)
-            target = coco_target(*size, [], []) if samples.source.det else nothing
+        if bad and isinstance(target, int):  # nothing could be read: the run stops before it uses this
+            labels = torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
+            target = coco_target(*labels.shape, [], []) if samples.source.det else labels
         torch.default_generator.manual_seed(stable_seed(samples.seed, epoch, index))
         image, target = samples.transform(image, target)
         return {"index": index, "bad": bad, "image": image, "target": target}
 
 
 def collate_scenes(samples):
-    """As `collate`; "target" is (B, H, W) for segmentation, a list for detection, where numbers of objects differ."""
+    """As `collate`; "target" is (B, H, W) for segmentation, for detection a list: numbers of objects
+    differ."""
     targets = [sample.pop("target") for sample in samples]
     return collate(samples) | {"target": targets if isinstance(targets[0], dict) else torch.stack(targets)}
 
 
-# ---- pictures: uint8 (3, SHOWN, SHOWN) -------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------------------
 
-SHOWN = 288  # pixels
+SHOWN = 288  # pixels of a side
 
 
 def colour_of(number):
-    """A colour per class: hues by the golden ratio, in three strengths, so that neighbours differ; IGNORE is black."""
-    saturation, value = ((0.4, 0.75), (1.0, 0.95), (0.6, 1.0))[number % 3]
-    colour = colorsys.hsv_to_rgb((0.6 + number * 0.618034) % 1, saturation, value * (number != IGNORE))
-    return tuple(round(255 * x) for x in colour)
+    """A colour per class: hues by the golden ratio, in three strengths, so that neighbours differ."""
+    strength = ((0.4, 0.75), (1.0, 0.95), (0.6, 1.0))[number % 3]
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb((0.6 + number * 0.618034) % 1, *strength))
 
 
-def show(image, mode=None, fill=255):
-    """(C, H, W) -> (C, SHOWN, SHOWN): resized to fit, filled up on the right and below."""
+def regions(labels, image):
+    """A label map as a target of detection for `image`: a mask per class, whose box is a point in its
+    middle."""
+    labels = nearest(labels[None], image.shape[1:])[0]
+    kinds = labels[labels != IGNORE].unique().long()
+    masks = labels == kinds[:, None, None]
+    middles = [mask.nonzero().float().mean(0).flip(0).tolist() for mask in masks]
+    boxes = torch.tensor([middle * 2 for middle in middles]).reshape(-1, 4)
+    return {"boxes": boxes, "labels": kinds + 1, "masks": masks}
+
+
+def show(image, target, classes):
+    """Image uint8 (C, H, W) -> (3, SHOWN, SHOWN), fitted in, under the masks and boxes of a target of
+    detection (or None), each with its class and, if the target has it, its score."""
     factor = SHOWN / max(image.shape[1:])
-    mode = mode or (InterpolationMode.NEAREST_EXACT if factor > 1 else InterpolationMode.BILINEAR)
     size = [max(1, round(factor * side)) for side in image.shape[1:]]
-    return place(TF.resize(image, size, mode), (SHOWN, SHOWN), fill)
-
-
-def show_labels(labels):
-    """Label map (H, W) -> a colour per class."""
-    colours = torch.tensor([colour_of(i) for i in range(IGNORE + 1)], dtype=torch.uint8)
-    return show(colours[labels.long()].permute(2, 0, 1), InterpolationMode.NEAREST_EXACT)
-
-
-def show_legend(numbers, classes):
-    """The names of these classes on their colours."""
-    boxes = torch.tensor([[0, 16 * i, SHOWN - 1, 16 * i + 14] for i in range(len(numbers))])[: SHOWN // 16]
-    numbers, page = numbers[: len(boxes)], torch.full((3, SHOWN, SHOWN), 255, dtype=torch.uint8)
-    colours = [colour_of(number) for number in numbers]
-    return draw_bounding_boxes(page, boxes, [classes[i] for i in numbers], colours, True, label_colors="black")
-
-
-def show_objects(image, target, classes):
-    """The image with masks and boxes, each with its class and, if the target has it, its score."""
-    factor, image = SHOWN / max(image.shape[1:]), show(image)
-    if not len(target["boxes"]):
-        return image
-    kinds, scores = target["labels"].tolist(), target.get("scores", torch.zeros(0)).tolist()
-    words = [classes[kind - 1] + "".join(f" {x:.2f}" for x in scores[i : i + 1]) for i, kind in enumerate(kinds)]
-    colours, masks = [colour_of(kind) for kind in kinds], target["masks"].to(torch.uint8)
-    masks = show(masks, InterpolationMode.NEAREST_EXACT, fill=0).bool()
-    for mask, colour in reversed([*zip(masks, colours, strict=True)]):  # best on top; all at once: black where two meet
-        image = draw_segmentation_masks(image, mask, alpha=0.5, colors=colour)
-    return draw_bounding_boxes(image, target["boxes"] * factor, words, colours, label_colors=["white"] * len(words),
-                               label_background_colors=["black"] * len(words), fill_labels=True)
+    image = TF.resize(image if len(image) == 3 else image[:1].expand(3, -1, -1), size, antialias=True)
+    if target and len(target["boxes"]):
+        kinds = target["labels"].tolist()
+        scores = [f" {x:.2f}" for x in target["scores"]] if "scores" in target else [""] * len(kinds)
+        words = [classes[kind - 1] + score for kind, score in zip(kinds, scores, strict=True)]
+        colours = [colour_of(kind) for kind in kinds]
+        masks = nearest(target["masks"].to(torch.uint8), size).bool()
+        for mask, colour in reversed([*zip(masks, colours, strict=True)]):  # one by one, the best on top
+            image = draw_segmentation_masks(image, mask, alpha=0.5, colors=colour)
+        image = draw_bounding_boxes(image, target["boxes"] * factor, words, colours, fill_labels=True,
+                                    label_colors="white", label_background_colors="black")
+    return crop(image, (0, 0), (SHOWN, SHOWN), False, 255)

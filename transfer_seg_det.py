@@ -1,29 +1,30 @@
-"""Segmentation and detection with a pre-trained encoder: UperNet and Mask R-CNN in torch, torchvision and pycocotools.
+"""Segmentation and detection with a pre-trained encoder: UperNet and Mask R-CNN.
 
 --task seg   a class for every pixel; mIoU, mAcc and aAcc over all held-out images
-    --head uper    UperNet (Xiao et al., ECCV 2018) with an auxiliary FCN on the third map, weight 0.4. A ViT gives
-                   the outputs of its blocks at 1/4, 1/2, 3/4 and 4/4 of the depth, at 4, 2, 1 and 1/2 times its grid
-                   (BEiT's, MAE's); other encoders give their own four maps
+    --head uper    UperNet (Xiao et al., ECCV 2018) with an auxiliary FCN on the third map, weight 0.4. A ViT
+                   gives the outputs of its blocks at 1/4, 1/2, 3/4 and 4/4 of the depth, at 4, 2, 1 and 1/2
+                   times its grid (BEiT's, MAE's); other encoders give their own four maps
     --head linear  one linear layer on a ViT's normalised last map (CIM sec. 3.2)
     --head fcn     FCN on a ResNet-50 with its last two stages dilated (CIM sec. 3.2)
 --task det   boxes and masks; AP by pycocotools
-    torchvision's Mask R-CNN on large-scale jitter, with ViTDet's heads (Li et al., ECCV 2022). A ViT's last map becomes
-    four (ViTDet's simple feature pyramid); its attention is in windows except in the last block of each quarter, and it
-    has no class token. Other encoders: an FPN on their own maps. Defaults: ViTDet's.
+    torchvision's Mask R-CNN with ViTDet's heads (Li et al., ECCV 2022) on large-scale jitter. A ViT's last
+    map becomes four (simple feature pyramid); its attention is in windows except in the last block of each
+    quarter; it has no class token. Other encoders: an FPN on their own maps. Defaults: ViTDet's.
 UperNet on ViT-B at 512 px with 150 classes has 163,286,828 parameters.
 
---weights takes encoder.pth or last.pth of any script here (of this one: its encoder), official MAE files, timm's ViTs,
-torchvision's ResNet-50, or `none`. Data: folders laid out as ADE20K or COCO, or drawn `shapes`; see docs/TRANSFER.md.
+--weights takes encoder.pth or last.pth of any script here (of this one: its encoder), official MAE files,
+timm's ViTs, torchvision's ResNet-50, or `none`. --data: see docs/TRANSFER.md.
 
-Not in the papers, our choice: no relative positions and no layer scale, which BEiT's, MAE's and ViTDet's code adds;
-positions, class token and vectors (so all of a BatchNorm) do not decay; convolutions start with torch's values; losses
-are means over the pixels that count; a ResNet's BatchNorm keeps learning in detection; detection heads have LayerNorm
-where MIMDet's have SyncBatchNorm. As in torchvision: RoIAlign without the half-pixel shift, box losses quadratic below
-1/9, test images shrunk without antialiasing. Not built: Mask2Former, Cascade Mask R-CNN, tests at several scales.
+Not in the papers, our choice: no relative positions and no layer scale, which BEiT's, MAE's and ViTDet's
+code has; positions, class token and vectors (so all of a BatchNorm) do not decay; convolutions start with
+torch's values; losses are means over the pixels that count; a ResNet's BatchNorm keeps learning in
+detection; detection heads have LayerNorm where MIMDet's have SyncBatchNorm. As in torchvision: RoIAlign
+without the half-pixel shift, box losses quadratic below 1/9, test images shrunk without antialiasing. Not
+built: Mask2Former, Cascade Mask R-CNN.
 
-    python transfer_seg_det.py --demo         on runs/mae_mff/encoder.pth: minutes on a CPU; --task det likewise
-    torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --weights encoder.pth --data ADE20K --zero_is_ignore
-    torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --task det --weights encoder.pth --data COCO
+    python transfer_seg_det.py --demo       on runs/mae_mff/encoder.pth: minutes on a CPU; --task det likewise
+    torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --weights encoder.pth --zero_is_ignore
+    torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --weights encoder.pth --task det
 """
 
 import math
@@ -43,20 +44,18 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
+from torchvision.transforms.v2.functional import to_dtype
 
 import transfer_data as data
 from common import (
     NETWORK,
     VIT_SIZES,
     Attention,
-    KeyedSamples,
     ResNet50,
     RunConfig,
     UserError,
@@ -79,7 +78,6 @@ from common import (
     training_keys,
 )
 from revcol_v2 import SIZES, RevColV2, cell_grid
-from transfer_data import IGNORE
 
 
 @dataclass
@@ -89,25 +87,25 @@ class Config(RunConfig):
     recipe: str | None = None  # a paper's settings, recipes/NAME_TASK.txt; flags next to it win
     head: Literal["uper", "linear", "fcn"] = "uper"  # segmentation: the decoder
     weights: str | None = None  # file of the encoder's weights, or none for random ones
-    model: Literal[*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES)] = "base"  # if the file names none
+    model: Literal[*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES)] = "base"  # or the file's
     patch_size: int = 16  # pixels; likewise
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up, and as many top-down, columns; likewise
     drop_path: float = 0.1  # ViT, RevColV2: stochastic depth of the last block
-    window: int = 14  # detection, ViT: side of its attention windows in patches; 0 = global attention everywhere
-    recompute: bool = False  # ViT, RevColV2: compute activations again in the backward pass: less memory, slower
-    channels: int | None = None  # width of the decoder; default: UperNet on a ViT 768, else 512; detection 256
+    window: int = 14  # detection, ViT: side of its attention windows in patches; 0 = global attention
+    recompute: bool = False  # ViT, RevColV2: compute activations again in the backward pass
+    channels: int | None = None  # width of the decoder; default: UperNet on a ViT 768, else 512; det 256
     rois: int = 512  # detection: boxes per image that the heads learn from
-    # data; from here on the defaults are those of --task seg; those of det: DEFAULTS
-    data: str = "data/ade20k"  # folder laid out as ADE20K (seg) or COCO (det), see docs/TRANSFER.md, or shapes
-    img_size: tuple[int, int] = (512, 512)  # pixels of a training crop, H or H,W; det: one number, images fit in
+    # data; from here on the defaults are those of --task seg, and det has its own in DEFAULTS
+    data: str = "data/ade20k"  # folder laid out as ADE20K (seg) or COCO (det), or shapes
+    img_size: tuple[int, int] = (512, 512)  # pixels of a training crop, H or H,W; detection: one number
     jitter: tuple[float, float] = (0.5, 2.0)  # range of scales in training
     zero_is_ignore: bool = False  # label maps: 0 is no class, 1 the first (ADE20K)
     # optimisation
     iters: int | None = None  # updates
     epochs: float | None = None  # passes over the data, in place of --iters
     batch_size: int = 16  # images per update, over all processes
-    micro_batch: int | None = None  # images per forward pass of one process; default: the largest that divides, <= 256
+    micro_batch: int | None = None  # images per forward pass of one process; default: the largest <= 256
     optimizer: Literal["adamw", "sgd"] = "adamw"  # AdamW, or SGD with momentum
     lr: float = 1e-4  # peak learning rate, whatever the batch
     min_lr: float = 0.0  # where the schedule ends (poly, cosine)
@@ -119,7 +117,7 @@ class Config(RunConfig):
     layer_decay: float = 0.65  # ViT, RevColV2: learning rate of a block = that of the next one times this
     clip_grad: float = 0.0  # largest gradient norm; 0 = no clipping
     # evaluation
-    inference: Literal["slide", "whole"] = "slide"  # segmentation: windows of --img_size, or the whole image at once
+    inference: Literal["slide", "whole"] = "slide"  # segmentation: windows of --img_size, or the whole image
     eval_every: int = 16_000  # updates between evaluations (and at the end)
     pictures: int = 8  # held-out images drawn at each evaluation; 0 = none
 
@@ -129,90 +127,90 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        resnet, vit, (H, W) = self.model == "resnet50", self.model in VIT_SIZES, self.img_size
-        if min(self.warmup_iters, self.window) < 0:
-            raise ValueError("--warmup_iters and --window must not be negative")
-        if self.weights is None and not self.check_data:
-            raise ValueError("--weights FILE is needed; --weights none is the baseline with random weights")
-        if self.task == "seg":
-            self.channels = self.channels or (768 if vit and self.head == "uper" else 512)
-            if self.head == "fcn" and not resnet or self.head == "linear" and not vit:
-                raise ValueError(f"--head {self.head} is not for {self.model}: linear is for ViTs, fcn for resnet50")
-        else:
-            self.channels = self.channels or 256
-            if self.head != "uper" or self.compile:
-                raise ValueError("--head and --compile are for --task seg")
-            if H != W or H % 32:
-                raise ValueError(f"--img_size {H},{W}: --task det wants one number, a multiple of 32")
-            if not resnet and self.patch_size not in (4, 8, 16, 32):
-                raise ValueError(f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}")
-        if resnet:
-            if self.layer_decay != 1 or self.drop_path or self.recompute:
-                raise ValueError("--layer_decay, --drop_path and --recompute are for ViTs and RevColV2")
-        elif min((patch_grid if vit else cell_grid)(self.img_size, self.patch_size)) < 2:  # ValueError if it does not fit
+        (H, W), seg = self.img_size, self.task == "seg"
+        vit, resnet = self.model in VIT_SIZES, self.model == "resnet50"
+        default = 256 if not seg else 768 if vit and self.head == "uper" else 512
+        self.channels = self.channels or default
+        fits = {"uper": True, "linear": vit, "fcn": resnet}[self.head]
+        errors = {
+            "--warmup_iters and --window must not be negative": min(self.warmup_iters, self.window) < 0,
+            "--weights FILE is needed; none is the baseline with random weights":
+                self.weights is None and not self.check_data,
+            f"--head {self.head} is not for {self.model}: linear is for ViTs, fcn for resnet50":
+                seg and not fits,
+            "--head and --compile are for --task seg": not seg and (self.head != "uper" or self.compile),
+            f"--img_size {H},{W}: --task det wants one number, a multiple of 32":
+                not seg and (H != W or H % 32 > 0),
+            f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}":
+                not seg and not resnet and self.patch_size not in (4, 8, 16, 32),
+            "--layer_decay, --drop_path and --recompute are for ViTs and RevColV2":
+                resnet and (self.layer_decay != 1 or self.drop_path > 0 or self.recompute),
+        }
+        for message, wrong in errors.items():
+            if wrong:
+                raise ValueError(message)
+        if not resnet and min((patch_grid if vit else cell_grid)(self.img_size, self.patch_size)) < 2:
             raise ValueError(f"--img_size is one --patch_size of {self.patch_size}: at least two are needed")
 
 
 DEFAULTS = {
-    "seg": {"out": "runs/transfer_seg", "iters": 160_000},  # with those of Config: MAE's for UperNet
-    "det": {"out": "runs/transfer_det", "data": "data/coco", "img_size": (1024, 1024), "jitter": (0.1, 2.0),  # ViTDet's
+    "seg": {"out": "runs/transfer_seg", "iters": 160_000},  # and those of Config: MAE's for UperNet
+    "det": {"out": "runs/transfer_det", "data": "data/coco", "img_size": (1024, 1024), "jitter": (0.1, 2.0),
             "epochs": 100.0, "batch_size": 64, "schedule": "step", "warmup_iters": 250, "weight_decay": 0.1,
-            "layer_decay": 0.7, "eval_every": 10_000},
+            "layer_decay": 0.7, "eval_every": 10_000},  # ViTDet's
 }
-SMALL = {"data": "shapes", "model": "nano", "patch_size": 4, "layer_decay": 0.75, "warmup_iters": 50, "log_every": 50}
+SMALL = {"data": "shapes", "model": "nano", "patch_size": 4, "layer_decay": 0.75, "warmup_iters": 50,
+         "log_every": 50, "weights": "runs/mae_mff/encoder.pth"}  # which `python mae_mff.py --demo` leaves
 DEMO = {
     "seg": SMALL | {"img_size": (32, 32), "channels": 64, "iters": 600, "batch_size": 32, "lr": 2e-3,
                     "eval_every": 300},
-    "det": SMALL | {"img_size": (64, 64), "channels": 32, "iters": 400, "epochs": None, "batch_size": 8, "lr": 1e-3,
-                    "eval_every": 200, "window": 8, "jitter": (0.5, 1.5), "rois": 32},
+    "det": SMALL | {"img_size": (64, 64), "channels": 32, "iters": 400, "epochs": None, "batch_size": 8,
+                    "lr": 1e-3, "eval_every": 200, "window": 8, "jitter": (0.5, 1.5), "rois": 32},
 }
-DEMO_WEIGHTS = "runs/mae_mff/encoder.pth"  # what `python mae_mff.py --demo` leaves
 
 
 def presets(flags):
     """Defaults by --task, --recipe and --demo, then by what the file of weights says of its network."""
     values = dict(DEFAULTS[flags.task])
     if flags.recipe:
-        values |= read_recipe(Config, f"{flags.recipe.removesuffix(f'_{flags.task}')}_{flags.task}")
+        values |= read_recipe(Config, f"{flags.recipe}_{flags.task}")
+    if flags.demo:
+        values |= DEMO[flags.task]
     if flags.iters and flags.epochs:
         raise UserError(f"--iters {flags.iters} and --epochs {flags.epochs}: give one of them")
-    if flags.demo:
-        values |= DEMO[flags.task] | {"weights": DEMO_WEIGHTS}
     weights = flags.weights or values.get("weights", "none")
     if weights != "none":
         try:
             meta = network_of(read_file(weights))
         except UserError as error:
-            hint = ": python mae_mff.py --demo makes it; or --weights none" if weights == DEMO_WEIGHTS else ""
-            raise UserError(f"{error}{hint}") from None
+            hint = ": python mae_mff.py --demo makes it; or --weights none"
+            raise UserError(f"{error}{hint if weights == SMALL['weights'] else ''}") from None
         values |= {name: meta[name] for name in NETWORK if name in meta}
     if "resnet50" in (flags.model, values.get("model")):
         values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values | ({"epochs": None} if flags.iters else {"iters": None} if flags.epochs else {})
 
 
-# ---- encoders --------------------------------------------------------------------------------------------------------
-# Each has: forward(images (B, C, H, W)) -> its maps, finest first; channels and strides, one per map; layer_id(name) for
-# layer-wise decay; unused_names: first letters of names in a file of weights that it has no use for.
+# ---- encoders ----------------------------------------------------------------------------------------------
+# Each has: forward(images (B, C, H, W)) -> its maps, finest first; channels and strides, one per map;
+# layer_id(name) for layer-wise decay; unused_names: first parts of names of weights that it has no use for.
 
 
 class ViTEncoder(ViT):
-    """A ViT for images of any size that its patches tile. UperNet takes four of its maps (not normalised), others one."""
+    """A ViT for images of any size that its patches tile. UperNet takes four of its maps, not normalised."""
 
     def __init__(self, cfg):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path)
-        det, self.recompute = cfg.task == "det", cfg.recompute
+        det, self.recompute, self.unused_names = cfg.task == "det", cfg.recompute, []
         quarters = [self.depth * i // 4 for i in (1, 2, 3, 4)]  # numbers of blocks, from 1
-        self.taps = quarters if not det and cfg.head == "uper" else quarters[-1:]
-        if det and cfg.window:
-            for number, block in enumerate(self.blocks, start=1):
-                if number not in quarters:
-                    block.attn = WindowAttention(self.embed_dim, block.attn.num_heads, self.grid, cfg.window)
+        self.taps = quarters if cfg.head == "uper" and not det else quarters[-1:]
         self.channels, self.strides = [self.embed_dim] * len(self.taps), [self.patch_size] * len(self.taps)
+        for number, block in enumerate(self.blocks, start=1):
+            if det and cfg.window and number not in quarters:
+                block.attn = WindowAttention(self.embed_dim, block.attn.num_heads, self.grid, cfg.window)
         self.init_weights()
         self.pos_embed.requires_grad_()
-        self.unused_names = []
-        if cfg.head == "uper":  # as in detection
+        if cfg.head == "uper":  # which is the default in detection, too
             self.norm, self.unused_names = nn.Identity(), ["norm."]
         if det:
             self.cls_token, self.unused_names = None, ["norm.", "cls_token"]
@@ -231,35 +229,24 @@ class ViTEncoder(ViT):
         return maps
 
 
-def to_windows(x, grid, side):
-    """(B, h*w, D) -> (B * windows, side*side, D), filled up with zeros on the right and below"""
-    h, w = grid
-    x = F.pad(x.unflatten(1, grid), (0, 0, 0, -w % side, 0, -h % side))
-    x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # B, rows, side, columns, side, D
-    return x.transpose(2, 3).reshape(-1, side * side, x.shape[-1])
-
-
-def from_windows(x, grid, side):
-    """Undoes `to_windows`."""
-    h, w = grid
-    x = x.reshape(-1, math.ceil(h / side), math.ceil(w / side), side, side, x.shape[-1])
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)
-
-
 class WindowAttention(Attention):
-    """Attention inside windows of side x side patches; no class token. Parameters and names are those of `Attention`."""
+    """Attention inside windows of side x side patches of a grid, without class token."""
 
     def __init__(self, dim, num_heads, grid, side):
         super().__init__(dim, num_heads)
         self.grid, self.side = grid, side
 
-    def forward(self, x):
-        return from_windows(super().forward(to_windows(x, self.grid, self.side)), self.grid, self.side)
+    def forward(self, x):  # (B, h*w, D)
+        (h, w), side, D = self.grid, self.side, x.shape[-1]
+        x = F.pad(x.unflatten(1, (h, w)), (0, 0, 0, -w % side, 0, -h % side))  # zeros on the right and below
+        x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)  # B, rows, columns, s, s, D
+        x = super().forward(x.reshape(-1, side * side, D)).view(x.shape)
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)
 
 
 class ResNetEncoder(ResNet50):
-    """The ends of the four stages. FCN: the last two stay on the second one's grid, with dilations 2 and 4 (the first
-    block of each: 1 and 2, mmsegmentation's "contracted" dilation)."""
+    """The ends of the four stages. FCN: the last two stay on the second one's grid, with dilations 2 and 4
+    (the first block of each: 1 and 2, mmsegmentation's "contracted" dilation)."""
 
     unused_names = ()
 
@@ -299,11 +286,11 @@ class RevColEncoder(RevColV2):
 
 
 def make_encoder(cfg):
-    kind = ViTEncoder if cfg.model in VIT_SIZES else ResNetEncoder if cfg.model == "resnet50" else RevColEncoder
-    return kind(cfg)
+    kinds = {"resnet50": ResNetEncoder, "revcol": RevColEncoder}
+    return kinds.get(cfg.model.split("_")[0], ViTEncoder)(cfg)
 
 
-# ---- segmentation ----------------------------------------------------------------------------------------------------
+# ---- segmentation ------------------------------------------------------------------------------------------
 
 
 def resize(x, size):
@@ -338,7 +325,8 @@ class UperHead(nn.Module):
         super().__init__()
         *finer, top = channels
         conv = Conv2dNormActivation  # with BatchNorm and ReLU, same size
-        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(top, width, 1)) for n in (1, 2, 3, 6))
+        pools = (nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(top, width, 1)) for n in (1, 2, 3, 6))
+        self.pools = nn.ModuleList(pools)
         self.bottleneck = conv(top + 4 * width, width, 3)
         self.laterals = nn.ModuleList(conv(c, width, 1) for c in finer)
         self.smooth = nn.ModuleList(conv(width, width, 3) for _ in finer)
@@ -362,8 +350,9 @@ class FCNHead(nn.Module):
 
     def __init__(self, inputs, width, classes, depth=1, joined=False):
         super().__init__()
-        self.convs = nn.Sequential(*(Conv2dNormActivation(width if i else inputs, width, 3) for i in range(depth)))
-        self.join = Conv2dNormActivation(inputs + width, width, 3) if joined else None
+        conv = Conv2dNormActivation
+        self.convs = nn.Sequential(*(conv(width if i else inputs, width, 3) for i in range(depth)))
+        self.join = conv(inputs + width, width, 3) if joined else None
         self.classify = classifier(width, classes)
 
     def forward(self, x):
@@ -386,7 +375,8 @@ class Segmenter(nn.Module):
         self.auxiliary = FCNHead(channels[2], 256, classes) if cfg.head != "linear" else None
 
     def scores(self, images):
-        """(B, C, H, W) -> [class scores (B, classes, h, w) float32]: the head's, in training the auxiliary one's too"""
+        """(B, C, H, W) -> [scores (B, classes, h, w) float32]: the head's, and in training the auxiliary
+        one's"""
         maps = self.neck(self.encoder(images))
         scores = [self.head(maps if self.cfg.head == "uper" else maps[-1])]
         if self.auxiliary and self.training:
@@ -394,25 +384,26 @@ class Segmenter(nn.Module):
         return [x.float() for x in scores]
 
     def forward(self, images, labels):
-        """images (B, C, H, W), labels (B, H, W) int64 -> loss, {name: detached}: cross-entropy, mean over the pixels
-        that count; the auxiliary head's with weight 0.4"""
-        counts, size = (labels != IGNORE).sum().clamp(min=1), labels.shape[1:]
-        losses = [F.cross_entropy(resize(x, size), labels, ignore_index=IGNORE, reduction="sum") / counts
+        """images (B, C, H, W), labels (B, H, W) int64 -> loss, {name: detached}: cross-entropy, mean over the
+        pixels that count; the auxiliary head's with weight 0.4"""
+        counts, size = (labels != data.IGNORE).sum().clamp(min=1), labels.shape[1:]
+        losses = [F.cross_entropy(resize(x, size), labels, ignore_index=data.IGNORE, reduction="sum") / counts
                   for x in self.scores(images)]
         loss = losses[0] + 0.4 * sum(losses[1:])
         terms = zip(("loss", "main_head", "auxiliary_head"), (loss, *losses), strict=False)
         return loss, {name: x.detach() for name, x in terms}
 
     def predict(self, images):
-        """(1, C, H, W) -> class scores (classes, H, W): of the whole, or the mean over windows of --img_size. What is
-        smaller than a window, or no multiple of the patch, is filled up on the right and below with the mean colour, 0.
-        """
+        """(1, C, H, W) -> class scores (classes, H, W): of the whole, or the mean over windows of
+        --img_size. What is smaller than a window, or no multiple of the patch, is filled up on the right and
+        below with 0."""
         cfg, (H, W) = self.cfg, images.shape[2:]
         unit = cfg.patch_size if cfg.model != "resnet50" else 1
         whole = [max(2, math.ceil(side / unit)) * unit for side in (H, W)]
         h, w = cfg.img_size if cfg.inference == "slide" else whole
         images = F.pad(images[0], (0, max(w - W, 0), 0, max(h - H, 0)))
-        corners = [(y, x) for y in window_starts(images.shape[1], h) for x in window_starts(images.shape[2], w)]
+        starts = [window_starts(length, side) for length, side in zip(images.shape[1:], (h, w), strict=True)]
+        corners = [(y, x) for y in starts[0] for x in starts[1]]
         parts = self.scores(torch.stack([images[:, y : y + h, x : x + w] for y, x in corners]))[0]
         total, count = parts.new_zeros(parts.shape[1], *images.shape[1:]), parts.new_zeros(images.shape[1:])
         for (y, x), part in zip(corners, resize(parts, (h, w)), strict=True):
@@ -422,18 +413,19 @@ class Segmenter(nn.Module):
 
 
 def window_starts(length, side):
-    """First pixels of windows of `side` that cover `length`: every two thirds of a side, the last at the border."""
+    """First pixels of windows that cover `length`: every two thirds of a side, the last at the border."""
     return sorted({min(start, max(length - side, 0)) for start in range(0, length, max(1, side * 2 // 3))})
 
 
 def confusion(prediction, labels, classes):
-    """(classes, classes) int64: how many pixels of class i (row) were predicted as j; IGNORE does not count."""
-    counts = labels != IGNORE
-    return torch.bincount(labels[counts] * classes + prediction[counts], minlength=classes**2).view(classes, classes)
+    """(classes, classes) int64: how many pixels of class i (row) are predicted as j, without IGNORE."""
+    counts = labels != data.IGNORE
+    pairs = labels[counts].long() * classes + prediction[counts]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def seg_scores(matrix, classes):
-    """Per cent: mIoU over the classes in labels or predictions, mAcc over those in labels, aAcc over pixels; each IoU."""
+    """Per cent: mIoU over classes in labels or predictions, mAcc over those in labels, aAcc over pixels."""
     matrix = matrix.double()
     hit, truth, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
     iou, accuracy = 100 * hit / (truth + predicted - hit), 100 * hit / truth  # nan where there is nothing
@@ -442,11 +434,11 @@ def seg_scores(matrix, classes):
     return {f"eval/{name}": x.item() for name, x in scores.items()}
 
 
-# ---- detection -------------------------------------------------------------------------------------------------------
+# ---- detection ---------------------------------------------------------------------------------------------
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's: {"0": map (B, D, h, w)} -> {name: map} at 4, 2, 1 and 1/2 times its grid, `width` channels each."""
+    """ViTDet's: {"0": map (B, D, h, w)} -> {name: map} at 4, 2, 1 and 1/2 times its grid, `width` wide."""
 
     def __init__(self, D, width):
         super().__init__()
@@ -464,7 +456,7 @@ class SimplePyramid(nn.Module):
 
 
 class Backbone(nn.Module):
-    """images -> {name: map}, finest first, and a coarser one for the proposals alone: as torchvision's detectors want it."""
+    """images -> {name: map}, finest first, and a coarser one for the proposals alone (torchvision's form)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -478,14 +470,14 @@ class Backbone(nn.Module):
 
     def forward(self, images):
         maps = self.pyramid(OrderedDict((str(i), x) for i, x in enumerate(self.encoder(images))))
-        maps = OrderedDict((name, x.float()) for name, x in maps.items())  # torchvision's RoIAlign wants one precision
+        maps = OrderedDict((name, x.float()) for name, x in maps.items())  # RoIAlign wants one precision
         maps["pool"] = F.max_pool2d(maps["3"], 1, stride=2)
         return maps
 
 
 def roi_align(side, strides):
-    """torchvision's pooling of boxes from maps of these strides, which it would otherwise infer from the first image that
-    it meets, and wrongly if that one was filled up."""
+    """torchvision's pooling of boxes from maps of these strides. Left alone, it infers them from the first
+    image that it meets, and wrongly if that one was filled up."""
     pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], side, 2)
     pool.scales = [1 / stride for stride in strides]
     levels = [round(math.log2(stride)) for stride in (strides[0], strides[-1])]
@@ -494,23 +486,26 @@ def roi_align(side, strides):
 
 
 def in_float32(output):
-    """A tensor, or tensors in lists: in half precision torchvision would round boxes to whole pixels and more."""
+    """A tensor, or tensors in lists: in half precision torchvision would round boxes to pixels and more."""
     return output.float() if isinstance(output, torch.Tensor) else type(output)(in_float32(x) for x in output)
 
 
 class Detector(nn.Module):
-    """torchvision's Mask R-CNN with ViTDet's heads (proposals: two convolutions; boxes: four and a linear layer; masks:
-    four; LayerNorm). It resizes images to fit --img_size, and fills them up to that square with the mean colour."""
+    """torchvision's Mask R-CNN with ViTDet's heads (proposals: two convolutions; boxes: four and a linear
+    layer; masks: four; LayerNorm). It resizes images to fit --img_size, and fills them up to that square
+    with 0."""
 
     def __init__(self, cfg, classes):
         super().__init__()
         backbone, width, side = Backbone(cfg), cfg.channels, cfg.img_size[0]
-        sizes = [(8 * stride,) for stride in (*backbone.strides, 2 * backbone.strides[-1])]  # 32 to 512 px on 4 to 64
+        strides = (*backbone.strides, 2 * backbone.strides[-1])
+        anchors = AnchorGenerator(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * 5)
         self.model = MaskRCNN(
-            backbone, min_size=side, max_size=side, size_divisible=side, _skip_resize=True,  # training crops have the size
-            image_mean=[0.0] * cfg.in_chans, image_std=[1.0] * cfg.in_chans,  # Normalize has done it
-            rpn_anchor_generator=AnchorGenerator(tuple(sizes), ((0.5, 1.0, 2.0),) * 5),
-            rpn_head=RPNHead(width, 3, conv_depth=2), rpn_post_nms_top_n_train=1000, box_batch_size_per_image=cfg.rois,
+            backbone, min_size=side, max_size=side, size_divisible=side,
+            _skip_resize=True,  # in training: crops have the size
+            image_mean=[0.0] * cfg.in_chans, image_std=[1.0] * cfg.in_chans,  # run.normalize has done it
+            rpn_anchor_generator=anchors, rpn_head=RPNHead(width, 3, conv_depth=2),
+            rpn_post_nms_top_n_train=1000, box_batch_size_per_image=cfg.rois,
             box_roi_pool=roi_align(7, backbone.strides), mask_roi_pool=roi_align(14, backbone.strides),
             box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer=LayerNorm2d),
             mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=LayerNorm2d),
@@ -525,14 +520,14 @@ class Detector(nn.Module):
         return self.model.backbone.encoder
 
     def forward(self, images, targets):
-        """images (B, C, S, S), targets: [{"boxes" (n, 4), "labels" (n,), "masks" (n, S, S)}] -> loss, {name: detached}:
-        the sum of torchvision's five, means over the batch's sampled boxes (masks: over pixels of the positive ones)"""
+        """images (B, C, S, S), targets: [{"boxes" (n, 4), "labels" (n,), "masks" (n, S, S)}] -> loss, {name:
+        detached}: the sum of torchvision's five, means over the batch's sampled boxes (masks: over pixels)"""
         terms = self.model(list(images), targets)
-        loss = sum(terms.values())
-        return loss, {name.removeprefix("loss_"): value.detach() for name, value in {"loss": loss, **terms}.items()}
+        terms = {"loss": sum(terms.values()), **terms}
+        return terms["loss"], {name.removeprefix("loss_"): value.detach() for name, value in terms.items()}
 
     def predict(self, images):
-        """(1, C, H, W) -> {"boxes", "labels" from 1, "scores", "masks" (n, 1, H, W) in [0, 1]}, in the image's pixels"""
+        """(1, C, H, W) -> {"boxes" in the image's pixels, "labels" from 1, "scores", "masks" (n, 1, H, W)}"""
         return self.model(list(images))[0]
 
 
@@ -546,8 +541,8 @@ def coco_results(image_id, output, categories):
 
 
 def average_precision(truth, results, image_ids):
-    """Per cent, by pycocotools: AP over the overlaps 0.5 to 0.95, and AP at 0.5, of boxes and of masks in the images
-    given. No results: 0."""
+    """Per cent, by pycocotools: AP over the overlaps 0.5 to 0.95, and AP at 0.5, of boxes and of masks in
+    these images. No results: 0."""
     scores = {}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         stats = [0.0, 0.0]
@@ -564,24 +559,21 @@ def average_precision(truth, results, image_ids):
     return scores
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def evaluate(model, source, truth, run):
-    """Scores over all of `source`, every image once over all processes; an image that cannot be read does not count.
-    {} on all processes but the first."""
-    classes, results, seen = len(source.classes), [], []
-    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
-    samples = data.Scenes(run.samples(source, data.Fit(run.cfg)))
+def evaluate(model, samples, truth, run):
+    """Scores over all held-out images, each once over all processes; what cannot be read does not count. {}
+    on all processes but the first. truth: coco_truth's, for detection."""
+    source, seen, results = samples.samples.source, [], []
+    matrix = torch.zeros(len(source.classes), len(source.classes), dtype=torch.int64, device=run.device)
     for batch in run.load_batches(samples, eval_keys(len(source), run, batch=1), data.collate_scenes):
         if batch["bad"]:
             continue
-        with run.autocast():
-            output = model.predict(run.normalize(batch["image"]))
+        output = predict(model, batch, run)
         if run.cfg.task == "seg":
-            labels = batch["target"][0].to(run.device).long()
-            matrix += confusion(resize(output[None], labels.shape)[0].argmax(0), labels, classes)
+            matrix += confusion(output, batch["target"][0].to(run.device), len(source.classes))
         else:
             seen.append(source.ids[batch["index"].item()])
             results += coco_results(seen[-1], output, source.categories)
@@ -599,37 +591,36 @@ def evaluate(model, source, truth, run):
     return {name: round(value, 3) for name, value in scores.items()}
 
 
+def predict(model, batch, run):
+    """A batch of one test image -> its label map or dict of detections, in the image's pixels."""
+    with run.autocast():
+        output = model.predict(run.normalize(batch["image"]))
+    return output if run.cfg.task == "det" else resize(output[None], batch["target"].shape[1:])[0].argmax(0)
+
+
 @torch.inference_mode()
-def save_pictures(path, model, source, run):
+def save_pictures(path, model, samples, run):
     """PNG: image, truth and prediction of --pictures held-out images, evenly spaced, the same every time."""
-    samples = data.Scenes(KeyedSamples(source, data.Fit(run.cfg), run.cfg.seed, len(source)))
-    rows, n = [], min(run.cfg.pictures, len(source))
+    source, rows = samples.samples.source, []
+    n = min(run.cfg.pictures, len(source))
     for i in range(n):
         batch = data.collate_scenes([samples[0, i * len(source) // n]])
-        images, truth = run.normalize(batch["image"]), batch["target"][0]
-        with run.autocast():
-            output = model.predict(images)
-        image = (255 * run.normalize.undo(images)).round().to(torch.uint8)[0].cpu()
-        image = image if len(image) == 3 else image[:1].expand(3, -1, -1)
+        image, truth = to_dtype(batch["image"][0], torch.uint8, scale=True), batch["target"][0]
+        found = predict(model, batch, run)
         if run.cfg.task == "seg":
-            predicted = resize(output[None], truth.shape)[0].argmax(0).cpu()
-            numbers = torch.cat([truth.flatten(), predicted.flatten()]).unique().tolist()
-            legend = data.show_legend([number for number in numbers if number != IGNORE], source.classes)
-            rows.append([data.show(image), data.show_labels(truth), data.show_labels(predicted), legend])
+            truth, found = data.regions(truth, image), data.regions(found.cpu(), image)
         else:
-            found = {name: value[output["scores"] > 0.5].cpu() for name, value in output.items()}
+            found = {name: value[found["scores"] > 0.5].cpu() for name, value in found.items()}
             found["masks"] = found["masks"][:, 0] > 0.5
-            shown = [data.show_objects(image, target, source.classes) for target in (truth, found)]
-            rows.append([data.show(image), *shown])
-    rows = [[image / 255 for image in row] for row in rows]
-    save_image_grid(path, rows, ["image", "truth", "prediction", "classes"][: len(rows[0])], f"step {run.step}")
+        rows.append([data.show(image, target, source.classes) / 255 for target in (None, truth, found)])
+    save_image_grid(path, rows, ["image", "truth", "prediction"], f"step {run.step}")
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def learning_rate(step, cfg, steps):
-    """Of the update after `step` of `steps`: the schedule's value times the warm-up's, which begins near 0."""
+    """Of the update after `step` of `steps`: the schedule's value times the warm-up's."""
     done = step / steps
     if cfg.schedule == "step":
         lr = cfg.lr * 0.1 ** ((done >= 8 / 9) + (done >= 26 / 27))
@@ -643,15 +634,16 @@ def learning_rate(step, cfg, steps):
 def make_optimizer(model, cfg):
     """With layer-wise decay inside the encoder; the decoder learns at the full rate."""
 
-    def layer_id(name):  # a name outside the encoder counts as after its last block
+    def layer_id(name):  # what is outside of the encoder counts as after its last block
         return model.encoder.layer_id(name.split("encoder.", 1)[-1])
 
     groups = parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token"), layer_id, cfg.layer_decay)
-    return adamw(groups, cfg.betas) if cfg.optimizer == "adamw" else torch.optim.SGD(groups, 0.0, cfg.betas[0])
+    sgd = cfg.optimizer == "sgd"
+    return torch.optim.SGD(groups, 0.0, cfg.betas[0]) if sgd else adamw(groups, cfg.betas)
 
 
 def training_batches(source, run):
-    """(images, labels or list of targets) on the device, sample numbers"""
+    """(images, label maps or list of targets) on the device, sample numbers"""
     transform = (data.SegmentationCrop if run.cfg.task == "seg" else data.LargeScaleJitter)(run.cfg)
     samples = data.Scenes(run.samples(source, transform))
     for batch in run.load_batches(samples, training_keys(run), data.collate_scenes):
@@ -665,7 +657,7 @@ def training_batches(source, run):
 
 
 def train_step(model, batches, optimizer, scaler, run):
-    """One update of run.accum_steps micro-batches; returns the loss's terms, means over the update, as floats."""
+    """One update of run.accum_steps micro-batches; returns the loss's terms, means over it, as floats."""
     optimizer.zero_grad(set_to_none=True)
     restore_statistics = remember_statistics(model)
     total = {}
@@ -680,7 +672,7 @@ def train_step(model, batches, optimizer, scaler, run):
     if finite:
         scaler.step(optimizer)
     else:
-        restore_statistics()  # of BatchNorm, which have met what was not finite
+        restore_statistics()
     scaler.update()
     return terms
 
@@ -689,43 +681,37 @@ def open_both(cfg):
     """Training and held-out images; UserError if their classes differ."""
     source, held_out = data.open_scenes(cfg, "train"), data.open_scenes(cfg, "val")
     if held_out.classes != source.classes:
-        raise UserError(f"--data {cfg.data}: the categories of the two annotation files differ ({len(source.classes)} "
-                        f"training, {len(held_out.classes)} held out): write the same list into both")
+        raise UserError(f"--data {cfg.data}: the categories of the two annotation files differ")
     return source, held_out
 
 
-def build(cfg, classes, run):
-    """The model with the encoder's weights."""
-    micro_batch, _ = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)
-    together = run.world_size if run.cuda else 1  # whose images SyncBatchNorm averages over
-    if cfg.task == "seg" and cfg.head == "uper" and micro_batch * together < 2:
-        raise UserError("UperNet pools to one pixel, whose BatchNorm needs two images per forward pass: raise --batch_size "
-                        "or --micro_batch")
+def train(cfg, run):
+    source, held_out = open_both(cfg)
+    classes = source.classes
+    truth = data.coco_truth(held_out) if cfg.task == "det" and run.is_main else None
+    together = run.world_size if run.cuda else 1  # the processes whose images SyncBatchNorm averages over
+    images = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] * together
+    if cfg.task == "seg" and cfg.head == "uper" and images < 2:
+        raise UserError("UperNet pools to one pixel, whose BatchNorm needs two images per forward pass: "
+                        "raise --batch_size or --micro_batch")
     torch.manual_seed(cfg.seed)
-    model = (Segmenter if cfg.task == "seg" else Detector)(cfg, classes)
+    model = (Segmenter if cfg.task == "seg" else Detector)(cfg, len(classes))
     if cfg.weights != "none":
         content = read_file(cfg.weights)
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
         others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", *model.encoder.unused_names)
         load_weights(model.encoder, cfg.weights, ignore=others, prefix=prefix, content=content)
-    return model
-
-
-def train(cfg, run):
-    source, held_out = open_both(cfg)
-    truth = data.coco_truth(held_out) if cfg.task == "det" and run.is_main else None
-    model = build(cfg, len(source.classes), run)
     run.start(len(source), f"lr {cfg.lr:.3g}", cfg.iters)
-    if run.world_size > 1 and run.cuda:
+    if run.cuda and run.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = run.prepare(model)
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
-    names = source.classes
-    run.inputs = {"list of classes": f"{len(names)} names, checksum {zlib.crc32(repr(names).encode()):08x}"}
+    checksum = zlib.crc32(repr(classes).encode())
+    run.inputs = {"list of classes": f"{len(classes)} names, checksum {checksum:08x}"}
     run.load(model=model, optimizer=optimizer, scaler=scaler)
-    batches = training_batches(source, run)
-    meta = {"task": cfg.task, "head": cfg.head, "classes": list(names)}
+    batches, samples = training_batches(source, run), data.Scenes(run.samples(held_out, data.Fit(cfg)))
+    meta = {"task": cfg.task, "head": cfg.head, "classes": list(classes)}
 
     model.train()
     while run.step < run.steps and not run.stopping:
@@ -733,22 +719,22 @@ def train(cfg, run):
         set_lr(optimizer, lr)
         terms = train_step(ddp, batches, optimizer, scaler, run)
         run.end_update(terms, lr)
-        late = time.monotonic() - run.last_save > 60 * cfg.save_minutes
-        due = run.step % cfg.eval_every == 0 or run.step == run.steps
-        if due and run.stopping:
-            run.save(**meta)  # first: a whole evaluation may take more time than is left
-        if due:
+        save_due = run.stopping or time.monotonic() - run.last_save > 60 * cfg.save_minutes
+        if run.step % cfg.eval_every == 0 or run.step == run.steps:
+            if run.stopping:
+                run.save(**meta)  # a whole evaluation may take more time than is left
             model.eval()
             run.share_statistics(model)
-            scores = evaluate(model, held_out, truth, run)
+            scores = evaluate(model, samples, truth, run)
             if run.is_main:
                 run.log({"step": run.step, "epoch": run.epoch, **scores})
-                print0(f"step {run.step}, {len(held_out)} held-out images: " + ", ".join(
-                    f"{name[5:]} {value:.2f}" for name, value in scores.items() if name.count("/") == 1))
+                means = ", ".join(f"{k[5:]} {v:.2f}" for k, v in scores.items() if k.count("/") == 1)
+                print0(f"step {run.step}, {len(held_out)} held-out images: {means}")
                 if cfg.pictures:
-                    save_pictures(run.out / f"pictures/step_{run.step:07}.png", model, held_out, run)
+                    save_pictures(run.out / f"pictures/step_{run.step:07}.png", model, samples, run)
             model.train()
-        if due or late or run.stopping:
+            save_due = True
+        if save_due:
             run.save(**meta)
     if run.step == run.steps:
         run.export("model.pth", model.state_dict(), run.meta(**meta))
