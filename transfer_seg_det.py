@@ -159,32 +159,23 @@ DEFAULTS = {
             "epochs": 100.0, "batch_size": 64, "schedule": "step", "warmup_iters": 250, "weight_decay": 0.1,
             "layer_decay": 0.7, "eval_every": 10_000},  # ViTDet's
 }
-SMALL = {"data": "shapes", "model": "nano", "patch_size": 4, "layer_decay": 0.75, "warmup_iters": 50,
-         "log_every": 50, "weights": "runs/mae_mff/encoder.pth"}  # which `python mae_mff.py --demo` leaves
-DEMO = {
-    "seg": SMALL | {"img_size": (32, 32), "channels": 64, "iters": 600, "batch_size": 32, "lr": 2e-3,
-                    "eval_every": 300},
-    "det": SMALL | {"img_size": (64, 64), "channels": 32, "iters": 400, "epochs": None, "batch_size": 8,
-                    "lr": 1e-3, "eval_every": 200, "window": 8, "jitter": (0.5, 1.5), "rois": 32},
-}
 
 
 def presets(flags):
     """Defaults by --task, --recipe and --demo, then by what the file of weights says of its network."""
-    values = dict(DEFAULTS[flags.task])
-    if flags.recipe:
-        values |= read_recipe(Config, f"{flags.recipe}_{flags.task}")
-    if flags.demo:
-        values |= DEMO[flags.task]
     if flags.iters and flags.epochs:
         raise UserError(f"--iters {flags.iters} and --epochs {flags.epochs}: give one of them")
+    values, task = dict(DEFAULTS[flags.task]), flags.task
+    for recipe in filter(None, (flags.recipe, "demo" if flags.demo else None)):
+        chosen = read_recipe(Config, f"{recipe}_{task}")
+        values |= {"epochs": None} | chosen if "iters" in chosen else chosen
     weights = flags.weights or values.get("weights", "none")
     if weights != "none":
         try:
             meta = network_of(read_file(weights))
         except UserError as error:
-            hint = ": python mae_mff.py --demo makes it; or --weights none"
-            raise UserError(f"{error}{hint if weights == SMALL['weights'] else ''}") from None
+            hint = "" if flags.weights else ": python mae_mff.py --demo makes it; or --weights none"
+            raise UserError(f"{error}{hint}") from None
         values |= {name: meta[name] for name in NETWORK if name in meta}
     if "resnet50" in (flags.model, values.get("model")):
         values |= {"layer_decay": 1.0, "drop_path": 0.0}
