@@ -388,13 +388,12 @@ def colour_of(number):
 
 
 def regions(labels, image):
-    """A label map as a target of detection for `image`: a mask per class, whose box is a point in its
-    middle."""
+    """A label map as a target of detection for `image`: a mask per class, whose box is a point inside."""
     labels = nearest(labels[None], image.shape[1:])[0]
     kinds = labels[labels != IGNORE].unique().long()
     masks = labels == kinds[:, None, None]
-    middles = [mask.nonzero().float().mean(0).flip(0).tolist() for mask in masks]
-    boxes = torch.tensor([middle * 2 for middle in middles]).reshape(-1, 4)
+    points = [mask.nonzero()[mask.sum() // 2].flip(0).tolist() for mask in masks]
+    boxes = torch.tensor([point * 2 for point in points]).reshape(-1, 4)
     return {"boxes": boxes, "labels": kinds + 1, "masks": masks}
 
 
