@@ -1220,18 +1220,12 @@ class Run:
 
     def load_batches(self, samples, keys, collate=collate):
         """Batches of KeyedSamples as they leave the workers, which live as long as the iterator. Unreadable
-        files and the time spent waiting are noted."""
+        files are noted."""
         atexit.unregister(end_workers)
         atexit.register(end_workers)
-        iterator = iter(torch.utils.data.DataLoader(
-            samples, batch_sampler=keys, num_workers=self.workers, collate_fn=collate, pin_memory=self.cuda,
-            worker_init_fn=init_worker, prefetch_factor=4 if self.workers else None))
-        while True:
-            begin = time.monotonic()
-            batch = next(iterator, None)
-            self.waited += time.monotonic() - begin
-            if batch is None:
-                return
+        for batch in torch.utils.data.DataLoader(
+                samples, batch_sampler=keys, num_workers=self.workers, collate_fn=collate, pin_memory=self.cuda,
+                worker_init_fn=init_worker, prefetch_factor=4 if self.workers else None):
             self.new_bad_files |= {path: why for path, why in batch["bad"] if path not in self.bad_files}
             yield batch
 
@@ -1281,7 +1275,9 @@ class Run:
         stored generator state; DDP averages the gradients in the last one only."""
         self.began, self.sample_numbers = time.monotonic(), []
         for micro_step in range(self.accum_steps):
+            begin = time.monotonic()
             *batch, numbers = next(batches)
+            self.waited += time.monotonic() - begin
             self.sample_numbers += numbers.tolist()
             model.require_backward_grad_sync = micro_step == self.accum_steps - 1  # what DDP's no_sync() sets
             self.seed(micro_step)
@@ -1519,13 +1515,16 @@ def save_image_grid(path, rows, titles, caption):
     write_atomically(path, lambda file: canvas.save(file, "png"))
 
 
-def launch(config_type, presets, train, method):
-    """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line."""
+def launch(config_type, presets, train, method, open_sources=lambda cfg: [open_data(cfg)]):
+    """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line.
+    open_sources(cfg): the sources of images that --check_data looks at."""
     cfg = parse_config(config_type, presets)
     try:
         run = Run(cfg, method)
         if cfg.check_data:
-            return check_data(open_data(cfg), run.workers)
+            for source in open_sources(cfg):
+                check_data(source, run.workers)
+            return
         train(cfg, run)
     except UserError as error:
         exit_with(method, error)
