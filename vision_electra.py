@@ -1,51 +1,37 @@
-"""Vision ELECTRA: adversarial masked image modelling with hierarchical discrimination, reconstructed from what is public.
+"""Vision ELECTRA: adversarial masked image modelling with a hierarchical discriminator.
 
-VE       Vision ELECTRA: Adversarial Masked Image Modeling with Hierarchical Discriminator, submitted to ICLR 2024
-         (openreview.net/forum?id=yKC6Jd0CsP). Its main text is not at hand: this follows the supplement (numbers of sections,
-         tables and figures here are the supplement's), the abstract, and what reviews quote. What they leave open is marked
-         "ours". It builds on MAE (arXiv 2111.06377), SimMIM (arXiv 2111.09886) and ELECTRA (arXiv 2003.10555).
+Submitted to ICLR 2024, openreview.net/forum?id=yKC6Jd0CsP. The main text is not at hand: reconstructed from
+the supplement (whose sections and tables are cited), the abstract, and reviews; what is not there is "ours".
 
-Idea. A generator, MAE, fills in the hidden patches of an image. A discriminator, our aim, sees the original and the filled-in
-image, and says of each image and of each patch whether it is original. Both learn at once: the discriminator to tell, the
-generator to reconstruct and, a little, not to be told. Noise in its latent tokens keeps the generator's patches diverse.
+Idea. A generator, MAE (arXiv 2111.06377), fills in the hidden patches of an image. A discriminator, our aim,
+sees the original and the filled-in image, and says of each image and each patch whether it is original. Both
+learn at once: the discriminator to tell, the generator to reconstruct and, a little, to deceive.
 
-Data flow, in the order of the code (what it is, where it is from; its name here and its shape on the right)
-    h    = encoder(visible patches)               MAE ViT-B (0.1)               latent         (B, 1 + len_keep, D)
-    h'   = h + sigma e, e ~ N(0, 1), per patch    abstract; place, sigma: ours  add_noise
-    q    = decoder(h')                            MAE, raw pixels: ours         pred           (B, L, p*p*C)
-    x^   = hidden patches of q, visible ones of x ours                          composite      (B, C, H, W)
-    s, s_j = one logit per image, one per patch   abstract; heads: ours         verdicts       (B,), (B, L); > 0: original
+Data flow, in the order of the code (source, then name and shape in the code)
+    h      = encoder(visible patches)             MAE ViT-B (0.1)               latent    (B, 1 + len_keep, D)
+    h'     = h + sigma e, e ~ N(0, 1), per patch  abstract; place, sigma: ours  add_noise
+    q      = decoder(h')                          MAE; raw pixels: ours         pred      (B, L, p*p*C)
+    x^     = hidden patches of q, visible of x    ours                          composite (B, C, H, W)
+    s, s_j = a logit per image, one per patch     abstract; heads: ours         verdicts  (B,), (B, L)
     L_rec  = mean over hidden patches of (q - x)^2                       MAE    masked_mse
     L_adv  = bce(s(x^), 1) + mean over hidden j of bce(s_j(x^), 1)       ours   adversarial_loss
-    L_D    = 1/2 [bce(s(x), 1) + bce(s(x^), 0)]                          ours   discriminator_loss, image level
-           + 1/2 [mean_j bce(s_j(x), 1) + mean_j bce(s_j(x^), 1 - m_j)]  ours   patch level; m_j = 1 where hidden
-    loss   = L_rec + 0.2 L_adv + L_D              weight 0.2: table 1; joint, as a review reports of the paper's eq. (5)
-bce(s, y) is the binary cross-entropy of sigmoid(s) and y. L_adv goes through the discriminator with its parameters detached,
-and L_D sees x^ detached: each network has its own aim, in one backward pass.
+    L_D    = 1/2 [bce(s(x), 1) + bce(s(x^), 0)]                          ours   discriminator_loss, image
+           + 1/2 [mean_j bce(s_j(x), 1) + mean_j bce(s_j(x^), 1 - m_j)]  ours   patch; m_j = 1 where hidden
+    loss   = L_rec + 0.2 L_adv + L_D              0.2: table 1; joint: a review, of the paper's eq. (5)
+bce(s, y) is the binary cross-entropy of sigmoid(s) and y; s > 0 says original. One backward pass, two aims:
+L_adv sees the discriminator's parameters detached, L_D sees x^ detached.
 encoder.pth is the discriminator, a plain ViT; last.pth has the generator too.
 
-What the supplement and the reviews try: --mask_ratio 0.6 ... 0.95 and --gan_weight 0.5 (table 1), --noise 0, and two starts
-(0.2): from scratch, which often collapses, and continual, with a pre-trained discriminator: --discriminator_init,
---generator_init. --levels image|patch leaves out one level. The paper's discriminator starts from SimMIM's ViT-B, whose
-relative positions and layer scale no ViT here has; any plain ViT does. Where its generator starts is unknown; an MAE that
-predicts raw pixels is a natural one: mae_mff.py --fuse_layers 11 --target raw, or MAE's mae_visualize_vit_base.pth. Its
-mae_pretrain_vit_base_full.pth learnt normalised pixels: with that, or with an encoder alone, add --generator_warmup_epochs.
+From scratch, training often collapses (0.2). The paper's discriminator starts from SimMIM's ViT-B, which has
+relative positions; here any plain ViT works. How its generator starts is unknown; it must predict raw pixels,
+as mae_mff.py --target raw and MAE's mae_visualize_vit_base.pth do (others: --generator_warmup_epochs).
+Ours: sigma = 0.1, on the encoder's normalised tokens; one linear layer per head; levels weigh 1 : 1; L_adv
+does not saturate; composites not clipped; lr = base_lr x batch / 512, as SimMIM's; one AdamW for both.
 
-Ours
-    noise     sigma = 0.1 (1 would be the literal reading) on the encoder's normalised patch tokens; while pre-training only
-    masks     uniform random; 16-px patches; fixed sine-cosine positions
-    composite in normalised pixels, neither clipped nor rounded; --no-paste: the whole prediction, every patch of it generated
-    heads     one linear layer on the class token, one on all patch tokens, after the final LayerNorm; levels weigh 1 : 1
-    L_adv     non-saturating, both levels; --adversarial none: the generator learns from L_rec alone, as in ELECTRA and CIM
-    warm-up   --generator_warmup_epochs: L_adv counts from then on only; L_D does from the start
-    training  lr = base_lr x batch / 512 (the recipe looks like SimMIM's); one AdamW for both networks; no clipping
-Not built: SimMIM as generator, Swin as discriminator. The paper's 83.43 % (ViT-B) is not above the 83.8 % that SimMIM's authors
-report for their own ViT-B.
-
-    python vision_electra.py --demo                                                    three minutes on a CPU
-    torchrun --nproc_per_node 4 mae_mff.py --fuse_layers 11 --target raw               a start for both networks (ours), then
+    python vision_electra.py --demo                                         three minutes on a CPU
+    torchrun --nproc_per_node 4 mae_mff.py --fuse_layers 11 --target raw    a start for both networks, then
     torchrun --nproc_per_node 4 vision_electra.py --generator_init runs/mae_mff/last.pth \\
-        --discriminator_init runs/mae_mff/encoder.pth                                  50 epochs
+        --discriminator_init runs/mae_mff/encoder.pth                       50 epochs
 """
 
 import dataclasses
@@ -60,46 +46,32 @@ from torch import nn
 from torch.func import functional_call
 
 from common import (
-    BESIDE_TRUNK,
     VIT_SIZES,
     Block,
-    KeyedBatches,
-    Normalise,
     RandomResizedCrop,
-    Refused,
-    Run,
     RunConfig,
-    Views,
+    UserError,
     ViT,
-    VitSize,
     adamw,
-    autocast,
-    check_data,
-    finish_update,
-    gradient_sync,
+    gather_tokens,
     launch,
     load_weights,
-    make_loader,
-    make_plan,
-    normalisation,
     open_data,
-    opt,
     parameter_groups,
     patch_grid,
+    patches_to_pixels,
     patchify,
-    picture_batch,
+    print0,
     read_file,
-    save_pictures,
-    say,
+    save_image_grid,
     set_lr,
     sincos_pos_embed,
-    spread,
-    take_tokens,
     unpatchify,
     warmup_cosine,
+    weights_of,
 )
 
-DECODERS = {  # width, blocks, heads: MAE sec. 4.1 for base to huge, the MFF authors' code for small, the others ours
+DECODERS = {  # width, blocks, heads: MAE sec. 4.1 from base on, the MFF authors' code for small, others ours
     "nano": (128, 1, 4),
     "tiny": (192, 4, 6),
     "small": (384, 8, 12),
@@ -107,36 +79,38 @@ DECODERS = {  # width, blocks, heads: MAE sec. 4.1 for base to huge, the MFF aut
     "large": (512, 8, 16),
     "huge": (512, 8, 16),
 }
-LEVELS = {"both": ("image", "patch"), "image": ("image",), "patch": ("patch",)}
+LEVELS = {"both": ("image", "patch"), "image": ("image",), "patch": ("patch",), "none": ()}
 
 
 @dataclass
 class Config(RunConfig):
     # model
-    model: VitSize = opt("base", "discriminator and generator's encoder: width, depth and heads of that ViT")
-    patch_size: int | None = opt(None, "pixels; default 16, 14 for huge")
+    model: Literal[*VIT_SIZES] = "base"  # discriminator and generator's encoder: the size of that ViT
+    patch_size: int | None = None  # pixels; default 16, 14 for huge
     # method
-    mask_ratio: float = opt(0.75, "share of hidden patches (supplement, table 1)")
-    noise: float = opt(0.1, "deviation of the noise on the generator's latent patch tokens")
-    paste: bool = opt(True, "composite: visible patches are the original's; --no-paste: the whole prediction")
-    levels: Literal["both", "image", "patch"] = opt("both", "what the discriminator judges")
-    adversarial: Literal["nonsaturating", "none"] = opt("nonsaturating", "the generator's loss through the discriminator")
-    gan_weight: float = opt(0.2, "weight of that loss (supplement, table 1)")
-    generator_warmup_epochs: float = opt(0.0, "passes before that loss counts")
-    generator_init: str | None = opt(None, "generator from an MAE of raw pixels, ours (last.pth) or official; a fresh schedule")
-    discriminator_init: str | None = opt(None, "discriminator from these weights (ours, official MAE, timm); likewise")
+    mask_ratio: float = 0.75  # share of hidden patches (supplement, table 1)
+    noise: float = 0.1  # deviation of the noise on the generator's latent patch tokens
+    paste: bool = True  # composite: visible patches are the original's; --no-paste: the whole prediction
+    levels: Literal[*LEVELS] = "both"  # of the verdicts; none: no discriminator, an MAE of raw pixels
+    adversarial: Literal["nonsaturating", "none"] = "nonsaturating"  # the generator's second loss
+    gan_weight: float = 0.2  # weight of that loss (supplement, table 1)
+    generator_warmup_epochs: float = 0.0  # passes before that loss counts
+    generator_init: str | None = None  # generator from an MAE of raw pixels, ours (last.pth) or official
+    discriminator_init: str | None = None  # discriminator from these weights (ours, official MAE, timm)
     # optimisation: supplement, 0.1
-    epochs: float = opt(50.0, "passes over the data")
-    batch_size: int = opt(320, "images per update, over all processes")
-    micro_batch: int | None = opt(None, "images per forward pass of one process; default: the largest that divides, up to 256")
-    base_lr: float = opt(2e-5, "learning rate per 512 images")
-    min_lr: float = opt(0.0, "where the cosine ends")
-    warmup_epochs: float | None = opt(None, "linear warm-up; default a fifth of the epochs, at most the paper's 10")
-    weight_decay: float = opt(0.05, "AdamW")
-    betas: tuple[float, float] = opt((0.9, 0.999), "AdamW")
-    clip_grad: float = opt(0.0, "largest gradient norm, of both networks together; 0 = no clipping")
+    epochs: float = 50.0  # passes over the data
+    batch_size: int = 320  # images per update, over all processes
+    micro_batch: int | None = None  # images per forward pass of one process; default: up to 256
+    base_lr: float = 2e-5  # learning rate per 512 images
+    min_lr: float = 0.0  # where the cosine ends
+    warmup_epochs: float | None = None  # linear warm-up; default a fifth, at most the paper's 10
+    weight_decay: float = 0.05  # AdamW
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW
+    clip_grad: float = 0.0  # largest gradient norm, of both networks together; 0 = no clipping
     # run
-    pictures: int = opt(8, "images drawn at each epoch's end; 0 = none")
+    pictures: int = 8  # images drawn at each epoch's end; 0 = none
+
+    start_from = ("generator_init", "discriminator_init")
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,78 +121,80 @@ class Config(RunConfig):
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
         if min(self.noise, self.gan_weight, self.generator_warmup_epochs) < 0:
             raise ValueError("--noise, --gan_weight and --generator_warmup_epochs must not be negative")
+        if self.levels == "none" and self.discriminator_init:
+            raise ValueError("--levels none has no discriminator for --discriminator_init")
 
 
-# At this size a GAN weight of 0.2 lets the generator deceive and reconstruct worse, and the discriminator forgets. So: 0.005,
-# once the discriminator is strong, which the supplement's 0.2 asks for. Raw pixels suit drawn, flat shapes.
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "gan_weight": 0.005, "epochs": 1.8,
-        "generator_warmup_epochs": 1.2, "batch_size": 64, "base_lr": 8e-3, "warmup_epochs": 0.1, "log_every": 25}
-WARMSTART = {"target": "raw", "epochs": 2.0, "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5}
+# With a GAN weight of 0.2 a generator of this size deceives and reconstructs worse: hence 0.005, once the
+# discriminator is strong. Both networks start from a generator trained alone, with WARMSTART.
+DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "epochs": 1.8,
+        "gan_weight": 0.005, "generator_warmup_epochs": 1.2, "batch_size": 64, "base_lr": 8e-3,
+        "warmup_epochs": 0.1, "log_every": 25}
+WARMSTART = {"levels": "none", "noise": 0.0, "epochs": 2.0, "batch_size": 128, "base_lr": 1.2e-2,
+             "warmup_epochs": 0.5, "betas": (0.9, 0.95)}
 
 
 def presets(flags):
     return DEMO if flags.demo else {}
 
 
-# ---- masking, noise, losses ------------------------------------------------------------------------------------------
+# ---- masking, noise, losses --------------------------------------------------------------------------------
 
 
-def random_masking(draw, mask_ratio):
-    """Which patches stay visible: those with the smallest numbers.
+def random_masking(noise, mask_ratio):
+    """Which patches stay visible: those with the smallest noise.
 
-    draw: (B, L). Returns ids_keep (B, len_keep), ids_restore (B, L), mask (B, L) float, 1 = hidden;
-    len_keep = int(L * (1 - mask_ratio)).
+    noise: (B, L). Returns ids_keep (B, len_keep), ids_restore (B, L), mask (B, L) float, 1 = hidden;
+    len_keep = int(L * (1 - mask_ratio)). Equal noise gives equal masks.
     """
-    len_keep = int(draw.shape[1] * (1 - mask_ratio))
-    ids_shuffle = draw.argsort(dim=1)
+    len_keep = int(noise.shape[1] * (1 - mask_ratio))
+    ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     return ids_shuffle[:, :len_keep], ids_restore, (ids_restore >= len_keep).float()
 
 
-def add_noise(latent, scale):
-    """h' = h + sigma e, e ~ N(0, 1), on patch tokens; the class token stays. latent: (B, 1 + len_keep, D); scale: sigma."""
-    return torch.cat([latent[:, :1], latent[:, 1:] + scale * torch.randn_like(latent[:, 1:])], dim=1) if scale else latent
+def add_noise(latent, sigma):
+    """h' = h + sigma e, e ~ N(0, 1), on patch tokens; the class token stays. latent: (B, 1 + len_keep, D)."""
+    return torch.cat([latent[:, :1], latent[:, 1:] + sigma * torch.randn_like(latent[:, 1:])], dim=1)
 
 
 def masked_mse(pred, target, mask):
-    """L_rec: squared error on the hidden patches (MAE sec. 3).
+    """L_rec: mean squared error on the hidden patches (MAE sec. 3).
 
-    pred, target: (B, L, p*p*C); mask: (B, L), 1 = hidden, at least one. Returns a scalar: mean over the values of a patch,
-    then over all hidden patches of the batch.
+    pred, target: (B, L, p*p*C); mask: (B, L), 1 = hidden, at least one. Returns a scalar: mean over the
+    values of a patch, then over all hidden patches of the batch.
     """
     return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
 
 
 def discriminator_loss(real, fake, generated):
-    """L_D by level: {"image": scalar, "patch": scalar}, each 1/2 (mean over originals + mean over composites).
+    """L_D by level, {"image": scalar, "patch": scalar}: 1/2 (mean over originals + mean over composites).
 
-    real, fake: verdicts on originals and on composites, {"image": (B,), "patch": (B, L)}; generated: (B, L), 1 = generated
-    patch; the others, a composite's visible patches, count as original. bce(s, 1) = softplus(-s), bce(s, 0) = softplus(s).
+    real, fake: verdicts on originals and on composites; generated: 1 where a composite is generated, else 0;
+    each {"image": (B,), "patch": (B, L)}. bce(s, 1) = softplus(-s), bce(s, 0) = softplus(s).
     """
-    sign = {"image": 1.0, "patch": 2 * generated - 1}
-    return {level: 0.5 * (F.softplus(-real[level]).mean() + F.softplus(fake[level] * sign[level]).mean()) for level in real}
+    return {level: 0.5 * (F.softplus(-real[level]).mean() + F.softplus(s * (2 * generated[level] - 1)).mean())
+            for level, s in fake.items()}
 
 
 def adversarial_loss(fake, generated):
-    """L_adv, summed over the levels: what the generator pays for being told, non-saturating.
-
-    fake: verdicts on composites, {"image": (B,), "patch": (B, L)}; generated: (B, L), 1 = generated: only these patches count.
-    """
-    made = {"image": torch.ones_like(generated[:, 0]), "patch": generated}
-    return sum((F.softplus(-s) * made[level]).sum() / made[level].sum() for level, s in fake.items())
+    """L_adv, a scalar: mean over what is generated, summed over the levels. Arguments as above."""
+    return sum((F.softplus(-s) * generated[level]).sum() / generated[level].sum()
+               for level, s in fake.items())
 
 
 def accuracies(real, fake, generated):
-    """{name: scalar}: share of right verdicts on what is original (a composite's visible patches too) and on what is not."""
-    made, result = {"image": torch.ones_like(generated[:, 0]), "patch": generated}, {}
+    """{name: scalar}: share of right verdicts on what is original, in composites too, and on what is not."""
+    result = {}
     for level, s in fake.items():
-        hits = (real[level] > 0).sum() + ((s > 0) * (1 - made[level])).sum()
-        result[f"{level}_accuracy_real"] = hits / (real[level].numel() + (1 - made[level]).sum())
-        result[f"{level}_accuracy_fake"] = ((s <= 0) * made[level]).sum() / made[level].sum()
+        made = generated[level]
+        hits = (real[level] > 0).sum() + ((s > 0) * (1 - made)).sum()
+        result[f"{level}_accuracy_real"] = hits / (real[level].numel() + (1 - made).sum())
+        result[f"{level}_accuracy_fake"] = ((s <= 0) * made).sum() / made.sum()
     return result
 
 
-# ---- generator and discriminator -------------------------------------------------------------------------------------
+# ---- generator and discriminator ---------------------------------------------------------------------------
 
 
 class Generator(ViT):
@@ -237,7 +213,7 @@ class Generator(ViT):
 
     def encode(self, images, ids_keep):
         """Visible patches through all blocks: normalised tokens (B, 1 + len_keep, D)."""
-        x = self.prepend_cls(take_tokens(self.embed(images), ids_keep))
+        x = self.prepend_cls(gather_tokens(self.embed(images), ids_keep))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -247,7 +223,7 @@ class Generator(ViT):
         x = self.decoder_embed(latent)
         B, L = ids_restore.shape
         hidden = self.mask_token.to(x.dtype).expand(B, L - (x.shape[1] - 1), -1)
-        patches = take_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)  # undo the shuffle
+        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)  # undo the shuffle
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
@@ -261,7 +237,7 @@ class Discriminator(ViT):
         self.init_weights()
 
     def forward(self, images):
-        """(B, C, H, W) -> verdicts {"image": (B,), "patch": (B, L)} float32, logits: > 0 is original"""
+        """(B, C, H, W) -> verdicts {"image": (B,), "patch": (B, L)} float32, logits: > 0 is original."""
         x = super().forward(images)
         tokens = {"image": x[:, 0], "patch": x[:, 1:]}
         return {level: head(tokens[level]).squeeze(-1).float() for level, head in self.heads.items()}
@@ -270,216 +246,187 @@ class Discriminator(ViT):
 class VisionElectra(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.generator, self.discriminator = cfg, Generator(cfg), Discriminator(cfg)
+        self.cfg, self.generator = cfg, Generator(cfg)
+        self.discriminator = None if cfg.levels == "none" else Discriminator(cfg)
 
-    def generate(self, images, draw):
-        """images (B, C, H, W), draw (B, L) -> pred (B, L, p*p*C) float32; mask (B, L), 1 = hidden; what `decode` was given."""
-        ids_keep, ids_restore, mask = random_masking(draw, self.cfg.mask_ratio)
+    def generate(self, images, noise):
+        """(B, C, H, W), noise (B, L) -> pred (B, L, p*p*C) float32; mask (B, L), 1 = hidden; diversity, a
+        scalar: root mean square of what other noise in the latent changes in an eighth of the images."""
+        ids_keep, ids_restore, mask = random_masking(noise, self.cfg.mask_ratio)
         latent = self.generator.encode(images, ids_keep)
-        return self.generator.decode(add_noise(latent, self.cfg.noise), ids_restore).float(), mask, latent, ids_restore
-
-    @torch.no_grad()
-    def diversity(self, pred, mask, latent, ids_restore):
-        """Root mean square between pred and what other noise makes, over hidden patches of the first eighth of the images."""
+        pred = self.generator.decode(add_noise(latent, self.cfg.noise), ids_restore).float()
         few = slice(len(pred) // 8 or 1)
-        other = self.generator.decode(add_noise(latent[few], self.cfg.noise), ids_restore[few]) if self.cfg.noise else pred[few]
-        return masked_mse(other.float(), pred[few], mask[few]).sqrt()
+        with torch.no_grad():  # only now: autocast would remember casts of weights that have no gradient
+            other = self.generator.decode(add_noise(latent[few], self.cfg.noise), ids_restore[few]).float()
+            return pred, mask, masked_mse(other, pred[few], mask[few]).sqrt()
 
     def compose(self, images, pred, mask):
-        """x^: pred in the hidden patches, the image in the visible ones; and which patches are generated (B, L) float."""
+        """x^ (B, C, H, W), and what of it is generated, {"image": (B,), "patch": (B, L)}, 0 or 1."""
         generated = mask if self.cfg.paste else torch.ones_like(mask)
-        p, grid = self.discriminator.patch_size, self.discriminator.grid
-        return torch.where(spread(generated[..., None], p, grid) > 0, unpatchify(pred, p, grid), images), generated
+        p, grid = self.cfg.patch_size, self.generator.grid
+        where = patches_to_pixels(generated[..., None], p, grid) > 0
+        composite = torch.where(where, unpatchify(pred, p, grid), images)
+        return composite, {"image": torch.ones_like(mask[:, 0]), "patch": generated}
 
-    def forward(self, images, draw, gan_weight):
-        """Returns L_rec + gan_weight L_adv + L_D and its terms."""
-        pred, mask, *source = self.generate(images, draw)
-        reconstruction = masked_mse(pred, patchify(images, self.discriminator.patch_size), mask)
+    def forward(self, images, noise, gan_weight):
+        """Returns L_rec + gan_weight L_adv + L_D and its terms; without a discriminator L_rec alone."""
+        pred, mask, diversity = self.generate(images, noise)
+        reconstruction = masked_mse(pred, patchify(images, self.cfg.patch_size), mask)
+        if self.discriminator is None:
+            return reconstruction, {"loss": reconstruction.detach()}
         composite, generated = self.compose(images, pred, mask)
         both = self.discriminator(torch.cat([images, composite.detach()]))
         real, fake = ({level: verdict.chunk(2)[i] for level, verdict in both.items()} for i in (0, 1))
         by_level = discriminator_loss(real, fake, generated)
+        terms = {f"{level}_loss": value for level, value in by_level.items()}
+        terms |= accuracies(real, fake, generated)
+        adversarial = adversarial_loss(fake, generated).detach()
         if gan_weight:  # once more, now with a gradient for the composite and none for the discriminator
             frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-            adversarial = adversarial_loss(functional_call(self.discriminator, frozen, (composite,)), generated)
-        else:
-            adversarial = adversarial_loss({level: verdict.detach() for level, verdict in fake.items()}, generated)
+            fake = functional_call(self.discriminator, frozen, (composite,))
+            adversarial = adversarial_loss(fake, generated)
         loss = reconstruction + gan_weight * adversarial + sum(by_level.values())
-        # Diversity comes last: it would leave casts of the decoder's weights without gradient in autocast's cache.
-        terms = {"loss": loss, "reconstruction_loss": reconstruction, "adversarial_loss": adversarial,
-                 **{f"{level}_loss": value for level, value in by_level.items()}, **accuracies(real, fake, generated),
-                 "generator_diversity": self.diversity(pred, mask, *source)}
+        terms |= {"loss": loss, "reconstruction_loss": reconstruction, "adversarial_loss": adversarial,
+                  "generator_diversity": diversity}
         return loss, {name: value.detach() for name, value in terms.items()}
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
-def gan_weight(epoch, cfg):
-    """Weight of L_adv at a fractional epoch."""
-    return cfg.gan_weight if cfg.adversarial != "none" and epoch >= cfg.generator_warmup_epochs else 0.0
-
-
-def train_step(model, batches, to_images, weight, optimizer, scaler, step, cfg, plan, run):
-    """One update of both networks from plan.accum_steps micro-batches; weight: of L_adv. Returns {name: float, mean over the
-    update} and the sample numbers."""
+def train_step(model, batches, optimizer, scaler, run):
+    """One update of run.accum_steps micro-batches; returns the loss's terms, their means as floats."""
     optimizer.zero_grad(set_to_none=True)
-    total, samples = {}, []
-    for micro_step in range(plan.accum_steps):
-        batch = next(batches)
-        run.seed(step, micro_step)
-        images, draw = to_images(batch), batch["draw"].to(run.device, non_blocking=True)
-        with gradient_sync(model, micro_step == plan.accum_steps - 1):
-            with autocast(run.device, run.amp_dtype):
-                loss, terms = model(images, draw, weight)
-            scaler.scale(loss / plan.accum_steps).backward()
-        total = {name: total.get(name, 0) + term / plan.accum_steps for name, term in terms.items()}
-        samples += batch["index"].tolist()
-    networks = getattr(model, "module", model)  # DDP's content
-    norms = torch.stack([nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-                         for network in (networks.generator, networks.discriminator)])
-    # Shares of the whole norm, as fp16's scale is still in the gradients: finish_update takes it out.
-    shares = dict(zip(("grad_norm_generator", "grad_norm_discriminator"), norms / norms.norm(), strict=True))
-    stats = finish_update(run, optimizer, scaler, total | shares, cfg.clip_grad)
-    return stats | {name: stats[name] * stats["grad_norm"] for name in shares}, samples
+    total, cfg = {}, run.cfg
+    deceive = cfg.adversarial != "none" and run.epoch >= cfg.generator_warmup_epochs
+    for images, noise in run.micro_batches(model, batches):
+        with run.autocast():
+            loss, terms = model(images, noise, cfg.gan_weight if deceive else 0.0)
+        scaler.scale(loss / run.accum_steps).backward()
+        total = {name: total.get(name, 0) + term / run.accum_steps for name, term in terms.items()}
+    scaler.unscale_(optimizer)
+    for name, network in getattr(model, "module", model).named_children():  # DDP's content
+        total[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(network.parameters(), math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
+    terms, finite = run.agree(total, grad_norm)  # the one host synchronisation
+    if finite:
+        scaler.step(optimizer)
+    scaler.update()
+    return terms
 
 
-def watch_for_collapse(run, stats, cfg):
-    """Warn when the discriminator's accuracy (mean of real and fake, averaged over some hundred updates) comes to chance or to
-    1, and again if that happens after it had left. Chance is the supplement's collapse (0.2); 1 leaves nothing to learn."""
-    for level in LEVELS[cfg.levels] if not stats["skipped"] else ():
-        accuracy = (stats[f"{level}_accuracy_real"] + stats[f"{level}_accuracy_fake"]) / 2
-        average, state = run.kept.get(f"watch_{level}", (0.75, ""))
-        average = 0.99 * average + 0.01 * accuracy
-        if not state and not 0.53 < average < 0.995:
-            state = "chance" if average < 0.75 else "1"
-            run.print(f"warning: the discriminator's {level}-level accuracy has long been at {state} ({average:.3f}): " + (
-                "it cannot tell original from generated, and learns nothing; lower --gan_weight"
-                + ("" if cfg.discriminator_init else " or start it from pre-trained weights, --discriminator_init")
-                if state == "chance" else "it has nothing left to learn; pictures/ show what gives the generator away"))
+def watch_for_collapse(terms, run):
+    """After the warm-up, warn when a moving average of the discriminator's accuracy comes to chance, the
+    supplement's collapse (0.2), or to 1; again if that happens after it had left."""
+    if run.skipped or run.epoch < run.cfg.warmup_epochs:
+        return
+    for level in LEVELS[run.cfg.levels]:
+        accuracy = (terms[f"{level}_accuracy_real"] + terms[f"{level}_accuracy_fake"]) / 2
+        before, warned = run.saved.get(f"watch_{level}", (0.75, False))
+        average = 0.99 * before + 0.01 * accuracy
+        if not warned and not 0.53 < average < 0.995:
+            warned = True
+            print0(f"warning: the discriminator's {level}-level accuracy is long at {average:.2f}: " + (
+                "it learns nothing; lower --gan_weight, or try --discriminator_init" if average < 0.75 else
+                "nothing is left to learn; pictures/ may show what gives the generator away"))
         elif 0.6 < average < 0.98:
-            state = ""
-        run.kept[f"watch_{level}"] = (average, state)
+            warned = False
+        run.saved[f"watch_{level}"] = average, warned
 
 
 @torch.no_grad()
-def draw_pictures(path, model, batch, to_images, cfg):
-    """PNG with original, masked input, prediction, composite, and the discriminator's verdicts on original and composite."""
-    images, draw = to_images(batch), batch["draw"].to(to_images.device)
+def save_pictures(path, model, examples, run):
+    """PNG with original, masked input, prediction, composite, and the verdicts on original and composite."""
+    (images, noise), cfg, p, grid = examples, model.cfg, model.cfg.patch_size, model.generator.grid
     torch.manual_seed(cfg.seed)
-    pred, mask, *_ = model.generate(images, draw)
+    pred, mask, *_ = model.generate(images, noise)
     composite, _ = model.compose(images, pred, mask)
-    p, grid = cfg.patch_size, model.discriminator.grid
-    hidden = spread(mask[..., None], p, grid)
-    columns = [to_images.undo(x) for x in (images, images, unpatchify(pred, p, grid), composite)]
-    columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
-    verdicts = [{level: s.sigmoid() for level, s in model.discriminator(x).items()} for x in (composite, images)]
-    for verdict in verdicts:
+    hidden = patches_to_pixels(mask[..., None], p, grid)
+    undo = run.normalize.undo
+    columns = {"original": undo(images), "masked": undo(images) * (1 - hidden) + 0.5 * hidden,
+               "generated": undo(unpatchify(pred, p, grid)), "composite": undo(composite)}
+    caption = f"{cfg.mask_ratio:.0%} hidden, noise {cfg.noise}; verdicts: blue original, red generated"
+    for title, x in (("composite", composite), ("original", images)) if model.discriminator else ():
+        verdict = {level: s.sigmoid() for level, s in model.discriminator(x).items()}
         real = verdict["patch"] if "patch" in verdict else verdict["image"][:, None].expand_as(mask)
-        heat = torch.stack([(2 - 2 * real).clamp(max=1), 1 - (2 * real - 1).abs(), (2 * real).clamp(max=1)], dim=-1)
-        columns.append(spread(heat, p, grid))
-    caption = f"{cfg.mask_ratio:.0%} hidden, noise {cfg.noise}; verdicts: blue original, white undecided, red generated"
-    if "image" in verdicts[0]:
-        seen = [verdict["image"].mean() for verdict in verdicts]
-        caption += "; mean probability of being original, on the image level: composites {:.2f}, originals {:.2f}".format(*seen)
-    titles = ["original", "masked", "generated", "composite", "verdict on composite", "verdict on original"]
-    save_pictures(path, list(zip(*columns, strict=True)), titles, caption)
+        red, blue = 2 * (1 - real), 2 * real
+        heat = torch.stack([red, torch.minimum(red, blue), blue], dim=-1).clamp(max=1)
+        columns[f"verdict on {title}"] = patches_to_pixels(heat, p, grid)
+        if "image" in verdict:
+            caption += f"; mean probability that {title}s are original {verdict['image'].mean():.2f}"
+    save_image_grid(path, list(zip(*columns.values(), strict=True)), list(columns), caption)
 
 
 def load_initial(model, cfg):
-    """--generator_init, refused where it is known not to predict raw pixels from its last block, and --discriminator_init."""
+    """--generator_init, refused where it is known not to predict raw pixels, and --discriminator_init."""
     if cfg.generator_init:
-        content = read_file(cfg.generator_init)
-        weights, config, arguments = content.get("model", content), content.get("config"), content.get("args")
+        path, content = cfg.generator_init, read_file(cfg.generator_init)
+        names, config = weights_of(content, "generator.").keys(), content.get("config")
         target = config.get("target", "raw") if isinstance(config, dict) else None
-        fused, normalised = any("fuse_" in name for name in weights), getattr(arguments, "norm_pix_loss", False)
-        if fused or normalised or target in ("mae", "pixmim"):
-            raise Refused(f"{cfg.generator_init} is no plain MAE of raw pixels: give its encoder alone (the decoder then "
-                          "starts anew), or train one, mae_mff.py --fuse_layers LAST_BLOCK --target raw")
-        decoder = any("decoder" in name for name in weights)
-        load_weights(model.generator, cfg.generator_init, allow_missing=() if decoder else ("decoder", "mask_token"),
-                     ignore=("head.", "fc_norm."), part=("generator.",), content=content)
+        normalised = target in ("mae", "pixmim") or getattr(content.get("args"), "norm_pix_loss", False)
+        if normalised or any("fuse_" in name for name in names):
+            raise UserError(f"{path} is no plain MAE of raw pixels: train one, mae_mff.py --target raw "
+                            "--fuse_layers LAST_BLOCK, or give its encoder.pth to start the decoder anew")
+        decoder = any("decoder" in name for name in names)
+        load_weights(model.generator, path, allow_missing=() if decoder else ("decoder", "mask_token"),
+                     ignore=("head.", "fc_norm."), prefix="generator.", content=content)
         if decoder and target is None:
-            say(f"{cfg.generator_init} must predict raw pixels, which it does not say; if not: --generator_warmup_epochs")
+            print0(f"{path} does not say whether it predicts raw pixels; if not: --generator_warmup_epochs")
     if cfg.discriminator_init:
-        unused = {"heads.image", "heads.patch"} - {f"heads.{level}" for level in LEVELS[cfg.levels]}
-        ignore = (*(name for name in BESIDE_TRUNK if name != "heads."), *unused)
-        load_weights(model.discriminator, cfg.discriminator_init, allow_missing=("heads.",), ignore=ignore,
-                     part=("discriminator.", "enhancer."))
+        content = read_file(cfg.discriminator_init)
+        own = "discriminator.norm.weight" in weights_of(content, "")  # our last.pth: with the heads
+        unused = [f"heads.{level}" for level in LEVELS["both"] if level not in LEVELS[cfg.levels]]
+        load_weights(model.discriminator, cfg.discriminator_init, allow_missing=("heads.",),
+                     ignore=("decoder", "mask_token", "head.", "fc_norm.", *unused),
+                     prefix="discriminator." if own else None, content=content)
 
 
-def demo_mae(cfg, run, n):
-    """The MAE that --demo's networks start from where no file is given: how it is trained, and with what."""
-    try:
-        import mae_mff  # the demo alone needs a second script
-    except ModuleNotFoundError:
-        raise Refused("--demo begins with an MAE: put mae_mff.py beside this script, or give both --..._init FILE") from None
-    shared = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(RunConfig)}
-    shared |= {name: getattr(cfg, name) for name in ("model", "patch_size", "mask_ratio", "pictures")}
-    B = min(WARMSTART["batch_size"], n) // run.world_size * run.world_size
-    return mae_mff.train, mae_mff.Config(**shared | WARMSTART | {
-        "out": f"{run.out}/warmstart", "resume": True, "batch_size": B, "fuse_layers": (VIT_SIZES[cfg.model][1] - 1,)})
+def train_warm_start(cfg, run, n):
+    """--demo: train the generator alone, in a folder of its own; where no file was given, start from it.
+    Returns whether that run was completed."""
+    out = f"{run.out}/warmstart"
+    print0(f"first the generator alone, which both networks start from: {out}/")
+    batch_size = min(WARMSTART["batch_size"], n) // run.world_size * run.world_size
+    own = {"out": out, "resume": True, "batch_size": batch_size, "micro_batch": None}
+    own |= dict.fromkeys(cfg.start_from)
+    ended = run.run_stage(train, dataclasses.replace(cfg, **WARMSTART | own), run.method)
+    cfg.generator_init = cfg.generator_init or f"{out}/last.pth"
+    cfg.discriminator_init = cfg.discriminator_init or f"{out}/encoder.pth"
+    return ended
 
 
 def train(cfg, run):
     source = open_data(cfg)
-    if cfg.check_data:
-        return check_data(source, run.workers)
-    plan = make_plan(len(source), cfg, run.world_size)
-    mean, std = normalisation(cfg)
     torch.manual_seed(cfg.seed)
     model = VisionElectra(cfg)
     load_initial(model, cfg)
-    lr = cfg.base_lr * cfg.batch_size / 512
-    needs_mae = cfg.demo and not (cfg.generator_init and cfg.discriminator_init)
-    if needs_mae:
-        train_mae, stage = demo_mae(cfg, run, len(source))
-    run.start(plan, f"lr {lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 512")
-    if needs_mae and not run.checkpoints():
-        run.print(f"first an MAE, which both networks start from: {stage.out}/")
-        stage_run = Run(stage, "mae_mff")
-        train_mae(stage, stage_run)
-        run.go_on_after(stage_run)
-        if stage_run.stopping:
+    peak_lr = cfg.base_lr * cfg.batch_size / 512
+    run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 512")
+    given = cfg.levels == "none" or (cfg.generator_init and cfg.discriminator_init)
+    if cfg.demo and not given and not run.checkpoints():
+        if not train_warm_start(cfg, run, len(source)):
             return
-        run.print("now Vision ELECTRA")
-        cfg.generator_init = cfg.generator_init or f"{stage.out}/last.pth"
-        cfg.discriminator_init = cfg.discriminator_init or f"{stage.out}/encoder.pth"
         load_initial(model, cfg)
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    start = run.load(state)
+    run.load(model=model, optimizer=optimizer, scaler=scaler)
+    sample_noise = functools.partial(torch.rand, math.prod(model.generator.grid))
+    crop = RandomResizedCrop(cfg.img_size, scale=(0.67, 1.0))
+    batches, examples = run.batches(source, crop, sample_noise), run.examples(source, sample_noise)
+    encoder = "discriminator" if model.discriminator else "generator"
 
-    draw = functools.partial(torch.rand, math.prod(model.discriminator.grid))
-    views = Views(source, RandomResizedCrop(cfg.img_size, scale=(0.67, 1.0)), cfg.seed, run.bad_files.allow(len(source)), draw)
-    batches = run.timed(make_loader(views, KeyedBatches(plan, cfg.seed, run, start), run))
-    to_images = Normalise(mean, std, run.device)
-    fixed = picture_batch(source, cfg, draw)
-    meta = {"method": "vision_electra", "model": cfg.model, "img_size": cfg.img_size, "patch_size": cfg.patch_size,
-            "in_chans": cfg.in_chans, "mean": mean, "std": std}
-
-    for step in range(start, plan.steps):
-        now = warmup_cosine(plan.epoch(step), lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
-        set_lr(optimizer, now)
-        weight = gan_weight(plan.epoch(step), cfg)
-        stats, samples = train_step(ddp, batches, to_images, weight, optimizer, scaler, step, cfg, plan, run)
-        if plan.epoch(step) >= cfg.warmup_epochs:
-            watch_for_collapse(run, stats, cfg)
-        run.end_update(step + 1, stats, now, samples)
-        with run.off_the_clock():
-            if path := run.picture_due(step + 1):
-                draw_pictures(path, model, fixed, to_images, cfg)
-            if run.save_due(step + 1):
-                meta["epoch"] = plan.epoch(step + 1)
-                run.export("encoder.pth", model.discriminator.trunk_state(), meta)
-                run.save(step + 1, state, meta)
-        if run.stopping:
-            return run.print(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume carries on")
-    demo = "--demo --mode linear" if cfg.demo else f"--data {cfg.data}"
-    run.print(f"done: {run.out}/last.pth, encoder.pth, pictures/; next:\n"
-              f"  python finetune.py {demo} --weights {run.out}/encoder.pth")
+    while run.step < run.steps and not run.stopping:
+        lr = warmup_cosine(run.epoch, peak_lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
+        set_lr(optimizer, lr)
+        terms = train_step(ddp, batches, optimizer, scaler, run)
+        watch_for_collapse(terms, run)
+        run.end_update(terms, lr)
+        if path := run.picture_due():
+            save_pictures(path, model, examples, run)
+        if run.save_due():
+            run.save(getattr(model, encoder).trunk_state(), prefix=f"{encoder}.")
+    run.finish()
 
 
 if __name__ == "__main__":
