@@ -1376,8 +1376,8 @@ def launch(config_type, presets, train, method, open_sources=lambda cfg: [open_d
         train(cfg, run)
     except UserError as error:
         exit_with(method, error)
-    except OSError as error:  # a full disk, a folder that has vanished or is not ours
-        exit_with(method, UserError(f"cannot read or write: {first_line(error)}", code=1))
+    except OSError as error:  # a path that cannot be written; after the first update, a disk or folder lost
+        exit_with(method, UserError(f"cannot read or write: {first_line(error)}", code=1 if run.step else 2))
     except KeyboardInterrupt:  # in training: the second one
         exit_with(method, UserError("interrupted", code=130))
     except RuntimeError as error:
