@@ -72,7 +72,7 @@ def print0(text):
 def exit_with(method, error):
     """Print the error in one line and exit with its code."""
     rank, place = os.environ.get("RANK", "0"), ""
-    if rank != "0":  # most errors hit all ranks: rank 0 speaks, and its exit ends the others as they wait
+    if rank != "0":  # most errors hit all ranks: rank 0 says so, and its exit ends the others as they wait
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(6)
@@ -1125,7 +1125,7 @@ class Run:
             print0(f"unreadable, replaced by the next file: {path}: {why}")
         self.bad_files, self.new_bad_files = self.bad_files | found, {}
         if len(self.bad_files) > self.bad_limit:
-            raise UserError(f"more than {self.bad_limit} unreadable files, which is --max_bad", code=1)
+            raise UserError(f"more than {self.bad_limit} unreadable files (--max_bad)", code=1)
 
     # ---- one update
 
