@@ -34,7 +34,7 @@ def _run_here(arguments, cwd, environment, output):
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process that was not forked
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers: as without our fork
     os.chdir(cwd)
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,8 +61,8 @@ class Started:
         for rank in range(processes):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
                      "MASTER_ADDR": "localhost", "MASTER_PORT": port} if processes > 1 else {}
-            place = {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"} | dict(environment)
-            arguments = [ROOT / script, *flags], cwd, place, self.output
+            place = {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
+            arguments = [ROOT / script, *flags], cwd, place | dict(environment), self.output
             self.processes.append(FORKS.Process(target=_run_here, args=arguments))
             self.processes[-1].start()
 
@@ -76,7 +76,7 @@ class Started:
         return next((code for code in codes if code), None if None in codes else 0)
 
     def wait(self, timeout=300):
-        """Until all have ended, or some time after one has failed, as torchrun does; returns (code, output)."""
+        """Until all have ended, or for some time after one has failed, like torchrun; returns (code, output)."""
         deadline = time.monotonic() + timeout
         while self.returncode() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -95,7 +95,7 @@ def run_script(arguments, cwd, processes=1, expect=0, **how):
 
 
 def run_command(arguments, cwd, processes=1, expect=0, launcher=()):
-    """In new interpreters: `python SCRIPT ...`, or torchrun (with more flags: `launcher`) if processes > 1."""
+    """In new interpreters: `python SCRIPT ...`, or torchrun (`launcher`: more of its flags) if processes > 1."""
     script, *flags = arguments
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *launcher]
     launcher, threads = (torchrun, {"OMP_NUM_THREADS": "1"}) if processes > 1 else ([], {})
@@ -107,8 +107,8 @@ def run_command(arguments, cwd, processes=1, expect=0, launcher=()):
 
 
 def sabotaged(folder, command, method, code, when="True", before=False):
-    """The command of a script in which each call of `common.METHOD(...)` is followed, or preceded, by `code` if
-    `when` holds. Both see `self`, `args`, `rank` and `count` (calls so far)."""
+    """The command of a script in which each call of `common.METHOD(...)` is followed, or preceded, by `code`
+    if `when` holds. Both see `self`, `args`, `rank` and `count` (calls so far)."""
     script, *flags = command
     path = folder / f"sabotaged_{script}"
     path.write_text(f"""

@@ -1,5 +1,5 @@
-"""Twenty float32 losses of every script, as an earlier version gave them: a change of shape must not move them; a
-commit that changes a draw says so and puts what its runs log as train/loss into golden.json.
+"""Twenty float32 losses of every script, as an earlier version gave them: a change of shape must not move them.
+A commit that changes a draw says so and puts what its runs log as train/loss into golden.json.
 
 Other processors round differently, and twenty updates enlarge that: hence the tolerance.
 """
