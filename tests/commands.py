@@ -1,4 +1,4 @@
-"""The golden runs: twenty float32 updates of each script, all values given, so that no new default moves them."""
+"""The golden runs: twenty float32 updates of each script, all values given: no new default moves them."""
 
 import json
 import tempfile
@@ -19,6 +19,6 @@ def command(name):
     return GOLDEN[name]["command"].replace("TOKENIZER", f"{FOLDER.name}/tokenizer.pth").split()
 
 
-# By script. A pass over the 250 training images of `small_npz` has 250 / 24 updates: one of them crosses its end.
+# By script. A pass over the 250 training images of `small_npz` has 250 / 24 updates: one crosses its end.
 SCRIPTS = {f"{name}.py": command(name) for name in GOLDEN if name not in ("seg", "det")}
 CIM = SCRIPTS["cim.py"]

@@ -76,7 +76,7 @@ class Started:
         return next((code for code in codes if code), None if None in codes else 0)
 
     def wait(self, timeout=300):
-        """Until all have ended, or for some time after one has failed, like torchrun; returns (code, output)."""
+        """Until all have ended, or some time after one has failed, like torchrun; returns (code, output)."""
         deadline = time.monotonic() + timeout
         while self.returncode() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -95,7 +95,7 @@ def run_script(arguments, cwd, processes=1, expect=0, **how):
 
 
 def run_command(arguments, cwd, processes=1, expect=0, launcher=()):
-    """In new interpreters: `python SCRIPT ...`, or torchrun (`launcher`: more of its flags) if processes > 1."""
+    """In new interpreters: `python SCRIPT ...`, or torchrun (`launcher`: its flags) if processes > 1."""
     script, *flags = arguments
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *launcher]
     launcher, threads = (torchrun, {"OMP_NUM_THREADS": "1"}) if processes > 1 else ([], {})

@@ -1,5 +1,5 @@
-"""Attempts to lose something: kills at every stage, other numbers of processes, numbers that are not finite, bad
-files, full disks. Each attacked run ends where an undisturbed one does, or stops with one line that says why.
+"""Attempts to lose something: kills at every stage, other numbers of processes, numbers that are not finite,
+bad files, full disks. Each attacked run ends where an undisturbed one does, or stops with one line.
 
 The slow attacks (100 random kills, 2,000 updates, 200,000 files) are in benchmarks/torture.py.
 """
@@ -30,7 +30,7 @@ def read(path):
 
 
 def assert_same_run(a, b):
-    """Weights, optimizer, moving average, best and exported weights, counts; log: no line twice, none missing."""
+    """Weights, optimizer, moving average, exported weights, counts, log: no line twice, none missing."""
     first, second = state(a), state(b)
     assert first.keys() == second.keys()
     assert [name for name in first if not same(first[name], second[name])] == []
@@ -229,7 +229,7 @@ def test_a_process_that_fails_says_so_and_brings_the_others_down(small_npz, tmp_
     run = Started(attack, tmp_path, processes=2)
     code, output = run.wait(60)
     assert code == 1 and words in output and output.count("Traceback") == ("boom" in error)
-    assert all(process.exitcode not in (None, -signal.SIGKILL) for process in run.processes)  # all ended alone
+    assert all(process.exitcode not in (None, -signal.SIGKILL) for process in run.processes)  # of themselves
     assert (tmp_path / "run/last.pth").exists()
 
 

@@ -1,4 +1,4 @@
-"""Twenty float32 losses of every script, as an earlier version gave them: a change of shape must not move them.
+"""Twenty float32 losses of every script, as an earlier version gave them: no change of shape moves them.
 A commit that changes a draw says so and puts what its runs log as train/loss into golden.json.
 
 Other processors round differently, and twenty updates enlarge that: hence the tolerance.
