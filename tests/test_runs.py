@@ -98,11 +98,12 @@ def test_own_images_of_any_channels_and_shape(tmp_path, folder):
         values = np.random.default_rng(i).integers(0, 65535, (50, 70, 5)).astype(np.uint16)
         np.save(tmp_path / f"scans/{i}.npy", values)
     for data, channels in ((tmp_path / "scans", 5), (folder, 1)):
+        out = tmp_path / f"run{channels}"
         run_script([*MAE, "--data", data, "--in-chans", channels, "--img-size", "32,64", "--batch_size", 10,
-                    "--epochs", 2, "--no-detach-shallow", "--target", "pixmim", "--out", data.name], tmp_path)
-        meta = torch.load(tmp_path / data.name / "encoder.pth", weights_only=True)["meta"]
+                    "--epochs", 2, "--no-detach-shallow", "--target", "pixmim", "--out", out], tmp_path)
+        meta = torch.load(out / "encoder.pth", weights_only=True)["meta"]
         assert meta["in_chans"] == channels == len(meta["mean"]) and meta["img_size"] == (32, 64)
-        assert (tmp_path / data.name / "pictures/epoch_0002.png").exists()
+        assert (out / "pictures/epoch_0002.png").exists()
 
 
 def test_check_data_reads_and_writes_nothing(folder, tmp_path):
