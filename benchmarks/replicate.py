@@ -83,7 +83,7 @@ def arms(scale):
         "ds": Arm("ddae.py", f"{ddae} {steps} --no-dynamic"),
         "dds": Arm("ddae.py", f"{ddae} {steps}"),
         "ddae": Arm("ddae.py", ddae),
-        "tokenizer": Arm("cim.py", "--train_tokenizer --vocab_size 512 --tokenizer_width 16 --lr 3e-3"),
+        "tokenizer": Arm("convert_dalle.py", "--train --vocab_size 512 --tokenizer_width 16 --lr 3e-3"),
         "respix": Arm("cim.py", cim, tokenizer),
         "respix_none": Arm("cim.py", f"{cim} --pixel_norm none", tokenizer),
         "respix_patch": Arm("cim.py", f"{cim} --pixel_norm patch", tokenizer),

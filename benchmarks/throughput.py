@@ -15,9 +15,11 @@ wait     Is `data_wait` honest? A loader that is too slow for its model: the log
 start    From the command `python mae_mff.py --demo` to its first and its tenth update.
 
     python benchmarks/throughput.py --data PHOTOS        half an hour on two cores; needs requirements-dev.txt
+    python benchmarks/throughput.py --parts step --against OTHER        and each part of another checkout's own copy
 """
 
 import argparse
+import functools
 import math
 import os
 import platform
@@ -122,37 +124,36 @@ class TimmMAE(nn.Module):
 
 
 def make_update(script, batch_size, amp="off", compiled=False, **values):
-    """(model, function that makes one update) of a method on one fixed batch of noise, from 8-bit images to the optimizer"""
+    """(model, function that makes one update) of a method, from a fixed batch of 8-bit images to the optimizer"""
     cfg = script.Config(amp=amp, batch_size=batch_size, **({"tokenizer": "random"} if script is cim else {}), **values)
-    mean, std = common.normalisation(cfg)
-    positions, more = math.prod(common.patch_grid(cfg.img_size, cfg.patch_size)), ()
-
-    def draw():
-        return torch.rand(positions)
-
-    if script is mae_mff:
-        model = mae_mff.MaskedAutoencoder(cfg, mean, std)
-    elif script is ddae:
-        model, draw = ddae.DeepDynamicAutoEncoder(cfg), ddae.mask_source(cfg)
-    elif script is cim:
-        model, mean, std = cim.CorruptedImageModel(cfg, 8192, mean, std), (0.0,) * 3, (1.0,) * 3
-        tokenizer = DVAE(cfg.grid).to(DEVICE).requires_grad_(False)
-        more = ({"n_masked": torch.tensor(sum(cfg.num_masked) // 2, device=DEVICE), "tokenizer": tokenizer},)
-    elif script is vision_electra:
-        model, more = vision_electra.VisionElectra(cfg), (cfg.gan_weight,)
+    run = common.Run(cfg, script.__name__)
+    run.n, run.steps = 1000 * batch_size, 1000
+    run.micro_batch, run.accum_steps = common.split_batch(batch_size, cfg.micro_batch, 1)
+    positions, normalize = math.prod(common.patch_grid(cfg.img_size, cfg.patch_size)), run.normalize
+    if script is cim:
+        model, normalize = cim.CorruptedImageModel(cfg, 8192), common.Normalize((0.0,) * 3, (1.0,) * 3, DEVICE)
+        model.__dict__["tokenizer"] = DVAE(cfg.grid).to(DEVICE).requires_grad_(False)
     else:
-        model = revcol_v2.MaskedRevCol(cfg)
+        networks = {mae_mff: "MaskedAutoencoder", ddae: "DeepDynamicAutoEncoder", vision_electra: "VisionElectra",
+                    revcol_v2: "MaskedRevCol"}
+        model = getattr(script, networks[script])(cfg)
     model.to(DEVICE)
     if compiled:
         model.compile()
     optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
     common.set_lr(optimizer, 1e-4)
-    batch = {"image": torch.randint(256, (batch_size, 3, *cfg.img_size), dtype=torch.uint8), "index": torch.arange(batch_size),
-             "flip": torch.arange(batch_size) % 2 == 0, "draw": torch.stack([draw() for _ in range(batch_size)])}
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
-    rest = (optimizer, scaler, 0, cfg, common.make_plan(10 * batch_size, cfg, 1), common.Run(cfg, script.__name__))
-    models, to_images = (model, model) if script is ddae else (model,), common.Normalise(mean, std, DEVICE)
-    return model, lambda: script.train_step(*models, iter([batch]), to_images, *more, *rest)
+    images = torch.randint(256, (batch_size, 3, *cfg.img_size), dtype=torch.uint8)
+    flip = torch.arange(batch_size) % 2 == 0
+    noise = torch.stack([ddae.sample_mask(cfg) for _ in images]) if script is ddae else torch.rand(batch_size, positions)
+
+    def batches():
+        while True:
+            for start in range(0, batch_size, run.micro_batch):
+                part = slice(start, start + run.micro_batch)
+                yield normalize(images[part], flip[part]), noise[part].to(DEVICE), torch.arange(run.micro_batch)
+
+    rest = batches(), optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), run
+    return model, lambda: script.train_step(model, *rest)
 
 
 def count_flops(function):
@@ -169,6 +170,10 @@ def matrix_product(amp):
     return lambda: [a @ b for _ in range(4)], 4 * 2 * n**3
 
 
+def autocast(amp):
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=amp == "bf16")
+
+
 def peer_step(model, images, amp, loss):
     model.to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
@@ -176,7 +181,7 @@ def peer_step(model, images, amp, loss):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with common.autocast(DEVICE, common.amp_dtype(amp, DEVICE)):
+        with autocast(amp):
             value = loss(model(images))
         value.backward()
         optimizer.step()
@@ -303,7 +308,7 @@ def bench_cim(args):
     logits, ids = torch.randn(n, 120, 8192, device=DEVICE), torch.randint(8192, (n, 196), device=DEVICE)
 
     def run(function, learns, amp):
-        with common.autocast(DEVICE, common.amp_dtype(amp, DEVICE)):
+        with autocast(amp):
             output = function()
         if learns:
             output.backward()
@@ -340,12 +345,12 @@ def bench_cim(args):
 
 def bench_electra(args):
     n, rows = max(1, args.batch // 2), {}
-    images, draw = torch.randn(n, 3, 224, 224, device=DEVICE), torch.rand(n, 196, device=DEVICE)
+    images, noise = torch.randn(n, 3, 224, 224, device=DEVICE), torch.rand(n, 196, device=DEVICE)
     for amp in PRECISIONS.values():
         model, update = make_update(vision_electra, n, amp)
         frozen = {name: parameter.detach() for name, parameter in model.discriminator.named_parameters()}
         parts = {  # what runs, forward and backward
-            "generator": lambda model=model: model.generate(images, draw)[0].square().mean(),
+            "generator": lambda model=model: model.generate(images, noise)[0].square().mean(),
             "discriminator on originals and composites": lambda model=model: sum(
                 s.mean() for s in model.discriminator(torch.cat([images, images])).values()),
             "generator's pass through it": lambda model=model, frozen=frozen: sum(
@@ -354,7 +359,7 @@ def bench_electra(args):
 
         def run(part, model=model, amp=amp):
             model.zero_grad(set_to_none=True)
-            with common.autocast(DEVICE, common.amp_dtype(amp, DEVICE)):
+            with autocast(amp):
                 loss = part()
             loss.backward()
 
@@ -383,30 +388,30 @@ def bench_loader(args):
     def batches():
         return (range(start, min(start + batch, n)) for start in range(0, n, batch))
 
-    def views(draw):
-        data = common.Views(source, crop, 0, 2, draw)
+    def samples(sample_noise):
+        data = common.KeyedSamples(source, crop, 0, 2, sample_noise)
         return lambda: [common.collate([data[0, i] for i in part]) for part in batches()]
 
     def pillow(i):
         with open(paths[i], "rb") as file:
             return Image.open(file).convert("RGB")
 
-    ddae_draw = ddae.mask_source(ddae.Config())
+    sample_mask = functools.partial(ddae.sample_mask, ddae.Config())
     rivals = {
         "MAE's published pipeline": lambda: [torch.stack([published(pillow(i)) for i in part]) for part in batches()],
         "decoding alone, Pillow": lambda: [pillow(i) for i in range(n)],
         "decoding alone, torchvision": lambda: [decode_image(p, ImageReadMode.RGB, apply_exif_orientation=True) for p in paths],
-        "ours": views(lambda: torch.rand(196)),
-        "ours, DDAE's masks and distance maps": views(ddae_draw),
-        "ours without the masks' noise": views(None),
+        "ours": samples(lambda: torch.rand(196)),
+        "ours, DDAE's masks and distance maps": samples(sample_mask),
+        "ours without the masks' noise": samples(None),
         "ours without noise, keys, bookkeeping": lambda: [
             torch.stack([crop(source.read(i)[0]).permute(1, 2, 0) for i in part]) for part in batches()],
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = turns(rivals, 3 * args.rounds)
-    masks = [ddae.block_mask(*ddae_draw.args) for _ in range(1000)]
-    draws = turns({"mask": lambda: [ddae.block_mask(*ddae_draw.args) for _ in masks],
+    masks = [sample_mask().view(14, 14).numpy() > 0 for _ in range(1000)]
+    draws = turns({"mask and map": lambda: [sample_mask() for _ in masks],
                    "map": lambda: [ddae.distance_map(mask) for mask in masks]}, args.rounds)
     torch.set_num_threads(threads)
     image = seconds["ours, DDAE's masks and distance maps"] / n
@@ -443,9 +448,9 @@ def bench_wait(args):
     torch.set_num_threads(1)
     for pause in (0.0, 0.01, 0.02, 0.05):
         run = common.Run(cfg, "wait")
-        views = common.Views(source, Slow(common.RandomResizedCrop((224, 224)), pause), 0, 2, lambda: torch.rand(196))
-        keys = common.KeyedBatches(common.make_plan(len(source), cfg, 1), 0, run, 0)
-        loader = run.timed(common.make_loader(views, keys, run))
+        run.n, run.steps, run.micro_batch, run.accum_steps = len(source), 10**6, batch, 1
+        crop = Slow(common.RandomResizedCrop((224, 224)), pause)
+        loader = run.batches(source, crop, lambda: torch.rand(196))
         for _ in range(8):  # what was loaded ahead
             next(loader)
             step()
@@ -498,6 +503,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="of an update")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each rival")
     parser.add_argument("--out", type=Path, default=Path("runs/throughput.md"), help="the tables (default runs/throughput.md)")
+    parser.add_argument("--against", type=Path, help="another checkout: its throughput.py takes turns, part by part")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -520,6 +526,13 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
         part_lines = [f"## {part}", "", *globals()[f"bench_{part}"](args)]
+        if args.against:
+            other = args.out.with_suffix(".against.md")
+            flags = ["--parts", part, "--batch", args.batch, "--rounds", args.rounds, "--images", args.images, "--out", other]
+            flags += ["--data", args.data] if args.data else []
+            command = [sys.executable, args.against / "benchmarks/throughput.py", *flags]
+            subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+            part_lines += other.read_text().splitlines()[2:]
         print("\n".join(part_lines), flush=True)
         lines += part_lines
         args.out.write_text("\n".join(lines))

@@ -40,7 +40,7 @@ def measure(flags, n, updates):
     run, (H, W) = common.Run(cfg, "benchmark"), cfg.img_size
     torch.manual_seed(0)
     model = (transfer.Segmenter(cfg, 150) if cfg.task == "seg" else transfer.Detector(cfg, 80)).to(run.device).train()
-    optimizer = common.adamw(transfer.parameter_groups_of(model, cfg), cfg.betas)
+    optimizer = transfer.make_optimizer(model, cfg)
     common.set_lr(optimizer, cfg.lr)
     images = torch.randn(n, 3, H, W, device=run.device)
     if cfg.task == "seg":
@@ -58,7 +58,7 @@ def measure(flags, n, updates):
     for _ in range(1 + updates):
         begin = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        with common.autocast(run.device, run.amp_dtype):
+        with run.autocast():
             loss, _ = model(images, targets)
         loss.backward()
         optimizer.step()

@@ -38,6 +38,8 @@ import ddae  # noqa: E402
 import mae_mff  # noqa: E402
 import revcol_v2  # noqa: E402
 import vision_electra  # noqa: E402
+from convert_dalle import load_tokenizer  # noqa: E402
+from shapes import Shapes  # noqa: E402
 
 DOCS = ROOT / "docs"
 FIGURES = {}
@@ -67,7 +69,7 @@ def panels(axes, columns):
 
 def shapes(numbers, size=32, channels=3):
     """(N, channels, size, size) in [0, 1]: drawn images, as --demo learns from."""
-    source = common.Shapes((size, size), channels, n=max(numbers) + 1)
+    source = Shapes((size, size), channels, n=max(numbers) + 1)
     return torch.stack([source.read(i)[0] for i in numbers]).float() / 255
 
 
@@ -82,7 +84,7 @@ def ddae_distance(args):
     for row, (ratio, block) in enumerate(((0.4, 0.3), (0.6, 0.45), (0.75, 120 / 196))):
         mask = ddae.block_mask((14, 14), int(196 * ratio), int(196 * block))
         distance = ddae.distance_map(mask)
-        weights = ddae.rescale(ddae.dynamic_weights(distance[None], betas))[:, 0].view(-1, 14, 14)
+        weights = ddae.dynamic_weights(distance[None], betas)[1][:, 0].view(-1, 14, 14)
         panel(axes[row, 0], mask, f"{ratio:.0%} hidden (black)", cmap="gray_r")
         panel(axes[row, 1], distance.view(14, 14), f"distance, up to {distance.max():.1f}", cmap="gray_r")
         for column, (beta, weight) in enumerate(zip(betas.tolist(), weights, strict=True), start=2):
@@ -96,14 +98,14 @@ def ddae_distance(args):
 def cim_windows(args):
     pixels = shapes((0, 5, 7), 64)
     cfg = cim.Config(tokenizer="none needed", img_size=(64, 64), patch_size=8)
-    to_images = common.Normalise(*common.normalisation(cfg), torch.device("cpu"))
-    images = to_images({"image": pixels})
+    normalize = common.Normalize(cfg.mean, cfg.std, torch.device("cpu"))
+    images = normalize(pixels)
     columns = {"image": pixels}
     for kind, title in (("window", "what windows leave:\nResPix's target"), ("patch", "what 8 x 8 patches leave")):
         cfg.pixel_norm = kind
         mean, deviation = cim.pixel_statistics(images, cfg)
         if kind == "window":
-            columns["mean of the 8 x 8 window\naround each pixel"] = to_images.undo(mean.expand_as(images))
+            columns["mean of the 8 x 8 window\naround each pixel"] = normalize.undo(mean.expand_as(images))
         columns[title] = (images - mean) / deviation / 5 + 0.5
     picture, axes = new(3, 4, 8, 6.4)
     panels(axes, columns)
@@ -223,16 +225,15 @@ def read_log(path):
 
 
 def load(script, args, make):
-    """(network, settings, its Normalise) of a demo; make: (settings, mean, deviation) -> network."""
+    """(network, settings, its Normalize) of a demo; make: settings -> network."""
     path = args.runs / script.__name__ / "last.pth"
     if not path.exists():
         sys.exit(f"there is no {path}: make it with `python {script.__name__}.py --demo --out {path.parent}`")
     content = common.read_file(path)
     cfg = script.Config(**content["config"])
-    mean, std = common.normalisation(cfg)
-    model = make(cfg, mean, std).eval()
+    model = make(cfg).eval()
     model.load_state_dict(content["model"])
-    return model, cfg, common.Normalise(mean, std, torch.device("cpu"))
+    return model, cfg, common.Normalize(cfg.mean, cfg.std, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -255,10 +256,9 @@ def attention_maps(model, images):
 @figure
 def attention(args):
     networks = {"MAE": load(mae_mff, args, mae_mff.MaskedAutoencoder),
-                "DDAE": load(ddae, args, lambda cfg, *rest: ddae.DeepDynamicAutoEncoder(cfg))}
+                "DDAE": load(ddae, args, ddae.DeepDynamicAutoEncoder)}
     images, block = shapes(range(64)), 1
-    maps = {name: attention_maps(model, to_images({"image": images}))
-            for name, (model, _, to_images) in networks.items()}
+    maps = {name: attention_maps(model, normalize(images)) for name, (model, _, normalize) in networks.items()}
     (h, w), p = networks["MAE"][0].grid, networks["MAE"][1].patch_size
     places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).reshape(-1, 2) * float(p)
     apart = torch.cdist(places, places)  # px
@@ -289,17 +289,22 @@ def attention(args):
 @figure
 @torch.no_grad()
 def cim_samples(args):
-    model, cfg, _ = load(cim, args, lambda cfg, *rest: cim.CorruptedImageModel(cfg, cfg.vocab_size, *rest))
-    tokenizer = cim.load_tokenizer(args.runs / "cim/tokenizer/tokenizer.pth", cfg.grid, cfg.in_chans)
+    def make(cfg):
+        tokenizer = load_tokenizer(args.runs / "cim/tokenizer/tokenizer.pth", cfg.grid, cfg.in_chans)
+        model = cim.CorruptedImageModel(cfg, tokenizer.vocab_size)
+        model.__dict__["tokenizer"] = tokenizer
+        return model
+
+    model, cfg, _ = load(cim, args, make)
     images = shapes((0, 5, 7, 8), channels=cfg.in_chans)
     torch.manual_seed(0)
     noise = torch.rand(len(images), len(model.enhancer.pos_embed[0]) - 1)
-    n = torch.tensor(sum(cfg.num_masked) // 2)
+    k = torch.tensor(sum(cfg.num_masked) // 2)
     columns = {"original": images, "masked": images}
     for title in ("softmax 1", "softmax 2", "softmax 3", "argmax", "uniform 1", "uniform 2"):
         cfg.sampling = title.split()[0]
-        columns[title], mask = model.corrupt(images, noise, n, tokenizer)[:2]
-    hidden = common.spread(mask[..., None].float(), cfg.patch_size, cfg.grid)
+        columns[title], mask = model.corrupt(images, noise, k)[:2]
+    hidden = common.patches_to_pixels(mask[..., None].float(), cfg.patch_size, cfg.grid)
     columns["masked"] = torch.where(hidden > 0, torch.tensor([0.2, 0.35, 0.7]).view(3, 1, 1), images)
     picture, axes = new(4, len(columns), 10, 5.2)
     panels(axes, columns)
@@ -309,15 +314,15 @@ def cim_samples(args):
 @figure
 @torch.no_grad()
 def electra_verdicts(args):
-    model, cfg, to_images = load(vision_electra, args, lambda cfg, *rest: vision_electra.VisionElectra(cfg))
+    model, cfg, normalize = load(vision_electra, args, vision_electra.VisionElectra)
     pixels = shapes((0, 5, 7, 8))
-    images, grid, p = to_images({"image": pixels}), model.discriminator.grid, cfg.patch_size
+    images, grid, p = normalize(pixels), model.discriminator.grid, cfg.patch_size
     torch.manual_seed(0)
     pred, mask, *_ = model.generate(images, torch.rand(len(images), grid[0] * grid[1]))
     composite, _ = model.compose(images, pred, mask)
-    hidden = common.spread(mask[..., None], p, grid)
+    hidden = common.patches_to_pixels(mask[..., None], p, grid)
     shown = {"original": pixels, "masked": torch.where(hidden > 0, 0.5, pixels),
-             "composite": to_images.undo(composite)}
+             "composite": normalize.undo(composite)}
     verdicts = {"composite": model.discriminator(composite), "original": model.discriminator(images)}
     picture, axes = new(4, 5, 8, 6.6)
     panels(axes, shown)
