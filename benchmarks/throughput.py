@@ -143,14 +143,13 @@ def make_update(script, batch_size, amp="off", compiled=False, **values):
     optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
     common.set_lr(optimizer, 1e-4)
     images = torch.randint(256, (batch_size, 3, *cfg.img_size), dtype=torch.uint8)
-    flip = torch.arange(batch_size) % 2 == 0
     noise = torch.stack([ddae.sample_mask(cfg) for _ in images]) if script is ddae else torch.rand(batch_size, positions)
 
     def batches():
         while True:
             for start in range(0, batch_size, run.micro_batch):
                 part = slice(start, start + run.micro_batch)
-                yield normalize(images[part], flip[part]), noise[part].to(DEVICE), torch.arange(run.micro_batch)
+                yield normalize(images[part]), noise[part].to(DEVICE), torch.arange(run.micro_batch)
 
     rest = batches(), optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), run
     return model, lambda: script.train_step(model, *rest)

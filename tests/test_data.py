@@ -74,17 +74,26 @@ def test_samples_do_not_depend_on_the_number_of_workers(folder):
         batches += run.load_batches(samples, common.training_keys(run))
     assert len(alone) == len(three) == 12
     for a, b in zip(alone, three, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in ("image", "noise", "flip", "index", "label"))
+        assert all(torch.equal(a[name], b[name]) for name in ("image", "noise", "index", "label"))
     first, second = ({int(i): batch["noise"][j] for batch in part for j, i in enumerate(batch["index"])}
                      for part in (alone[:4], alone[4:8]))
     assert all(not torch.equal(first[i], second[i]) for i in range(40))
 
 
-def test_normalize_flips_on_the_device_and_undoes_itself():
+def test_about_half_of_the_training_samples_are_mirrored(folder):
+    source, crop = open_data(folder), common.EvalCrop((32, 32))
+    training = run_of(40).samples(source, crop)
+    plain = run_of(40).samples(source, crop, flip=False)
+    pairs = [(training[epoch, i]["image"], plain[epoch, i]["image"]) for epoch in range(3) for i in range(40)]
+    assert all(torch.equal(a, b) or torch.equal(a, b.flip(-1)) for a, b in pairs)
+    assert 40 < sum(torch.equal(a, b) for a, b in pairs) < 80
+
+
+def test_normalize_undoes_itself():
     normalize = common.Normalize(common.IMAGENET_MEAN, common.IMAGENET_STD, torch.device("cpu"))
     images = torch.randint(0, 256, (2, 3, 4, 6), dtype=torch.uint8)
-    out, pixels = normalize(images, torch.tensor([False, True])), images / 255
-    torch.testing.assert_close(normalize.undo(out), torch.stack([pixels[0], pixels[1].flip(-1)]))
+    out, pixels = normalize(images), images / 255
+    torch.testing.assert_close(normalize.undo(out), pixels)
     mean, std = torch.tensor(common.IMAGENET_MEAN), torch.tensor(common.IMAGENET_STD)
     torch.testing.assert_close(out[0, :, 0, 0], (pixels[0, :, 0, 0] - mean) / std)
 
