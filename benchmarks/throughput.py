@@ -102,7 +102,8 @@ class TimmMAE(nn.Module):
         self.pos_embed = nn.Parameter(torch.randn(1, L + 1, width) * 0.02, requires_grad=False)
         self.decoder_pos_embed = nn.Parameter(torch.randn(1, L + 1, decoder[0]) * 0.02, requires_grad=False)
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
-        self.decoder_blocks = nn.Sequential(*(Block(decoder[0], decoder[2], qkv_bias=True) for _ in range(decoder[1])))
+        self.decoder_blocks = nn.Sequential(*(Block(decoder[0], decoder[2], qkv_bias=True)
+                                              for _ in range(decoder[1])))
         self.norm, self.decoder_norm = nn.LayerNorm(width), nn.LayerNorm(decoder[0])
         self.embed, self.pred = nn.Linear(width, decoder[0]), nn.Linear(decoder[0], p * p * 3)
 
@@ -112,7 +113,8 @@ class TimmMAE(nn.Module):
         shuffle = torch.rand(B, L, device=x.device).argsort(1)
         restore, kept = shuffle.argsort(1), L // 4
         x = x.gather(1, shuffle[:, :kept, None].expand(-1, -1, D))
-        x = self.norm(self.blocks(torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1), x], 1)))
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
+        x = self.norm(self.blocks(torch.cat([cls_token, x], 1)))
         x = self.embed(x)
         hidden = self.mask_token.expand(B, L - kept, -1).to(x.dtype)
         patches = torch.cat([x[:, 1:], hidden], 1).gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))
@@ -125,16 +127,19 @@ class TimmMAE(nn.Module):
 
 def make_update(script, batch_size, amp="off", compiled=False, **values):
     """(model, function that makes one update) of a method, from a fixed batch of 8-bit images to the optimizer"""
-    cfg = script.Config(amp=amp, batch_size=batch_size, **({"tokenizer": "random"} if script is cim else {}), **values)
+    values |= {"tokenizer": "random"} if script is cim else {}
+    cfg = script.Config(amp=amp, batch_size=batch_size, **values)
     run = common.Run(cfg, script.__name__)
     run.n, run.steps = 1000 * batch_size, 1000
     run.micro_batch, run.accum_steps = common.split_batch(batch_size, cfg.micro_batch, 1)
     positions, normalize = math.prod(common.patch_grid(cfg.img_size, cfg.patch_size)), run.normalize
     if script is cim:
-        model, normalize = cim.CorruptedImageModel(cfg, 8192), common.Normalize((0.0,) * 3, (1.0,) * 3, DEVICE)
+        model = cim.CorruptedImageModel(cfg, 8192)
+        normalize = common.Normalize((0.0,) * 3, (1.0,) * 3, DEVICE)
         model.__dict__["tokenizer"] = DVAE(cfg.grid).to(DEVICE).requires_grad_(False)
     else:
-        networks = {mae_mff: "MaskedAutoencoder", ddae: "DeepDynamicAutoEncoder", vision_electra: "VisionElectra",
+        networks = {mae_mff: "MaskedAutoencoder", ddae: "DeepDynamicAutoEncoder",
+                    vision_electra: "VisionElectra",
                     revcol_v2: "MaskedRevCol"}
         model = getattr(script, networks[script])(cfg)
     model.to(DEVICE)
@@ -143,7 +148,9 @@ def make_update(script, batch_size, amp="off", compiled=False, **values):
     optimizer = common.adamw(common.parameter_groups(model, cfg.weight_decay), cfg.betas)
     common.set_lr(optimizer, 1e-4)
     images = torch.randint(256, (batch_size, 3, *cfg.img_size), dtype=torch.uint8)
-    noise = torch.stack([ddae.sample_mask(cfg) for _ in images]) if script is ddae else torch.rand(batch_size, positions)
+    noise = torch.rand(batch_size, positions)
+    if script is ddae:
+        noise = torch.stack([ddae.sample_mask(cfg) for _ in images])
 
     def batches():
         while True:
@@ -157,7 +164,8 @@ def make_update(script, batch_size, amp="off", compiled=False, **values):
 
 def count_flops(function):
     """FLOPs of all matrix products, convolutions and attentions of one call (what is computed twice counts twice)."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention on a CPU is not counted
+    # fused attention on a CPU is not counted
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
@@ -175,7 +183,8 @@ def autocast(amp):
 
 def peer_step(model, images, amp, loss):
     model.to(DEVICE).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05,
+                                  fused=True)
     images = images.to(DEVICE) / 255
 
     def step():
@@ -193,7 +202,8 @@ GROUPS = {  # of operators, by a part of their name
     "attention": ("aten::bmm", "softmax", "scaled_dot_product"),
     "GELU and LayerNorm": ("gelu", "layer_norm"),
     "optimizer, gradient norm": ("adamw", "vector_norm", "foreach"),
-    "copies, casts, gathers": ("aten::copy_", "aten::cat", "gather", "scatter", "aten::empty", "aten::fill_", "aten::index"),
+    "copies, casts, gathers": ("aten::copy_", "aten::cat", "gather", "scatter", "aten::empty", "aten::fill_",
+                               "aten::index"),
 }
 
 
@@ -206,7 +216,8 @@ def profile(step):
     for event in profiler.key_averages():
         if cuda and event.device_type == torch.autograd.DeviceType.CUDA:
             continue  # a kernel: its time is counted with the operator that started it
-        group = next((g for g, parts in GROUPS.items() if any(part in event.key for part in parts)), "everything else")
+        group = next((g for g, parts in GROUPS.items() if any(part in event.key for part in parts)),
+                     "everything else")
         seconds[group] += event.self_device_time_total if cuda else event.self_cpu_time_total
     return {group: value / sum(seconds.values()) for group, value in seconds.items()}
 
@@ -214,7 +225,8 @@ def profile(step):
 def bench_step(args):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    images, out, shares, flops = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8), {}, {}, {}
+    images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8)
+    out, shares, flops = {}, {}, {}
     for precision, amp in PRECISIONS.items():
         rivals = {f"mae_mff.py, {name}": make_update(script, args.batch, amp, **values("base"))[1]
                   for name, (script, values) in list(METHODS.items())[:2]}
@@ -231,26 +243,32 @@ def bench_step(args):
             out.setdefault(name, [name]).append(f"{args.batch / value:.2f}, {best / value:.2f}, {used / peak:.0%}")
         shares[precision] = profile(rivals["mae_mff.py, MAE"])
         out.setdefault("product", ["(matrix product)"]).append(f"{peak / 1e9:,.0f} GFLOP/s")
-    parts = [[group, *(f"{share[group]:.0%}" for share in shares.values())] for group in [*GROUPS, "everything else"]]
+    parts = [[group, *(f"{share[group]:.0%}" for share in shares.values())]
+             for group in [*GROUPS, "everything else"]]
     gflop = f"{flops['mae_mff.py, MAE'] / args.batch / 1e9:.1f} GFLOP per image"
     return [f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns; {gflop}, forward and backward. Cells: "
             "images/s, ratio to the best peer, share of the matrix-product speed.", "",
             *table(["update", *PRECISIONS], out.values()),
-            "Where our time goes (MAE, one profiled update):", "", *table(["share of the time", *shares], parts)]
+            "Where our time goes (MAE, one profiled update):", "",
+            *table(["share of the time", *shares], parts)]
 
 
 # ---- methods
 
 
 def bench_methods(args):
-    sizes, rows = ["tiny", "small", "base", *(["large"] if DEVICE.type == "cuda" else [])], {name: [name] for name in METHODS}
+    sizes = ["tiny", "small", "base", *(["large"] if DEVICE.type == "cuda" else [])]
+    rows = {name: [name] for name in METHODS}
     for size in sizes:
-        base, base_flops = make_update(mae_mff, args.batch, "bf16", model=size, **METHODS["MAE"][1](size))[1], 0
+        base = make_update(mae_mff, args.batch, "bf16", model=size, **METHODS["MAE"][1](size))[1]
+        base_flops = 0
         for name, (script, values) in METHODS.items():
             if script is revcol_v2 and size not in revcol_v2.SIZES:
                 rows[name].append("")
                 continue
-            update = base if name == "MAE" else make_update(script, args.batch, "bf16", model=size, **values(size))[1]
+            update = base
+            if name != "MAE":
+                update = make_update(script, args.batch, "bf16", model=size, **values(size))[1]
             flops = count_flops(update)
             base_flops = base_flops or flops
             seconds = turns({"MAE": base, name: update}, args.rounds)
@@ -283,7 +301,8 @@ def print_memory(name, size, batch_size):
 def bench_compile(args):
     rows, size = [], "base" if DEVICE.type == "cuda" else "nano"
     for name, (script, values) in list(METHODS.items())[: None if DEVICE.type == "cuda" else 1]:
-        updates = {kind: make_update(script, args.batch, "bf16", compiled=kind == "compiled", model=size, **values(size))[1]
+        updates = {kind: make_update(script, args.batch, "bf16", compiled=kind == "compiled", model=size,
+                                     **values(size))[1]
                    for kind in ("eager", "compiled")}
         begin = time.perf_counter()
         updates["compiled"]()
@@ -292,7 +311,8 @@ def bench_compile(args):
         rows.append([name, *(f"{args.batch / seconds[kind]:.3g}" for kind in updates),
                      f"{seconds['eager'] / seconds['compiled']:.2f}", f"{first:.0f}"])
     return [f"Size {size}, 224 px, bf16, batch {args.batch}, median of {args.rounds} turns.", "",
-            *table(["method", "images/s", "images/s, compiled", "compiled is faster by x", "first update, s"], rows)]
+            *table(["method", "images/s", "images/s, compiled", "compiled is faster by x", "first update, s"],
+                   rows)]
 
 
 # ---- CIM
@@ -302,7 +322,8 @@ def bench_cim(args):
     n = max(1, args.batch // 4)
     pixels, noise = torch.rand(n, 3, 224, 224, device=DEVICE), torch.rand(n, 196, device=DEVICE)
     tokenizer = DVAE((14, 14)).to(DEVICE).requires_grad_(False)
-    kinds = {"BEiT-B": {"objective": "none", "generator_depth": 12}, "CIM-ResPix": {}, "CIM-RevDet": {"objective": "revdet"}}
+    kinds = {"BEiT-B": {"objective": "none", "generator_depth": 12}, "CIM-ResPix": {},
+             "CIM-RevDet": {"objective": "revdet"}}
     mask, positions = noise < 0.5, noise.argsort(1)[:, :120]
     logits, ids = torch.randn(n, 120, 8192, device=DEVICE), torch.randint(8192, (n, 196), device=DEVICE)
 
@@ -319,8 +340,8 @@ def bench_cim(args):
             models[kind], steps[kind] = make_update(cim, n, amp, **values)
         seconds = turns(steps, args.rounds)
         for kind in list(kinds)[1:]:
-            rows.setdefault(kind, [kind]).append(", ".join(f"{n / seconds[name]:.2f}" for name in ("BEiT-B", kind))
-                                                 + f", {seconds[kind] / seconds['BEiT-B']:.2f}")
+            rates = ", ".join(f"{n / seconds[name]:.2f}" for name in ("BEiT-B", kind))
+            rows.setdefault(kind, [kind]).append(rates + f", {seconds[kind] / seconds['BEiT-B']:.2f}")
         beit, model = models["BEiT-B"], models["CIM-ResPix"]
         parts = {  # name: what runs, and whether backward runs too
             "tokenizer's encoder": (lambda: tokenizer.ids(pixels), False),
@@ -330,15 +351,18 @@ def bench_cim(args):
             "enhancer, 12 blocks": (lambda model=model: model.enhancer(pixels).sum(), True),
             "(BEiT's 12 blocks)": (lambda beit=beit: beit.generator(pixels, mask, positions).sum(), True),
         }
-        seconds = turns({name: lambda part=part, amp=amp: run(*part, amp) for name, part in parts.items()}, args.rounds)
-        flops = {name: count_flops(lambda part=part, amp=amp: run(*part, amp)) / n for name, part in parts.items()}
+        seconds = turns({name: lambda part=part, amp=amp: run(*part, amp) for name, part in parts.items()},
+                        args.rounds)
+        flops = {name: count_flops(lambda part=part, amp=amp: run(*part, amp)) / n
+                 for name, part in parts.items()}
         for name, value in seconds.items():
             parts_rows.setdefault(name, [name, f"{flops[name] / 1e9:.1f}"]).append(f"{1000 * value / n:.0f}")
     beit = sum(flops[name] for name in ("tokenizer's encoder", "(BEiT's 12 blocks)"))
     expected = sum(value for name, value in flops.items() if not name.startswith("(")) / beit
     return [f"ViT-B/16, 224 px, batch {n}, median of {args.rounds} turns. CIM's cost by FLOPs: {expected:.2f} x BEiT's. Cells: "
             "BEiT-B's images/s, CIM's, cost.", "", *table(["method", *PRECISIONS], rows.values()),
-            *table(["part (with backward where it learns)", "GFLOP per image", "fp32, ms per image", "bf16, ms per image"],
+            *table(["part (with backward where it learns)", "GFLOP per image", "fp32, ms per image",
+                    "bf16, ms per image"],
                    parts_rows.values())]
 
 
@@ -353,7 +377,8 @@ def bench_electra(args):
             "discriminator on originals and composites": lambda model=model: sum(
                 s.mean() for s in model.discriminator(torch.cat([images, images])).values()),
             "generator's pass through it": lambda model=model, frozen=frozen: sum(
-                s.mean() for s in functional_call(model.discriminator, frozen, (images.clone().requires_grad_(),)).values()),
+                verdict.mean() for verdict in
+                functional_call(model.discriminator, frozen, (images.clone().requires_grad_(),)).values()),
         }
 
         def run(part, model=model, amp=amp):
@@ -397,9 +422,11 @@ def bench_loader(args):
 
     sample_mask = functools.partial(ddae.sample_mask, ddae.Config())
     rivals = {
-        "MAE's published pipeline": lambda: [torch.stack([published(pillow(i)) for i in part]) for part in batches()],
+        "MAE's published pipeline": lambda: [torch.stack([published(pillow(i)) for i in part])
+                                             for part in batches()],
         "decoding alone, Pillow": lambda: [pillow(i) for i in range(n)],
-        "decoding alone, torchvision": lambda: [decode_image(p, ImageReadMode.RGB, apply_exif_orientation=True) for p in paths],
+        "decoding alone, torchvision": lambda: [
+            decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True) for path in paths],
         "ours": samples(lambda: torch.rand(196)),
         "ours, DDAE's masks and distance maps": samples(sample_mask),
         "ours without the masks' noise": samples(None),
@@ -414,7 +441,8 @@ def bench_loader(args):
                    "map": lambda: [ddae.distance_map(mask) for mask in masks]}, args.rounds)
     torch.set_num_threads(threads)
     image = seconds["ours, DDAE's masks and distance maps"] / n
-    drawn = "; ".join(f"{name} {1e3 * value:.0f} us, {value / 1000 / image:.1%}" for name, value in draws.items())
+    drawn = "; ".join(f"{name} {1e3 * value:.0f} us, {value / 1000 / image:.1%}"
+                      for name, value in draws.items())
     peer = seconds["MAE's published pipeline"]
     rows = [[name, f"{n / value:,.0f}", f"{peer / value:.2f}"] for name, value in seconds.items()]
     return [f"{n} photographs, one core, no worker process, batches of {batch}, median of {3 * args.rounds} turns.", "",
@@ -465,7 +493,8 @@ def bench_wait(args):
         rows.append([f"{1e3 * pause:.0f} ms", f"{waited / together:.0%}", f"{1 - alone / together:.0%}"])
     torch.set_num_threads(threads)
     head = ["pause per image", "data_wait as logged", "computed from rates"]
-    return ["ViT-nano, 224 px photographs, one training thread, one loader worker slowed by a pause.", "", *table(head, rows)]
+    return ["ViT-nano, 224 px photographs, one training thread, one loader worker slowed by a pause.", "",
+            *table(head, rows)]
 
 
 # ---- start
@@ -479,7 +508,8 @@ def bench_start(args):
             subprocess.run([sys.executable, "-c", "import torch, torchvision.transforms.v2"], check=True)
             imports, log = time.perf_counter() - begin, Path(folder, str(i), "log.jsonl")
             begin = time.perf_counter()
-            run = subprocess.Popen([sys.executable, ROOT / "mae_mff.py", "--demo", "--log_every", "1", "--out", log.parent],
+            run = subprocess.Popen([sys.executable, ROOT / "mae_mff.py", "--demo", "--log_every", "1",
+                                    "--out", log.parent],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             moments = []
             for line in (1, 10):
@@ -491,18 +521,23 @@ def bench_start(args):
             run.kill()
             run.wait()
             rows.append([i + 1, f"{imports:.1f}", *(f"{moment:.1f}" for moment in moments)])
-    return table(["start", "importing torch and torchvision, s", "command to first update, s", "to the tenth, s"], rows)
+    return table(["start", "importing torch and torchvision, s", "command to first update, s",
+                  "to the tenth, s"], rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="step,methods,compile,cim,electra,loader,wait,start", help="by commas (default all)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="step,methods,compile,cim,electra,loader,wait,start",
+                        help="by commas (default all)")
     parser.add_argument("--data", help="folder of photographs, for loader and wait")
     parser.add_argument("--images", type=int, default=200, help="how many of them the loader part reads")
     parser.add_argument("--batch", type=int, default=16, help="of an update")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each rival")
-    parser.add_argument("--out", type=Path, default=Path("runs/throughput.md"), help="the tables (default runs/throughput.md)")
-    parser.add_argument("--against", type=Path, help="another checkout: its throughput.py takes turns, part by part")
+    parser.add_argument("--out", type=Path, default=Path("runs/throughput.md"),
+                        help="the tables (default runs/throughput.md)")
+    parser.add_argument("--against", type=Path,
+                        help="another checkout: its throughput.py takes turns, part by part")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -515,9 +550,11 @@ def main():
     if not args.data and {"loader", "wait"} & set(parts):
         parser.error("--data FOLDER is needed for the parts loader and wait")
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+         if "model name" in line)
         if Path("/proc/cpuinfo").exists() else iter([]), platform.processor())
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "torchvision", "transformers", "timm"))
+    versions = ", ".join(f"{package} {version(package)}"
+                         for package in ("torch", "torchvision", "transformers", "timm"))
     options = f"--parts {args.parts} --batch {args.batch} --rounds {args.rounds} --images {args.images} --data PHOTOS"
     lines = ["# Speed", "", f"Written by `python benchmarks/throughput.py {options}`; its docstring says what each part "
              f"measures. {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
@@ -527,7 +564,8 @@ def main():
         part_lines = [f"## {part}", "", *globals()[f"bench_{part}"](args)]
         if args.against:
             other = args.out.with_suffix(".against.md")
-            flags = ["--parts", part, "--batch", args.batch, "--rounds", args.rounds, "--images", args.images, "--out", other]
+            flags = ["--parts", part, "--batch", args.batch, "--rounds", args.rounds, "--images", args.images,
+                     "--out", other]
             flags += ["--data", args.data] if args.data else []
             command = [sys.executable, args.against / "benchmarks/throughput.py", *flags]
             subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)

@@ -30,7 +30,8 @@ SETTINGS = [["--workers", "2", "--save_minutes", "0.02"], ["--workers", "0", "--
 
 
 def start(out, *flags):
-    command = [sys.executable, str(ROOT / "mae_mff.py"), "--demo", "--pictures", "1", "--out", str(out), *flags]
+    command = [sys.executable, str(ROOT / "mae_mff.py"), "--demo", "--pictures", "1", "--out", str(out),
+               *flags]
     with open(f"{out}.txt", "ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -47,7 +48,8 @@ def state(out):
     for path in out.glob("*.pth"):
         if path.name != "previous.pth":
             saved = torch.load(path, weights_only=True)
-            content |= {f"{path.name} {name}": value for name, value in saved.items() if name != "config"}  # has --out in it
+            # has --out in it
+            content |= {f"{path.name} {name}": value for name, value in saved.items() if name != "config"}
     return content
 
 
@@ -106,7 +108,8 @@ def kills(folder, wanted, seed):
     time.sleep(15)
     left = [pid for pid in orphans if Path(f"/proc/{pid}").exists()]
     return ["| settings | kills | before the first checkpoint | in the middle of writing a file | weights, optimizer, log |",
-            "|---|---|---|---|---|", *rows, "", f"{done} kills in all; processes left over 15 s after the last: {len(left)}."]
+            "|---|---|---|---|---|", *rows, "",
+            f"{done} kills in all; processes left over 15 s after the last: {len(left)}."]
 
 
 def memory(folder):
@@ -145,19 +148,25 @@ def files():
             os.makedirs(f"{folder}/class_{i:03}")
             for j in range(1000):
                 Path(f"{folder}/class_{i:03}/image_{i:03}_{j:06}.jpg").touch()
-        row = subprocess.run([sys.executable, "-c", INDEX, folder], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return ["| image files in 200 class folders | indexed in | growth of peak memory |", "|---|---|---|", row.strip()]
+        row = subprocess.run([sys.executable, "-c", INDEX, folder], cwd=ROOT, check=True, capture_output=True,
+                             text=True).stdout
+    return ["| image files in 200 class folders | indexed in | growth of peak memory |", "|---|---|---|",
+            row.strip()]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attacks", default="files,kills,memory", help="which, separated by commas (default all)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attacks", default="files,kills,memory",
+                        help="which, separated by commas (default all)")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--out", type=Path, default=Path("runs/torture"), help="new folder (default runs/torture)")
+    parser.add_argument("--out", type=Path, default=Path("runs/torture"),
+                        help="new folder (default runs/torture)")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    attacks = {"files": files, "kills": lambda: kills(args.out, args.kills, args.seed), "memory": lambda: memory(args.out)}
+    attacks = {"files": files, "kills": lambda: kills(args.out, args.kills, args.seed),
+               "memory": lambda: memory(args.out)}
     parts = []
     for name in args.attacks.split(","):
         parts += [*attacks[name](), ""]

@@ -39,7 +39,8 @@ def measure(flags, n, updates):
     cfg = common.parse_config(transfer.Config, transfer.presets, [*flags.split(), "--weights", "none"])
     run, (H, W) = common.Run(cfg, "benchmark"), cfg.img_size
     torch.manual_seed(0)
-    model = (transfer.Segmenter(cfg, 150) if cfg.task == "seg" else transfer.Detector(cfg, 80)).to(run.device).train()
+    model = (transfer.Segmenter(cfg, 150) if cfg.task == "seg"
+             else transfer.Detector(cfg, 80)).to(run.device).train()
     optimizer = transfer.make_optimizer(model, cfg)
     common.set_lr(optimizer, cfg.lr)
     images = torch.randn(n, 3, H, W, device=run.device)
@@ -48,7 +49,8 @@ def measure(flags, n, updates):
     else:  # eight objects in an image
         corners = torch.randint(0, H // 2, (n, 8, 2))
         boxes = torch.cat([corners, corners + torch.randint(16, H // 2, (n, 8, 2))], dim=2).float()
-        targets = [{"boxes": b, "labels": torch.randint(1, 81, (8,)), "masks": torch.zeros(8, H, W, dtype=torch.uint8)}
+        targets = [{"boxes": b, "labels": torch.randint(1, 81, (8,)),
+                    "masks": torch.zeros(8, H, W, dtype=torch.uint8)}
                    for b in boxes]
         for target in targets:
             for mask, (x1, y1, x2, y2) in zip(target["masks"], target["boxes"].long().tolist(), strict=True):
@@ -65,11 +67,13 @@ def measure(flags, n, updates):
         loss.item()  # waits for the GPU
         times.append(time.perf_counter() - begin)
     return {"memory": run.peak_memory(), "seconds": statistics.median(times[1:]),
-            "parameters": sum(p.numel() for p in model.parameters()) / 1e6, "precision": str(run.amp_dtype or torch.float32)}
+            "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+            "precision": str(run.amp_dtype or torch.float32)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--row", help=argparse.SUPPRESS)

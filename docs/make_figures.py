@@ -101,7 +101,8 @@ def cim_windows(args):
     normalize = common.Normalize(cfg.mean, cfg.std, torch.device("cpu"))
     images = normalize(pixels)
     columns = {"image": pixels}
-    for kind, title in (("window", "what windows leave:\nResPix's target"), ("patch", "what 8 x 8 patches leave")):
+    for kind, title in (("window", "what windows leave:\nResPix's target"),
+                        ("patch", "what 8 x 8 patches leave")):
         cfg.pixel_norm = kind
         mean, deviation = cim.pixel_statistics(images, cfg)
         if kind == "window":
@@ -127,12 +128,14 @@ def revcol_columns(args):
         for y in range(4):
             blocks = f"{model.depths[y]} block{'s' * (model.depths[y] > 1)}"
             box = {"boxstyle": "round", "facecolor": "#d8e6f3" if up else "#f6e3c5", "edgecolor": "gray"}
-            axis.text(x, y, f"{model.channels[y]} ch\n{blocks}", ha="center", va="center", fontsize=8, bbox=box)
+            axis.text(x, y, f"{model.channels[y]} ch\n{blocks}", ha="center", va="center", fontsize=8,
+                      bbox=box)
             if up and not y:
                 axis.annotate("stem", (x, y), (x - 0.42, y - 0.42), ha="center", va="center", fontsize=8,
                               arrowprops=arrow | {"shrinkA": 2, "color": "#2e7d32"})
             if x:
-                axis.annotate("", (x, y), (x - 1, y), arrowprops=arrow | {"color": "#b03a2e", "linestyle": "--"})
+                axis.annotate("", (x, y), (x - 1, y),
+                              arrowprops=arrow | {"color": "#b03a2e", "linestyle": "--"})
             before = y - 1 if up else y + 1
             if 0 <= before <= 3:
                 axis.annotate("", (x, y), (x, before), arrowprops=arrow | {"color": "#1f4e79"})
@@ -146,8 +149,10 @@ def revcol_columns(args):
     axis.text(len(model.bottom_up) - 0.5, 3.42, words, ha="center", fontsize=8, style="italic")
     for y, name in enumerate(names):
         axis.text(-0.75, y, f"level {y}\n{name}", ha="center", va="center", fontsize=8)
-    for color, style, words in (("#1f4e79", "-", "F: from the level before"), ("gray", "-", "F: from the column before"),
-                                ("#2e7d32", "-", "stem"), ("#b03a2e", "--", "a times the same level before: can be inverted")):
+    for color, style, words in (("#1f4e79", "-", "F: from the level before"),
+                                ("gray", "-", "F: from the column before"),
+                                ("#2e7d32", "-", "stem"),
+                                ("#b03a2e", "--", "a times the same level before: can be inverted")):
         axis.plot([], [], color=color, linestyle=style, label=words)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, fontsize=8, frameon=False)
     axis.set(xlim=(-1.1, 3.6), ylim=(-1, 3.8))
@@ -165,17 +170,20 @@ def mff_weights(args):
     names = [name for name in lines[0] if name.startswith("train/fuse_weight/")]
     for i, name in enumerate(names):
         layer = name.rsplit("/", 1)[1]
-        axes[0, 0].plot([line["epoch"] for line in lines], [line[name] for line in lines], color=plt.cm.viridis(i / len(names)),
+        axes[0, 0].plot([line["epoch"] for line in lines], [line[name] for line in lines],
+                        color=plt.cm.viridis(i / len(names)),
                         label=f"block {layer}")
     axes[0, 0].axhline(1 / len(names), color="gray", linewidth=0.8, linestyle=":")
-    axes[0, 0].set(xlabel="passes", ylabel="softmax(w)", title="MFF, ViT-Tiny on CIFAR-10: what the decoder is given")
+    axes[0, 0].set(xlabel="passes", ylabel="softmax(w)",
+                   title="MFF, ViT-Tiny on CIFAR-10: what the decoder is given")
     axes[0, 0].legend(fontsize=8, ncols=2)
     return picture
 
 
 @figure
 def ddae_beta(args):
-    readings = {"sqrt": "times the root of the number of hidden patches: our reading", "literal": "the norm of one image",
+    readings = {"sqrt": "times the root of the number of hidden patches: our reading",
+                "literal": "the norm of one image",
                 "none": "without eq. (6)"}
     picture, axes = new(2, 3, 10, 5)
     for column, (name, words) in enumerate(readings.items()):
@@ -184,7 +192,8 @@ def ddae_beta(args):
             for level in range(1, 5):
                 betas = [line[f"train/beta/{level}"] for line in lines]
                 axis.plot([line["step"] for line in lines], betas, label=f"level {level}")
-            axis.set_title(f"{words}\nsmaller for {start} levels at the start" if row == 0 else f"smaller for {start} levels",
+            axis.set_title(f"{words}\nsmaller for {start} levels at the start" if row == 0
+                           else f"smaller for {start} levels",
                            fontsize=8)
             axis.grid(alpha=0.3)
             axis.set(xlabel="update" if row else "", ylabel="" if column else "beta")
@@ -198,8 +207,10 @@ def losses(args):
     runs = {path.name.split(".")[0]: read_log(path) for path in sorted((DOCS / "runs").glob("*.jsonl.gz"))}
     kinds = {"MAE and MFF": ("mae", "mff", "mff_detach"), "MAE, other targets": ("pixmim", "raw", "raw_on"),
              "DDAE": ("ddae",), "its parts (loss with weights)": ("blocks", "d", "ds", "dds"),
-             "CIM: ResPix": ("respix", "respix_none", "respix_patch", "respix_argmax", "respix_uniform", "resnet_respix"),
-             "CIM: RevDet": ("revdet", "resnet_revdet"), "Vision ELECTRA": ("ve", "ve_half"), "RevColV2": ("revcol",)}
+             "CIM: ResPix": ("respix", "respix_none", "respix_patch", "respix_argmax", "respix_uniform",
+                             "resnet_respix"),
+             "CIM: RevDet": ("revdet", "resnet_revdet"), "Vision ELECTRA": ("ve", "ve_half"),
+             "RevColV2": ("revcol",)}
     picture, axes = new(2, 4, 13, 5.6)
     for axis, (title, names) in zip(axes.flat, kinds.items(), strict=True):
         for i, name in enumerate(names):
@@ -207,7 +218,8 @@ def losses(args):
                 points = [(line["step"], line["train/loss"]) for line in runs.get(name, ())
                           if line["run"] == f"{name}/{seed}" and "train/loss" in line]
                 if points:
-                    axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=0.9, label=name if seed == 0 else None)
+                    axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=0.9,
+                              label=name if seed == 0 else None)
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
@@ -258,9 +270,11 @@ def attention(args):
     networks = {"MAE": load(mae_mff, args, mae_mff.MaskedAutoencoder),
                 "DDAE": load(ddae, args, ddae.DeepDynamicAutoEncoder)}
     images, block = shapes(range(64)), 1
-    maps = {name: attention_maps(model, normalize(images)) for name, (model, _, normalize) in networks.items()}
+    maps = {name: attention_maps(model, normalize(images))
+            for name, (model, _, normalize) in networks.items()}
     (h, w), p = networks["MAE"][0].grid, networks["MAE"][1].patch_size
-    places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).reshape(-1, 2) * float(p)
+    places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"),
+                         -1).reshape(-1, 2) * float(p)
     apart = torch.cdist(places, places)  # px
     picture = plt.figure(figsize=(10, 4), layout="constrained")
     left, right = picture.subfigures(1, 2, width_ratios=(1.5, 1))
@@ -270,7 +284,8 @@ def attention(args):
         for row, (_, values) in enumerate(maps.items(), start=1):
             panel(axes[row, column], values[block, i].mean(0)[0, 1:].view(h, w), cmap="viridis", vmin=0)
     for row, name in enumerate(("image", *maps)):
-        axes[row, 0].text(-0.15, 0.5, name, transform=axes[row, 0].transAxes, rotation=90, va="center", ha="right", fontsize=9)
+        axes[row, 0].text(-0.15, 0.5, name, transform=axes[row, 0].transAxes, rotation=90, va="center",
+                          ha="right", fontsize=9)
     left.suptitle(f"attention of the class token, block {block}, mean of heads (each map from 0 to its maximum)", fontsize=9)
     axis = right.subplots()
     for name, values in maps.items():
@@ -280,7 +295,8 @@ def attention(args):
         axis.plot(distance, ".", color=line.get_color(), alpha=0.6)
     axis.axhline(apart.mean(), color="gray", linestyle=":", linewidth=0.8)
     axis.text(0, apart.mean(), "attention to all alike", fontsize=7, va="bottom")
-    axis.set(xlabel="block", ylabel="px", title="mean attention distance; dots: heads", xticks=range(len(distance)))
+    axis.set(xlabel="block", ylabel="px", title="mean attention distance; dots: heads",
+             xticks=range(len(distance)))
     axis.title.set_fontsize(9)
     axis.legend(fontsize=8)
     return picture
@@ -329,14 +345,16 @@ def electra_verdicts(args):
     for row in range(4):
         for column, (title, logits) in enumerate(verdicts.items(), start=3):
             image = f"image: {logits['image'][row].sigmoid():.2f}"
-            panel(axes[row, column], logits["patch"][row].sigmoid().view(grid), f"on the {title}\n{image}" if row == 0
+            panel(axes[row, column], logits["patch"][row].sigmoid().view(grid), f"on the {title}\n{image}"
+                  if row == 0
                   else image, cmap="RdBu", vmin=0, vmax=1)
     picture.colorbar(axes[0, 4].images[0], ax=axes[:, 3:], shrink=0.5, label="probability of being original")
     return picture
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *FIGURES])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/figures")
     parser.add_argument("--out", type=Path, default=DOCS / "figures")
