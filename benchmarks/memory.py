@@ -1,6 +1,8 @@
-"""Peak training memory of RevColV2 by number of columns: --memory column against plain, each measurement in a process of its
-own (GPU: the allocator's peak; CPU: resident memory; both less what was held before the first update), and the time of an
-update. Prints a Markdown table and the growth per added column, and writes both to --out.
+"""Peak memory and time of an update of RevColV2 by number of columns, --memory column against plain.
+
+Each is measured in a process of its own (GPU: the allocator's peak; CPU: resident memory; both less what was
+held before the first update). Prints a Markdown table and the growth per added column, and writes both to
+--out.
 
     python benchmarks/memory.py                          about ten minutes on two cores
 """
@@ -23,7 +25,7 @@ import revcol_v2  # noqa: E402
 
 
 def measure(size, columns, memory, batch_size, updates):
-    """{"memory": GiB that an update adds, "seconds": median of an update}; columns: bottom-up and top-down together"""
+    """{"memory": GiB that an update adds, "seconds": median of an update}; columns: of both directions"""
     cfg = common.parse_config(revcol_v2.Config, revcol_v2.presets,
                               ["--model", size, "--columns", str(columns // 2), "--memory", memory,
                                "--amp", "off"])
@@ -68,7 +70,8 @@ def main():
     slope = {memory: (found[8, memory]["memory"] - found[2, memory]["memory"]) / 6
              for memory in ("plain", "column")}
     cost = [found[columns, "column"]["seconds"] / found[columns, "plain"]["seconds"] for columns in (2, 4, 8)]
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {threads} threads"
     text = "\n".join([
         f"torch {torch.__version__}, {name}, float32; {args.model}, 224 px, batch {args.batch_size}", "",
         *lines, "",

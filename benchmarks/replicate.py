@@ -1,22 +1,24 @@
 """The papers' claims at small scale: one command, resumable, one table.
 
-Every method is pre-trained on the same images for the same number of updates of as many images, three seeds each (Vision
-ELECTRA and its rival begin with an MAE that has had as many), and read out by fine-tuning and a linear probe; each claim
-compares the means of two of these. What a paper's table says of hundreds of epochs of ImageNet need not hold after some
-minutes of CIFAR-10.
+Every method is pre-trained on the same images for the same number of updates of as many images, three seeds
+each (Vision ELECTRA and its rival begin with an MAE that has had as many), and read out by fine-tuning and a
+linear probe; each claim compares the means of two of these. What a paper's table says of hundreds of epochs
+of ImageNet need not hold after some minutes of CIFAR-10.
 
-    python benchmarks/replicate.py --data cifar10.npz                            ViT-Tiny, 2,150 updates of 256; for a GPU
-    python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2     ViT-nano, 500 updates of 64; two CPU cores
+    python benchmarks/replicate.py --data cifar10.npz                          ViT-Tiny, 2,150 updates; GPU
+    python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2   ViT-nano, 500 updates; two cores
 
 `--data` is an .npz of 32 x 32 px images with labels and `split`; CIFAR-10 as one:
 
     import numpy as np, torchvision
     parts = [torchvision.datasets.CIFAR10("data", train, download=True) for train in (True, False)]
-    np.savez("cifar10.npz", images=np.concatenate([part.data for part in parts]), split=np.repeat([0, 1], [50_000, 10_000]),
-             labels=np.concatenate([part.targets for part in parts]))
+    np.savez("cifar10.npz", images=np.concatenate([part.data for part in parts]),
+             labels=np.concatenate([part.targets for part in parts]),
+             split=np.repeat([0, 1], [50_000, 10_000]))
 
-Repeat the command to go on after a stop: what is finished is not run again. `--only mff,ddae` runs a part, `--jobs` so many at
-a time. Runs go to --out, the tables to --table, and all logs, one compressed file per kind of run, to --logs.
+Repeat the command to go on after a stop: what is finished is not run again. `--only mff,ddae` runs a part,
+`--jobs` so many at a time. Runs go to --out, the tables to --table, and all logs, one compressed file per
+kind of run, to --logs.
 """
 
 import argparse
@@ -50,9 +52,10 @@ SCALES = {
              "images": 50_000, "tune_epochs": 5},
 }
 READ_OUTS = {
-    "finetune": "--batch_size 64 --base_lr 2e-3 --warmup_epochs 0.3 --augment crop --mixup 0 --cutmix 0 --erasing 0 "
-                "--drop_path 0 --eval_every 100",
-    "linear": "--mode linear --augment none --batch_size 1024 --base_lr 1.0 --epochs 50 --warmup_epochs 5 --eval_every 50",
+    "finetune": "--batch_size 64 --base_lr 2e-3 --warmup_epochs 0.3 --augment crop --mixup 0 --cutmix 0 "
+                "--erasing 0 --drop_path 0 --eval_every 100",
+    "linear": "--mode linear --augment none --batch_size 1024 --base_lr 1.0 --epochs 50 --warmup_epochs 5 "
+              "--eval_every 50",
 }
 
 
@@ -66,7 +69,7 @@ class Arm:
 
 
 def arms(scale):
-    """{name: Arm}. The same updates of as many of the same images for all; crops and learning rates are each method's own."""
+    """{name: Arm}, all with the same updates of as many of the same images, and crops and rates of their own"""
     last = {"nano": 3, "tiny": 11}[scale["model"]]
     mae, fused = f"--base_lr {scale['mae']} --decoder_depth 1", f"--fuse_layers {last}"
     ddae, steps = f"{mae} --target mae --momentum 0.99", "--no-distill --decoder mae"
@@ -156,7 +159,8 @@ CLAIMS = [
 
 class Bench:
     def __init__(self, args):
-        self.args, self.scale, self.out, self.data = args, SCALES[args.scale], args.out.resolve(), args.data.resolve()
+        self.args, self.scale = args, SCALES[args.scale]
+        self.out, self.data = args.out.resolve(), args.data.resolve()
         self.arms = arms(self.scale)
         # arms that start from the same run wait for one another
         self.locks = collections.defaultdict(threading.Lock)
@@ -164,7 +168,7 @@ class Bench:
             sys.exit(f"--data {args.data} does not exist: --help says how to make one")
         with np.load(self.data) as data:
             if missing := {"images", "labels", "split"} - set(data):
-                sys.exit(f"--data {args.data} has no {', '.join(sorted(missing))}: --help says how to make one")
+                sys.exit(f"--data {args.data} has no {', '.join(sorted(missing))}: see --help")
             images, labels, split = (data[name] for name in ("images", "labels", "split"))
         train = np.flatnonzero(split == 0)
         self.epochs = self.scale["updates"] * self.scale["batch"] / len(train)
@@ -181,14 +185,14 @@ class Bench:
         if not self.labelled.exists():
             first = train[: self.scale["images"]]
             if len(np.unique(labels[first])) < len(np.unique(labels)):
-                sys.exit(f"{self.data}: the first {len(first):,} training images are not of all classes: shuffle them")
+                sys.exit(f"{self.data}: the first {len(first):,} training images lack a class: shuffle them")
             keep = np.concatenate([first, np.flatnonzero(split == 1)])
             with open(self.out / "labelled.tmp", "wb") as file:
                 np.savez(file, images=images[keep], labels=labels[keep], split=split[keep])
             os.replace(self.out / "labelled.tmp", self.labelled)
 
     def run(self, name, command):
-        """One script into out/name, unless it is done: `done` says that it ended well, and from which commit."""
+        """One script into out/name, unless that is done: its file `done` names the commit."""
         folder = self.out / name
         with self.locks[name]:
             if (folder / "done").exists():
@@ -270,8 +274,8 @@ def pooled_spread(results, way):
 
 
 def verdict(difference, margin, equal):
-    """agrees, disagrees, or within noise: a difference of means, and the half-width of its 95 % interval (NaN: unknown). Equal
-    means: the whole interval within a point."""
+    """agrees, disagrees, or within noise: a difference of means, and the half-width of its 95 % interval
+    (NaN: unknown). Equal means: the whole interval within a point."""
     if math.isnan(margin):
         return "one seed"
     if equal and abs(difference) + margin < 1:
@@ -296,16 +300,18 @@ def table(bench):
         # of one run's interval
         widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan
     lines = [
-        f"`python benchmarks/replicate.py --data cifar10.npz --scale {bench.args.scale}`: size {scale['model']}, patches of 4 "
-        f"px, {scale['updates']} updates of {scale['batch']} images ({bench.epochs:.2f} passes). Read out on "
-        f"{scale['images']:,} training images: fine-tuned for {scale['tune_epochs']} passes (layer decay 0.75; random weights "
-        "1), and by a linear probe on frozen features (class token; RevColV2: mean). Top-1 on the test images in %, mean ± "
-        f"standard deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(commits)}, table of "
+        f"`python benchmarks/replicate.py --data cifar10.npz --scale {bench.args.scale}`: size "
+        f"{scale['model']}, patches of 4 px, {scale['updates']} updates of {scale['batch']} images "
+        f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: fine-tuned for "
+        f"{scale['tune_epochs']} passes (layer decay 0.75; random weights 1), and by a linear probe on "
+        "frozen features (class token; RevColV2: mean). Top-1 on the test images in %, mean ± standard "
+        f"deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(commits)}, table of "
         f"{git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
-        "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over all runs "
-        f"(fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); expect about 5 % false positives. "
-        "*Within noise*: the interval contains 0. A claim of no difference *agrees* if the interval stays within a point.", "",
+        "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over "
+        f"all runs (fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); expect "
+        "about 5 % false positives. *Within noise*: the interval contains 0. A claim of no difference "
+        "*agrees* if the interval stays within a point.", "",
         "| claim | paper (ImageNet) | fine-tuned | linear probe |", "|---|---|---|---|"]
     for claim in CLAIMS:
         cells = []
@@ -340,7 +346,7 @@ def write_table(text, file):
 
 
 def write_logs(bench, folder):
-    """NAME.jsonl.gz: the log lines of all finished runs of one arm, each with its `run`: seed, and read-out if it is one."""
+    """NAME.jsonl.gz: log lines of all finished runs of one arm; `run`: arm/seed, or arm/seed_read-out."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in bench.arms:
         lines = [json.dumps({"run": f"{name}/{done.parent.name}"} | line)
@@ -359,7 +365,7 @@ def main():
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
                         default=[0, 1, 2])
-    parser.add_argument("--only", help="groups of claims, by commas: mff, ddae, cim, ve, revcol (default all)")
+    parser.add_argument("--only", help="groups of claims: mff,ddae,cim,ve,revcol (default all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
     parser.add_argument("--out", type=Path, help="default runs/replicate_SCALE")

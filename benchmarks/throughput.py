@@ -1,21 +1,29 @@
-"""Speed, side by side in one run: rivals take turns, the table shows medians. Writes Markdown to --out, part by part.
+"""Speed, side by side in one run: rivals take turns, the table shows medians. Writes Markdown to --out.
 
-step     One pre-training update of ViT-B/16 at 224 px: ours (from the 8-bit batch to the optimizer, with all checks) against
-         transformers' ViTMAEForPreTraining and an MAE of timm's blocks (ready float batch, fused AdamW); with the share of the
-         machine's matrix-product speed, measured in the same run, and where our time goes.
-methods  One update of every method and size in turns with MAE's: images/s, cost measured and expected from the FLOPs, and the
-         peak memory of a process that trains it. The GPU: also Large.
-compile  The same updates with torch.compile and without, and what compiling takes: Base (CPU: nano, and MAE alone).
-cim      One update of CIM against one of a BEiT-B with the same tokenizer encoder (DALL-E's shape, random weights), as in the
-         paper's A.1: measured, with the time and the FLOPs of each part. A quarter of the batch.
+step     One pre-training update of ViT-B/16 at 224 px: ours (from the 8-bit batch to the optimizer, with all
+         checks) against transformers' ViTMAEForPreTraining and an MAE of timm's blocks (ready float batch,
+         fused AdamW); with the share of the machine's matrix-product speed, measured in the same run, and
+         where our time goes.
+methods  One update of every method and size in turns with MAE's: images/s, cost measured and expected from
+         the FLOPs, and the peak memory of a process that trains it. The GPU: also Large.
+compile  The same updates with torch.compile and without, and what compiling takes: Base (CPU: nano, MAE
+         alone).
+cim      One update of CIM against one of a BEiT-B with the same tokenizer encoder (DALL-E's shape, random
+         weights), as in the paper's A.1: measured, with the time and the FLOPs of each part. A quarter of the
+         batch.
 electra  One update of Vision ELECTRA against the sum of its three passes, each timed alone. Half the batch.
-loader   Images per second and core on a folder of photographs (--data): ours against MAE's published pipeline (Pillow,
-         RandomResizedCrop bicubic, flip, ToTensor, Normalize) and against decoding alone; what DDAE's masks cost.
-wait     Is `data_wait` honest? A loader that is too slow for its model: the logged share against one computed from rates.
+loader   Images per second and core on a folder of photographs (--data): ours against MAE's published pipeline
+         (Pillow, RandomResizedCrop bicubic, flip, ToTensor, Normalize) and against decoding alone; what
+         DDAE's masks cost.
+wait     Is `data_wait` right? A loader too slow for its model: the logged share against one computed from
+         rates.
 start    From the command `python mae_mff.py --demo` to its first and its tenth update.
 
-    python benchmarks/throughput.py --data PHOTOS        half an hour on two cores; needs requirements-dev.txt
-    python benchmarks/throughput.py --parts step --against OTHER        and each part of another checkout's own copy
+It needs requirements-dev.txt, and half an hour on two cores. --against OTHER runs each part also with
+OTHER/benchmarks/throughput.py, as it is in another checkout.
+
+    python benchmarks/throughput.py --data PHOTOS
+    python benchmarks/throughput.py --parts step,cim --against OTHER
 """
 
 import argparse
@@ -98,7 +106,8 @@ class TimmMAE(nn.Module):
 
         self.p, L = p, (size // p) ** 2
         self.patch_embed = PatchEmbed(size, p, 3, width)
-        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 1, decoder[0]))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder[0]))
         self.pos_embed = nn.Parameter(torch.randn(1, L + 1, width) * 0.02, requires_grad=False)
         self.decoder_pos_embed = nn.Parameter(torch.randn(1, L + 1, decoder[0]) * 0.02, requires_grad=False)
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
@@ -126,7 +135,7 @@ class TimmMAE(nn.Module):
 
 
 def make_update(script, batch_size, amp="off", compiled=False, **values):
-    """(model, function that makes one update) of a method, from a fixed batch of 8-bit images to the optimizer"""
+    """(model, function that makes one update) of a method, from fixed 8-bit images to the optimizer"""
     values |= {"tokenizer": "random"} if script is cim else {}
     cfg = script.Config(amp=amp, batch_size=batch_size, **values)
     run = common.Run(cfg, script.__name__)
@@ -163,7 +172,7 @@ def make_update(script, batch_size, amp="off", compiled=False, **values):
 
 
 def count_flops(function):
-    """FLOPs of all matrix products, convolutions and attentions of one call (what is computed twice counts twice)."""
+    """FLOPs of all matrix products, convolutions and attentions of one call, repeated ones included."""
     # fused attention on a CPU is not counted
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
@@ -240,14 +249,15 @@ def bench_step(args):
         best = min(seconds[name] for name in list(rivals)[2:])
         for name, value in seconds.items():
             used = flops.get(name, flops["mae_mff.py, MAE"]) / value
-            out.setdefault(name, [name]).append(f"{args.batch / value:.2f}, {best / value:.2f}, {used / peak:.0%}")
+            rates = f"{args.batch / value:.2f}, {best / value:.2f}, {used / peak:.0%}"
+            out.setdefault(name, [name]).append(rates)
         shares[precision] = profile(rivals["mae_mff.py, MAE"])
         out.setdefault("product", ["(matrix product)"]).append(f"{peak / 1e9:,.0f} GFLOP/s")
     parts = [[group, *(f"{share[group]:.0%}" for share in shares.values())]
              for group in [*GROUPS, "everything else"]]
     gflop = f"{flops['mae_mff.py, MAE'] / args.batch / 1e9:.1f} GFLOP per image"
-    return [f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns; {gflop}, forward and backward. Cells: "
-            "images/s, ratio to the best peer, share of the matrix-product speed.", "",
+    return [f"ViT-B/16, 224 px, batch {args.batch}, median of {args.rounds} turns; {gflop}, forward and "
+            "backward. Cells: images/s, ratio to the best peer, share of the matrix-product speed.", "",
             *table(["update", *PRECISIONS], out.values()),
             "Where our time goes (MAE, one profiled update):", "",
             *table(["share of the time", *shares], parts)]
@@ -277,9 +287,10 @@ def bench_methods(args):
             cost = f"{seconds[name] / seconds['MAE']:.2f} ({flops / base_flops:.2f})"
             rows[name].append(f"{args.batch / seconds[name]:.3g}, {cost}, {memory}")
     held = "the allocator's peak" if DEVICE.type == "cuda" else "of the process, Python and torch included"
-    return [f"224 px, bf16, batch {args.batch}, median of {args.rounds} turns with MAE's update of the same size, timed anew "
-            "for each. Cells: images/s, cost in MAE updates (expected from the FLOPs, with what RevColV2 computes again), peak "
-            f"memory in GiB ({held}).", "", *table(["method", *sizes], rows.values())]
+    return [f"224 px, bf16, batch {args.batch}, median of {args.rounds} turns with MAE's update of the same "
+            "size, timed anew for each. Cells: images/s, cost in MAE updates (expected from the FLOPs, with "
+            f"what RevColV2 computes again), peak memory in GiB ({held}).", "",
+            *table(["method", *sizes], rows.values())]
 
 
 def print_memory(name, size, batch_size):
@@ -359,8 +370,9 @@ def bench_cim(args):
             parts_rows.setdefault(name, [name, f"{flops[name] / 1e9:.1f}"]).append(f"{1000 * value / n:.0f}")
     beit = sum(flops[name] for name in ("tokenizer's encoder", "(BEiT's 12 blocks)"))
     expected = sum(value for name, value in flops.items() if not name.startswith("(")) / beit
-    return [f"ViT-B/16, 224 px, batch {n}, median of {args.rounds} turns. CIM's cost by FLOPs: {expected:.2f} x BEiT's. Cells: "
-            "BEiT-B's images/s, CIM's, cost.", "", *table(["method", *PRECISIONS], rows.values()),
+    return [f"ViT-B/16, 224 px, batch {n}, median of {args.rounds} turns. CIM's cost by FLOPs: "
+            f"{expected:.2f} x BEiT's. Cells: BEiT-B's images/s, CIM's, cost.", "",
+            *table(["method", *PRECISIONS], rows.values()),
             *table(["part (with backward where it learns)", "GFLOP per image", "fp32, ms per image",
                     "bf16, ms per image"],
                    parts_rows.values())]
@@ -392,9 +404,10 @@ def bench_electra(args):
         seconds = turns(rivals, args.rounds)
         whole = seconds.pop("one update")
         for name, value in [*seconds.items(), ("one update", whole)]:
-            rows.setdefault(name, [name]).append(f"{1000 * value / n:.0f}, {value / sum(seconds.values()):.2f}")
-    return [f"ViT-B/16 twice, 224 px, batch {n}, median of {args.rounds} turns. Cells: ms per image, share of the sum of the "
-            "parts.", "", *table(["forward and backward", *PRECISIONS], rows.values())]
+            cell = f"{1000 * value / n:.0f}, {value / sum(seconds.values()):.2f}"
+            rows.setdefault(name, [name]).append(cell)
+    return [f"ViT-B/16 twice, 224 px, batch {n}, median of {args.rounds} turns. Cells: ms per image, share "
+            "of the sum of the parts.", "", *table(["forward and backward", *PRECISIONS], rows.values())]
 
 
 # ---- loader
@@ -445,7 +458,9 @@ def bench_loader(args):
                       for name, value in draws.items())
     peer = seconds["MAE's published pipeline"]
     rows = [[name, f"{n / value:,.0f}", f"{peer / value:.2f}"] for name, value in seconds.items()]
-    return [f"{n} photographs, one core, no worker process, batches of {batch}, median of {3 * args.rounds} turns.", "",
+    return [f"{n} photographs, one core, no worker process, batches of {batch}, median of {3 * args.rounds} "
+            "turns.",
+            "",
             *table(["", "images/s", "x the published pipeline"], rows),
             f"DDAE's masks, timed alone, with their share of the time per image: {drawn}.", ""]
 
@@ -465,7 +480,7 @@ class Slow:
 
 
 def bench_wait(args):
-    """A small model fed by one worker: data_wait as logged, and 1 - (rate with the loader) / (rate without it)."""
+    """A small model fed by one worker: data_wait as logged, and 1 - (rate with the loader) / (without)."""
     paths, steps, batch, rows = common.list_images(args.data), 30, 32, []
     source = common.ImageFiles(paths, [-1] * len(paths), None, 3)
     values = {"model": "nano", "patch_size": 16, "workers": 1}
@@ -555,9 +570,10 @@ def main():
         if Path("/proc/cpuinfo").exists() else iter([]), platform.processor())
     versions = ", ".join(f"{package} {version(package)}"
                          for package in ("torch", "torchvision", "transformers", "timm"))
-    options = f"--parts {args.parts} --batch {args.batch} --rounds {args.rounds} --images {args.images} --data PHOTOS"
-    lines = ["# Speed", "", f"Written by `python benchmarks/throughput.py {options}`; its docstring says what each part "
-             f"measures. {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+    options = (f"--parts {args.parts} --batch {args.batch} --rounds {args.rounds} --images {args.images} "
+               "--data PHOTOS")
+    lines = ["# Speed", "", f"Written by `python benchmarks/throughput.py {options}`; its docstring says what "
+             f"each part measures. {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
              f"{'CUDA' if DEVICE.type == 'cuda' else 'no GPU'}; {versions}; commit {git_commit()}.", ""]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:

@@ -1,9 +1,10 @@
-"""The slow attacks on a run; the fast ones are tests/test_attacks.py. Prints a Markdown table and writes it to --out.
+"""The slow attacks on a run; the fast ones are tests/test_attacks.py. Prints Markdown and writes it to --out.
 
-kills    The demo is killed with SIGKILL again and again, at random moments after its start, and resumed, until it ends; then
-         the next one, until there were --kills of them. Every run's weights, optimizer and log must equal, to the last bit,
-         those of one that was left alone. Settings rotate: loader workers or none, a checkpoint after every update or second.
-memory   2,000 updates of the demo: the growth of the resident memory of the process and of its loader workers.
+kills    The demo is killed with SIGKILL again and again, at random moments after its start, and resumed,
+         until it ends; then the next one, until there were --kills of them. Every run's weights, optimizer
+         and log must equal, to the last bit, those of one that was left alone. Settings rotate: loader
+         workers or none, a checkpoint after every update or second.
+memory   2,000 updates of the demo: growth of the resident memory of the process and of its loader workers.
 files    200,000 small image files in 200 folders: time and memory to index them.
 
     python benchmarks/torture.py                         about half an hour on two cores; Linux
@@ -43,7 +44,7 @@ def log(out):
 
 
 def state(out):
-    """All that must be the same at the end of two runs that differ only in what happened to them: {name: value}."""
+    """{name: value} of all that must be the same at the end of two runs that differ in what they met."""
     content = {"log": log(out)}
     for path in out.glob("*.pth"):
         if path.name != "previous.pth":
@@ -107,7 +108,7 @@ def kills(folder, wanted, seed):
         print(rows[-1], flush=True)
     time.sleep(15)
     left = [pid for pid in orphans if Path(f"/proc/{pid}").exists()]
-    return ["| settings | kills | before the first checkpoint | in the middle of writing a file | weights, optimizer, log |",
+    return ["| settings | kills | before the first checkpoint | while writing | weights, optimizer, log |",
             "|---|---|---|---|---|", *rows, "",
             f"{done} kills in all; processes left over 15 s after the last: {len(left)}."]
 
@@ -118,7 +119,8 @@ def memory(folder):
     process, seen = start(out, "--epochs", "13", "--log_every", "10", "--workers", "2", "--pictures", "8"), {}
     while process.poll() is None:
         log = out / "log.jsonl"
-        step = json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() and log.read_text().endswith("\n") else 0
+        text = log.read_text() if log.exists() else ""
+        step = json.loads(text.splitlines()[-1])["step"] if text.endswith("\n") else 0
         for mark in (200, 2000):
             if step >= mark and mark not in seen:
                 seen[mark] = family(process.pid)
@@ -126,8 +128,8 @@ def memory(folder):
     early, late = seen[200], seen[2000]
     if process.returncode or early.keys() != late.keys():
         sys.exit(f"the run failed or its workers changed: see {out}.txt")
-    rows = [f"| {'training process' if pid == process.pid else 'loader worker'} | {early[pid]:.0f} | {late[pid]:.0f} | "
-            f"{late[pid] - early[pid]:+.0f} |" for pid in sorted(early)]
+    rows = [f"| {'training process' if pid == process.pid else 'loader worker'} | {early[pid]:.0f} | "
+            f"{late[pid]:.0f} | {late[pid] - early[pid]:+.0f} |" for pid in sorted(early)]
     return ["| resident memory, MB | update 200 | update 2,000 | growth |", "|---|---|---|---|", *rows]
 
 

@@ -1,6 +1,7 @@
-"""Memory and time of one update of transfer_seg_det.py, each row in a process of its own: peak memory (of the GPU, or what this
-process holds on a CPU) and the median time after a first update. Random images and targets; AdamW states included. Prints a
-Markdown table and writes it to --out.
+"""Memory and time of one update of transfer_seg_det.py, each row in a process of its own.
+
+Peak memory (of the GPU, or what this process holds on a CPU) and the median time after a first update, with
+random images and targets, AdamW states included. Prints a Markdown table and writes it to --out.
 
     python benchmarks/transfer.py                        about ten minutes on two cores
 """
@@ -85,9 +86,11 @@ def main():
         command = [sys.executable, __file__, "--updates", str(args.updates), "--row", json.dumps([flags, n])]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found = json.loads(output.splitlines()[-1])
-        lines.append(f"| `{flags}` | {n} | {found['parameters']:.1f} M | {found['memory']:.1f} GiB | {found['seconds']:.1f} |")
+        lines.append(f"| `{flags}` | {n} | {found['parameters']:.1f} M | {found['memory']:.1f} GiB | "
+                     f"{found['seconds']:.1f} |")
         print(lines[-1], flush=True)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {threads} threads"
     text = "\n".join([f"torch {torch.__version__}, {name}, {found['precision']}", "", *lines, ""])
     print(text)
     if args.out:

@@ -1,16 +1,16 @@
-"""Draws docs/figures/*.png from the real code, drawn images and committed logs; matplotlib is needed for nothing else.
+"""Draws docs/figures/*.png from the real code, drawn images and committed logs; needs matplotlib.
 
 From the code alone
-    ddae_distance    masks at three ratios and their distance maps (DDAE, figure 2), with the loss weights at three betas
-    cim_windows      ResPix's target: an image, its windows' means (CIM, figure 4), and what is left by windows and by patches
+    ddae_distance    masks, their distance maps (DDAE, figure 2), and the loss weights at three betas
+    cim_windows      ResPix's target: an image, its windows' means (CIM, figure 4), what these leave
     revcol_columns   RevColV2's columns, levels and connections
 From docs/logs and docs/runs
     mff_weights      softmax(w) of the fused blocks over a training (MFF, figure 1)
-    ddae_beta        beta of each level over a training, for three readings of eq. (6) and two starts (DDAE, figures 5 and 6)
+    ddae_beta        beta of each level, for three readings of eq. (6) and two starts (DDAE, figures 5, 6)
     losses           the loss of every run of benchmarks/replicate.py
-From networks that learnt drawn shapes, in --runs: for each SCRIPT of mae_mff, ddae, cim, vision_electra the files that
-`python SCRIPT.py --demo --out RUNS/SCRIPT` writes
-    attention        of the class token in an early block, and mean attention distance by block, MAE and DDAE (DDAE, 3 and 4)
+From networks that learnt drawn shapes, in --runs: for each SCRIPT of mae_mff, ddae, cim, vision_electra the
+files that `python SCRIPT.py --demo --out RUNS/SCRIPT` writes
+    attention        the class token's in an early block; mean distance by block, MAE and DDAE (DDAE, 3 and 4)
     cim_samples      what the generator's tokens become: sampled, argmax, uniform
     electra_verdicts a composite, and what the discriminator says of each patch of it, and of the original
 
@@ -115,7 +115,7 @@ def cim_windows(args):
 
 @figure
 def revcol_columns(args):
-    """Read off a real network: one box per unit, one arrow per term of its sum; pre-training's mask tokens in words."""
+    """Read off a real network: a box per unit, an arrow per term of its sum; mask tokens in words."""
     with torch.device("meta"):
         model = revcol_v2.RevColV2("base", (224, 224), 16)
     columns = [*model.bottom_up, *model.top_down]
@@ -286,7 +286,8 @@ def attention(args):
     for row, name in enumerate(("image", *maps)):
         axes[row, 0].text(-0.15, 0.5, name, transform=axes[row, 0].transAxes, rotation=90, va="center",
                           ha="right", fontsize=9)
-    left.suptitle(f"attention of the class token, block {block}, mean of heads (each map from 0 to its maximum)", fontsize=9)
+    words = f"attention of the class token, block {block}, mean of heads (each map from 0 to its maximum)"
+    left.suptitle(words, fontsize=9)
     axis = right.subplots()
     for name, values in maps.items():
         patches = values[..., 1:, 1:] / values[..., 1:, 1:].sum(-1, keepdim=True)

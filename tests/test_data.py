@@ -167,7 +167,7 @@ def test_what_is_no_data_is_refused(folder, tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     shutil.copy(folder / "class0/nested/00.png", tmp_path)
     for name, words in (("notes", "notes.md"), ("empty.txt", "empty"), ("broken.npz", "broken.npz"),
-                        ("other.npz", "expected `images` uint8"), ("00.png", "is one image")):
+                        ("other.npz", "expected `images`"), ("00.png", "is one image")):
         with pytest.raises(UserError, match=words):
             open_data(tmp_path / name)
 
@@ -226,20 +226,19 @@ def test_a_batch_may_mix_8_and_16_bit(tmp_path):
 def test_unreadable_files_are_replaced_by_the_next_and_named(folder):
     for i in (4, 6):
         (folder / f"class0/nested/{i:02}.png").write_bytes(b"not an image")
-    samples = run_of(40, max_bad=0.05).samples(open_data(folder), common.EvalCrop((16, 16)))
+    samples = run_of(40, max_bad=0.05).samples(open_data(folder), common.EvalCrop((16, 16)), flip=False)
     bad, good = samples[0, 2], samples[0, 4]  # sorted: 00 02 04 06 08 ...
     assert [path.split("/")[-1] for path, _ in bad["bad"]] == ["04.png", "06.png"] and bad["index"] == 2
     assert torch.equal(bad["image"], good["image"]) and good["bad"] == []
 
 
-@pytest.mark.parametrize("decoder", ["torchvision", "pillow"])
-def test_jpegs_of_every_kind_are_read_as_pillow_reads_them(tmp_path, monkeypatch, decoder):
-    if decoder == "pillow":
-        monkeypatch.setattr(common, "decode_jpeg", None)
-    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize((48, 32))
+def test_jpegs_of_every_kind_are_read_as_pillow_reads_them(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    smooth = Image.fromarray(noise).resize((48, 32))
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation
-    for mode, more in (("RGB", {}), ("RGB", {"exif": turned}), ("L", {}), ("CMYK", {}), ("RGB", {"progressive": True})):
+    kinds = ("RGB", {}), ("RGB", {"exif": turned}), ("L", {}), ("CMYK", {}), ("RGB", {"progressive": True})
+    for mode, more in kinds:
         smooth.convert(mode).save(tmp_path / "a.jpg", quality=95, subsampling=0, **more)
         with Image.open(tmp_path / "a.jpg") as image:
             pillow = torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))

@@ -64,7 +64,7 @@ def test_patch_target_uses_the_unbiased_variance_of_all_values_of_a_patch():
 
 @pytest.mark.parametrize("height, width", [(12, 12), (8, 14)])
 def test_low_pass_filter_against_a_direct_transform(height, width):
-    """PixMIM as released: a frequency, counted from the centre of the shifted spectrum, stays if in the disc."""
+    """PixMIM as released: a frequency, counted from the centre of the shifted spectrum, stays in the disc."""
     image, radius = torch.rand(1, 1, height, width, dtype=torch.float64), 40 / 224 * 1.5
     kept = torch.zeros(height, width, dtype=torch.complex128)
     places = list(itertools.product(range(height), range(width)))
@@ -166,13 +166,12 @@ def test_parameter_counts():
 
 
 def test_plain_mae_has_exactly_the_official_names():
-    linear = [f"{module}.{kind}" for module in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-              for kind in ("weight", "bias")]
-    names = ["cls_token", "pos_embed", "mask_token", "decoder_pos_embed"]
-    for module in ("patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred"):
-        names += [f"{module}.weight", f"{module}.bias"]
+    modules = ["patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred"]
     for block in ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "decoder_blocks.0"):
-        names += [f"{block}.{name}" for name in linear]
+        parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        modules += [f"{block}.{part}" for part in parts]
+    names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    names += ["cls_token", "pos_embed", "mask_token", "decoder_pos_embed"]
     assert sorted(build(fuse_layers=(3,)).state_dict()) == sorted(names)
 
 

@@ -22,11 +22,12 @@ def test_weight_decay_and_layer_decay_groups():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 3))
     model.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, 2, 2)))
     layers = {"pos_embed": 0, "0": 0, "1": 1, "2": 2}
-    groups = common.parameter_groups(model, 0.05, ("pos_embed",), lambda name: layers[name.split(".")[0]], 0.5)
+    groups = common.parameter_groups(model, 0.05, ("pos_embed",), lambda n: layers[n.split(".")[0]], 0.5)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: (g["weight_decay"], g["lr_scale"]) for g in groups for p in g["params"]}
     assert found == {"pos_embed": (0.0, 0.25), "0.weight": (0.05, 0.25), "0.bias": (0.0, 0.25),
-                     "1.weight": (0.0, 0.5), "1.bias": (0.0, 0.5), "2.weight": (0.05, 1.0), "2.bias": (0.0, 1.0)}
+                     "1.weight": (0.0, 0.5), "1.bias": (0.0, 0.5),
+                     "2.weight": (0.05, 1.0), "2.bias": (0.0, 1.0)}
     optimizer = common.adamw(groups, (0.9, 0.999))
     common.set_lr(optimizer, 4.0)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == [1.0, 2.0, 4.0]
