@@ -1,9 +1,9 @@
 """Blocks chapter of common.py against slow versions and timm; files of weights."""
 
-import argparse
 import math
 import pickle
 import types
+from argparse import Namespace
 
 import pytest
 import torch
@@ -40,13 +40,6 @@ def test_sincos_table_against_its_definition():
                         for f in (math.sin, math.cos) for k in range(quarter)]
             found = table[0, 1 + row * w + column]
             torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
-
-
-def test_resizing_a_table_keeps_the_class_row_and_an_equal_grid():
-    table = torch.randn(1, 1 + 14 * 14, 8)
-    torch.testing.assert_close(common.resize_pos_embed(table, (14, 14), (14, 14)), table)
-    resized = common.resize_pos_embed(table, (14, 14), (22, 30))
-    assert resized.shape == (1, 1 + 22 * 30, 8) and torch.equal(resized[:, 0], table[:, 0])
 
 
 def test_attention_paths_agree():
@@ -105,27 +98,17 @@ def trunk(size=(32, 32)):
     return ViT("nano", size, 8)
 
 
-def test_load_weights_strips_prefixes_and_reports(tmp_path, capsys):
-    source, target = trunk(), trunk()
-    source.norm.weight.data.fill_(3.0)
-    state = {f"module._orig_mod.{name}": value for name, value in source.state_dict().items()}
-    content = {"model": state | {"head.weight": torch.zeros(1)}, "args": argparse.Namespace(lr=1)}
-    torch.save(content, tmp_path / "mae.pth")
-    common.load_weights(target, tmp_path / "mae.pth", ignore=("head.",))
-    assert torch.equal(target.norm.weight, source.norm.weight)
-    assert f"{len(state)}/{len(state)} tensors loaded" in capsys.readouterr().out
-
-
 def test_load_weights_takes_an_encoder_or_a_prefix_or_all(tmp_path):
     source = trunk().state_dict()
     names = {name: f"encoder.{name}" for name in source}
     model = {names[name]: value for name, value in source.items()} | {"decoder.weight": torch.zeros(1)}
-    for content, prefix in (({"model": model, "encoder": names}, None), ({"model": model}, "encoder."),
-                            ({"model": source}, ""), ({"state_dict": source}, "encoder.")):
+    wrapped = {f"module._orig_mod.{name}": value for name, value in source.items()} | {"head.weight": torch.ones(1)}
+    for content, prefix in (({"model": model, "encoder": names}, None), ({"model": model}, "encoder."), (source, ""),
+                            ({"state_dict": source}, "encoder."), ({"model": wrapped, "args": Namespace(lr=1)}, None)):
         torch.save(content, tmp_path / "w.pth")
         target = trunk()
         target.norm.weight.data.fill_(3.0)
-        common.load_weights(target, tmp_path / "w.pth", prefix=prefix)
+        common.load_weights(target, tmp_path / "w.pth", ignore=("head.",), prefix=prefix)
         assert all(torch.equal(value, source[name]) for name, value in target.state_dict().items())
 
 
@@ -133,7 +116,10 @@ def test_load_weights_into_a_rectangle_resizes_the_table(tmp_path):
     torch.save(trunk().state_dict(), tmp_path / "plain.pth")
     target = trunk((32, 64))
     common.load_weights(target, tmp_path / "plain.pth")
-    assert torch.equal(target.pos_embed, common.resize_pos_embed(trunk().pos_embed, (4, 4), (4, 8)))
+    table = trunk().pos_embed
+    assert torch.equal(target.pos_embed, common.resize_pos_embed(table, (4, 4), (4, 8)))
+    assert torch.equal(target.pos_embed[:, 0], table[:, 0])
+    torch.testing.assert_close(common.resize_pos_embed(table, (4, 4), (4, 4)), table)
 
 
 def test_load_weights_refuses_what_does_not_fit(tmp_path):

@@ -78,11 +78,6 @@ def test_checkpoint_and_encoder_file_give_the_same_on_one_and_three_processes(un
     assert results[0] == results[1] and results[0]["eval/n"] == 53
 
 
-def test_init_continues_from_weights_at_another_shape(unbroken, small_npz, tmp_path):
-    command = [*MAE, "--data", small_npz, "--init", unbroken / "mae_mff.py/encoder.pth", "--epochs", 0.2]
-    assert "pos_embed 8x8 -> 8x12" in run_script([*command, "--img_size", "32,48"], tmp_path)
-
-
 def test_scripts_copied_alone_run_anywhere(folder, tmp_path):
     for name in ("mae_mff.py", "common.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -92,7 +87,7 @@ def test_scripts_copied_alone_run_anywhere(folder, tmp_path):
     assert (tmp_path / "run/encoder.pth").exists()
 
 
-def test_own_images_of_any_channels_and_shape(tmp_path, folder):
+def test_own_images_of_any_channels_and_shape_and_a_start_from_weights_of_another(tmp_path, folder):
     (tmp_path / "scans").mkdir()
     for i in range(10):
         values = np.random.default_rng(i).integers(0, 65535, (50, 70, 5)).astype(np.uint16)
@@ -104,6 +99,8 @@ def test_own_images_of_any_channels_and_shape(tmp_path, folder):
         meta = torch.load(out / "encoder.pth", weights_only=True)["meta"]
         assert meta["in_chans"] == channels == len(meta["mean"]) and meta["img_size"] == (32, 64)
         assert (out / "pictures/epoch_0002.png").exists()
+    command = [*MAE, "--data", folder, "--in-chans", 1, "--batch_size", 10, "--epochs", 1, "--out", "next"]
+    assert "pos_embed 8x16 -> 8x8" in run_script([*command, "--init", out / "encoder.pth"], tmp_path)
 
 
 def test_check_data_reads_and_writes_nothing(folder, tmp_path):
