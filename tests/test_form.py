@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import common
 
-# Our files that each one imports. Only shapes.py is imported where it is used, so that the rest goes without it.
+# Our files that each one imports; common.py does so where it draws, to be copied without shapes.py.
 IMPORTS = {
     "shapes": set(),
     "common": {"shapes"},
@@ -23,7 +23,7 @@ IMPORTS = {
     "transfer_data": {"common", "shapes"},
     "transfer_seg_det": {"common", "revcol_v2", "transfer_data"},
 }
-# Of train_step and the training loop: lines of mae_mff.py that others may replace, and all lines of their own.
+# Of train_step and the loop: lines of mae_mff.py that others may replace, and all lines of their own.
 REPLACED = {
     "total = {}",
     "for images, noise in run.micro_batches(model, batches):",
@@ -74,27 +74,30 @@ def syntax(script):
 
 def imports(tree):
     """{module of ours: names taken from it}"""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    pairs = [(getattr(node, "module", alias.name), alias.name) for node in nodes for alias in node.names]
-    return {module: [name for other, name in pairs if other == module] for module, _ in pairs if module in IMPORTS}
+    found = {}
+    for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+            found.setdefault(getattr(node, "module", alias.name), []).append(alias.name)
+    return {module: names for module, names in found.items() if module in IMPORTS}
 
 
 @pytest.mark.parametrize("script", IMPORTS)
 def test_imports_form_floors(script):
     tree = syntax(script)
-    found, top = imports(tree), [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert found.keys() == IMPORTS[script]
-    assert found.keys() - imports(ast.Module(top, [])).keys() <= {"shapes"}
-    assert len(found.get("common", ())) <= 22
+    found = imports(tree)
+    tree.body = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    at_the_top = imports(tree).keys()
+    assert found.keys() == IMPORTS[script] and len(found.get("common", ())) <= 22
+    assert found.keys() - at_the_top == ({"shapes"} if script == "common" else set())
 
 
 def lines_of_an_update(script):
-    """train_step's and the loop's statements, without comments and docstring"""
-    nodes = [node for node in ast.walk(syntax(script)) if isinstance(node, (ast.FunctionDef, ast.While))]
-    step = next(node for node in nodes if getattr(node, "name", "") == "train_step")
-    loop = next(node for node in nodes if isinstance(node, ast.While) and "run.steps" in ast.unparse(node.test))
-    step.body.pop(0)
-    return [line.strip().replace("'", '"') for node in (step, loop) for line in ast.unparse(node).splitlines()]
+    """train_step and the loop, without comments and docstring"""
+    functions = {node.name: node for node in syntax(script).body if isinstance(node, ast.FunctionDef)}
+    functions["train_step"].body.pop(0)
+    loop = next(node for node in functions["train"].body if isinstance(node, ast.While))
+    text = "\n".join(map(ast.unparse, (functions["train_step"], loop)))
+    return [line.strip() for line in text.replace("'", '"').splitlines()]
 
 
 @pytest.mark.parametrize("script", OWN)

@@ -16,9 +16,6 @@ def build(**values):
     return MaskedAutoencoder(Config(**({"model": "nano", "img_size": (32, 32), "patch_size": 8} | values)))
 
 
-# ---- masking
-
-
 @pytest.mark.parametrize("L, ratio", [(196, 0.75), (24, 0.6), (64, 0.75), (12, 0.9)])
 def test_masking_hides_exactly_the_patches_with_the_largest_noise(L, ratio):
     noise = torch.rand(5, L)
@@ -45,9 +42,6 @@ def test_decoder_puts_every_visible_patch_back_in_its_place():
         for j, patch in enumerate(ids_keep[b]):
             assert torch.equal(out[b, patch], latent[b, 1 + j])
     assert torch.equal(out[mask.bool()], model.mask_token[0].expand(36, -1))
-
-
-# ---- targets
 
 
 def test_patch_target_uses_the_unbiased_variance_of_all_values_of_a_patch():
@@ -79,9 +73,6 @@ def test_low_pass_filter_against_a_direct_transform(height=8, width=14):
     impulse = torch.zeros(1, 1, 224, 224, dtype=torch.float64)
     impulse[..., 0, 0] = 1  # a white spectrum: by Parseval one per frequency, of which PixMIM keeps 5024
     assert round((mae_mff.low_pass(impulse) ** 2).sum().item() * 224**2) == 5024
-
-
-# ---- fusion
 
 
 def test_fusion_against_a_loop():
@@ -120,9 +111,6 @@ def test_default_layers_are_evenly_spaced_and_keep_the_ends():
     assert {size: Config(model=size).fuse_layers for size in layers} == layers
 
 
-# ---- loss
-
-
 def test_loss_is_the_mean_over_hidden_patches_and_reaches_no_visible_one():
     pred, target = torch.randn(2, 16, 12, requires_grad=True), torch.randn(2, 16, 12)
     mask = torch.zeros(2, 16)
@@ -145,9 +133,6 @@ def test_every_parameter_gets_a_gradient_at_any_shape(target, img_size, in_chans
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.any() if p.requires_grad else name.endswith("pos_embed"), name
     assert terms["loss"] == loss and sum(terms[f"fuse_weight/{i}"] for i in range(4)) == pytest.approx(1)
-
-
-# ---- the model's parts
 
 
 def test_parameter_counts():
