@@ -46,13 +46,14 @@ def terms(out):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, small_npz, tmp_path, script):
     """Killed in the first pass and in the second, after an update and before its checkpoint."""
+    shutil.copytree(unbroken / f"{script}@8", tmp_path / "run")
     command = [*SCRIPTS[script], "--data", small_npz, "--out", tmp_path / "run", "--workers", 2, "--resume"]
-    for step in (7, 14):
+    for step in (10, 12):
         attack = sabotaged(tmp_path, command, "Run.end_update", KILL, f"self.step == {step}")
         run_script(attack, tmp_path, expect=-signal.SIGKILL)
         assert read(tmp_path / "run/last.pth")["step"] == step - 1
-    run_script(command, tmp_path)
-    assert_same_run(unbroken / script, tmp_path / "run")
+    run_script(sabotaged(tmp_path, command, "Run.seed", TERM, "self.step == 12"), tmp_path)
+    assert_same_run(unbroken / f"{script}@13", tmp_path / "run")
 
 
 def test_the_checkpoint_of_a_passs_end_keeps_the_values_not_yet_logged(unbroken, small_npz, tmp_path):
@@ -81,10 +82,10 @@ def test_signals_save_and_end_with_0(unbroken, small_npz, tmp_path):
 def test_resnet_resumes_with_its_statistics_on_as_many_processes(small_npz, tmp_path):
     """CIM samples by process, and BatchNorm's statistics are each process's own."""
     command = [*CIM, "--enhancer", "resnet50", "--resnet_width", 8, "--objective", "revdet",
-               "--data", small_npz, "--epochs", 0.8, "--micro_batch", 6, "--out"]
+               "--data", small_npz, "--epochs", 0.6, "--micro_batch", 6, "--out"]
     run_script([*command, "whole"], tmp_path, processes=2)
-    attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", TERM, "self.step == 4")
-    assert "stopped after step 5 of 8" in run_script(attack, tmp_path, processes=2)
+    attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", TERM, "self.step == 3")
+    assert "stopped after step 4 of 6" in run_script(attack, tmp_path, processes=2)
     run_script([*command, "run", "--resume"], tmp_path, processes=2)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -136,7 +137,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(unbroken, almost, tmp_path)
     # encoder.pth fits, last.pth does not
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))"
     output = run_script(sabotaged(tmp_path, command, "Run.seed", limit), tmp_path, expect=1)
-    assert "cannot write run/last.pth ([Errno 27] File too large)" in output and "Traceback" not in output
+    assert "cannot write run/last.pth" in output and "File too large" in output and "Traceback" not in output
     assert read(tmp_path / "run/last.pth")["step"] == 18 and not list(tmp_path.glob("run/*.tmp"))
     run_script(command, tmp_path)
     assert_same_run(unbroken / "mae_mff.py", tmp_path / "run")
@@ -201,12 +202,14 @@ def test_resume_refuses_other_settings_and_takes_a_younger_flag_for_its_default(
 def test_any_split_of_the_batch_gives_the_same_losses(unbroken, small_npz, tmp_path, script, splits):
     """One run that goes on with other processes and micro-batches; its last process alone gets the signal."""
     command = [*SCRIPTS[script], "--data", small_npz, "--out", "run", "--resume", "--micro_batch"]
-    for i, (processes, micro_batch) in enumerate(splits, start=1):
+    for i, (processes, micro_batch) in enumerate(splits):
         attack = sabotaged(tmp_path, [*command, micro_batch], "Run.seed", TERM,
-                           f"self.step == {7 * i if i < len(splits) else 99} and rank == {processes - 1}")
+                           f"self.step == {4 * i + 3} and rank == {processes - 1}")
         run_script(attack, tmp_path, processes)
     # Weights are no measure: keys' biases have no gradient but rounding's, which AdamW makes as large as any.
-    assert terms(tmp_path / "run") == pytest.approx(terms(unbroken / script), rel=1e-4)
+    found = terms(tmp_path / "run")
+    assert found == pytest.approx(terms(unbroken / script)[: len(found)], rel=1e-4)
+    assert read(tmp_path / "run/last.pth")["step"] == 4 * len(splits)
 
 
 def test_torchrun_restarts_after_a_worker_was_killed(unbroken, small_npz, tmp_path):

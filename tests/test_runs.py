@@ -27,7 +27,7 @@ MAE = SCRIPTS["mae_mff.py"]
 def demo(tmp_path_factory):
     """A short demo, log line by line."""
     folder = tmp_path_factory.mktemp("demo")
-    flags = ["--epochs", 0.3, "--warmup_epochs", 0.1, "--log_every", 1]
+    flags = ["--epochs", 0.12, "--warmup_epochs", 0.04, "--log_every", 1]
     return folder, run_command(["mae_mff.py", "--demo", *flags], folder)
 
 
