@@ -146,14 +146,14 @@ def small_npz(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory, small_npz):
-    """A folder SCRIPT.py per script with its golden run: twenty updates, a checkpoint and a log line after each.
-    SCRIPT.py@8 and SCRIPT.py@13 are the same after these updates."""
+    """A folder SCRIPT.py per script with its golden run: twenty updates, a checkpoint and a log line after
+    each. SCRIPT.py@8, @13 and @18 are that folder after these updates."""
     from commands import SCRIPTS
 
     folder = tmp_path_factory.mktemp("unbroken")
     for script, command in SCRIPTS.items():
         copy = "import shutil; shutil.copytree(self.out, f'{self.out}@{self.step}')"
-        golden = sabotaged(folder, command, "Run.save", copy, "self.step in (8, 13)")
+        golden = sabotaged(folder, command, "Run.save", copy, "self.step in (8, 13, 18)")
         run_script([*golden, "--data", small_npz, "--out", script], folder)
     return folder
 
