@@ -1,22 +1,24 @@
 """The papers' claims at small scale: one command, resumable, one table.
 
-Every method is pre-trained on the same images for the same number of updates of as many images, three seeds each (Vision
-ELECTRA and its rival begin with an MAE that has had as many), and read out by fine-tuning and a linear probe; each claim
-compares the means of two of these. What a paper's table says of hundreds of epochs of ImageNet need not hold after some
-minutes of CIFAR-10.
+Every method is pre-trained on the same images for the same number of updates of as many images, three seeds
+each (Vision ELECTRA and its rival begin with an MAE that has had as many), and read out by fine-tuning and a
+linear probe; each claim compares the means of two of these. What a paper's table says of hundreds of epochs
+of ImageNet need not hold after some minutes of CIFAR-10.
 
-    python benchmarks/replicate.py --data cifar10.npz                            ViT-Tiny, 2,150 updates of 256; for a GPU
-    python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2     ViT-nano, 500 updates of 64; two CPU cores
+    python benchmarks/replicate.py --data cifar10.npz                          ViT-Tiny, 2,150 updates; GPU
+    python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2   ViT-nano, 500 updates; two cores
 
 `--data` is an .npz of 32 x 32 px images with labels and `split`; CIFAR-10 as one:
 
     import numpy as np, torchvision
     parts = [torchvision.datasets.CIFAR10("data", train, download=True) for train in (True, False)]
-    np.savez("cifar10.npz", images=np.concatenate([part.data for part in parts]), split=np.repeat([0, 1], [50_000, 10_000]),
-             labels=np.concatenate([part.targets for part in parts]))
+    np.savez("cifar10.npz", images=np.concatenate([part.data for part in parts]),
+             labels=np.concatenate([part.targets for part in parts]),
+             split=np.repeat([0, 1], [50_000, 10_000]))
 
-Repeat the command to go on after a stop: what is finished is not run again. `--only mff,ddae` runs a part, `--jobs` so many at
-a time. Runs go to --out, the tables to --table, and all logs, one compressed file per kind of run, to --logs.
+Repeat the command to go on after a stop: what is finished is not run again. `--only mff,ddae` runs a part,
+`--jobs` so many at a time. Runs go to --out, the tables to --table, and all logs, one compressed file per
+kind of run, to --logs.
 """
 
 import argparse
@@ -40,16 +42,20 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "<!-- replicate.py writes from here -->\n\n", "\n<!-- to here -->\n"  # in docs/RESULTS.md
-SCALES = {  # model, updates and batch of pre-training, base learning rates; training images and passes of the read-outs
-    "small": {"model": "nano", "updates": 500, "batch": 64, "mae": "6e-3", "ve": "2e-3", "revcol": "6e-3", "cim": "2e-3",
+# model, updates and batch of pre-training, base learning rates; training images and passes of the read-outs
+SCALES = {
+    "small": {"model": "nano", "updates": 500, "batch": 64, "mae": "6e-3", "ve": "2e-3", "revcol": "6e-3",
+              "cim": "2e-3",
               "images": 10_000, "tune_epochs": 2},
-    "full": {"model": "tiny", "updates": 2150, "batch": 256, "mae": "1.5e-3", "ve": "5e-4", "revcol": "1.5e-3", "cim": "2e-3",
+    "full": {"model": "tiny", "updates": 2150, "batch": 256, "mae": "1.5e-3", "ve": "5e-4",
+             "revcol": "1.5e-3", "cim": "2e-3",
              "images": 50_000, "tune_epochs": 5},
 }
 READ_OUTS = {
-    "finetune": "--batch_size 64 --base_lr 2e-3 --warmup_epochs 0.3 --augment crop --mixup 0 --cutmix 0 --erasing 0 "
-                "--drop_path 0 --eval_every 100",
-    "linear": "--mode linear --augment none --batch_size 1024 --base_lr 1.0 --epochs 50 --warmup_epochs 5 --eval_every 50",
+    "finetune": "--batch_size 64 --base_lr 2e-3 --warmup_epochs 0.3 --augment crop --mixup 0 --cutmix 0 "
+                "--erasing 0 --drop_path 0 --eval_every 100",
+    "linear": "--mode linear --augment none --batch_size 1024 --base_lr 1.0 --epochs 50 --warmup_epochs 5 "
+              "--eval_every 50",
 }
 
 
@@ -63,14 +69,15 @@ class Arm:
 
 
 def arms(scale):
-    """{name: Arm}. The same updates of as many of the same images for all; crops and learning rates are each method's own."""
+    """{name: Arm}, all with the same updates of as many of the same images, and crops and rates of their own"""
     last = {"nano": 3, "tiny": 11}[scale["model"]]
     mae, fused = f"--base_lr {scale['mae']} --decoder_depth 1", f"--fuse_layers {last}"
     ddae, steps = f"{mae} --target mae --momentum 0.99", "--no-distill --decoder mae"
     cim = f"--lr {scale['cim']} --generator_depth 2 --initial mae"
     resnet = f"{cim} --enhancer resnet50 --resnet_width 16 --img_size 64 --patch_size 8"
     tokenizer = {"--tokenizer": "tokenizer/tokenizer.pth"}
-    raw = f"--base_lr {scale['mae']} {fused} --target raw"  # with the decoder that Vision ELECTRA's generator has
+    # with the decoder that Vision ELECTRA's generator has
+    raw = f"--base_lr {scale['mae']} {fused} --target raw"
     ve = f"--base_lr {scale['ve']}"
     continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
     return {
@@ -83,7 +90,7 @@ def arms(scale):
         "ds": Arm("ddae.py", f"{ddae} {steps} --no-dynamic"),
         "dds": Arm("ddae.py", f"{ddae} {steps}"),
         "ddae": Arm("ddae.py", ddae),
-        "tokenizer": Arm("cim.py", "--train_tokenizer --vocab_size 512 --tokenizer_width 16 --lr 3e-3"),
+        "tokenizer": Arm("convert_dalle.py", "--train --vocab_size 512 --tokenizer_width 16 --lr 3e-3"),
         "respix": Arm("cim.py", cim, tokenizer),
         "respix_none": Arm("cim.py", f"{cim} --pixel_norm none", tokenizer),
         "respix_patch": Arm("cim.py", f"{cim} --pixel_norm patch", tokenizer),
@@ -119,9 +126,11 @@ class Claim:
 TUNED = ("finetune",)  # the paper probes no features
 CLAIMS = [
     Claim("mff", "MFF beats MAE", "MFF's main claim", "mff", "mae"),
-    Claim("mff", "no gradients through the shortcuts: as good", "MFF A.8: -0.1, probe -0.2", "mff_detach", "mff", equal=True),
+    Claim("mff", "no gradients through the shortcuts: as good", "MFF A.8: -0.1, probe -0.2",
+          "mff_detach", "mff", equal=True),
     Claim("mff", "PixMIM's target and crop beat MAE's", "PixMIM's main claim", "pixmim", "mae"),
-    Claim("ddae", "DDAE (with MAE's target) beats MAE", "DDAE, abstract: 83.5 after 100 epochs", "ddae", "mae"),
+    Claim("ddae", "DDAE (with MAE's target) beats MAE", "DDAE, abstract: 83.5 after 100 epochs",
+          "ddae", "mae"),
     Claim("ddae", "DDAE beats MAE with the same masks", "DDAE, abstract", "ddae", "blocks"),
     Claim("ddae", "the dynamic loss helps", "DDAE, table 3", "d", "blocks"),
     Claim("ddae", "deep supervision helps", "DDAE, table 3", "ds", "blocks"),
@@ -129,29 +138,37 @@ CLAIMS = [
     Claim("ddae", "self-distillation helps", "DDAE, table 4", "ddae", "dds"),
     Claim("cim", "ResPix beats random weights, ViT", "CIM, table 1: +1.0", "respix", "scratch", ways=TUNED),
     Claim("cim", "RevDet beats random weights, ViT", "CIM, table 1: +1.0", "revdet", "scratch", ways=TUNED),
-    Claim("cim", "ResPix beats random weights, ResNet", "CIM, table 2: +0.1", "resnet_respix", "resnet_scratch", ways=TUNED),
-    Claim("cim", "RevDet beats random weights, ResNet", "CIM, table 2: +0.7", "resnet_revdet", "resnet_scratch", ways=TUNED),
-    Claim("cim", "the window beats no normalisation", "CIM, table 6: +0.5", "respix", "respix_none", ways=TUNED),
+    Claim("cim", "ResPix beats random weights, ResNet", "CIM, table 2: +0.1",
+          "resnet_respix", "resnet_scratch", ways=TUNED),
+    Claim("cim", "RevDet beats random weights, ResNet", "CIM, table 2: +0.7",
+          "resnet_revdet", "resnet_scratch", ways=TUNED),
+    Claim("cim", "the window beats no normalisation", "CIM, table 6: +0.5",
+          "respix", "respix_none", ways=TUNED),
     Claim("cim", "the window beats patches", "CIM, table 6: +0.3", "respix", "respix_patch", ways=TUNED),
     Claim("cim", "sampling beats argmax", "CIM, table 7: +4.8", "respix", "respix_argmax", ways=TUNED),
-    Claim("cim", "sampling beats uniform tokens", "CIM, table 7: +6.1", "respix", "respix_uniform", ways=TUNED),
+    Claim("cim", "sampling beats uniform tokens", "CIM, table 7: +6.1",
+          "respix", "respix_uniform", ways=TUNED),
     Claim("ve", "continual VE beats its start", "VE, supplement 0.2", "ve", "raw"),
-    Claim("ve", "continual VE beats as many more updates of MAE", "VE, abstract: +1.17 over others", "ve", "raw_on"),
+    Claim("ve", "continual VE beats as many more updates of MAE", "VE, abstract: +1.17 over others",
+          "ve", "raw_on"),
     Claim("ve", "a weight of 0.2 beats 0.5", "VE, supplement: +6.7", "ve", "ve_half"),
-    Claim("revcol", "pre-training beats random weights", "RevColV2, supplement 2.1: +1.6", "revcol", "revcol_scratch"),
+    Claim("revcol", "pre-training beats random weights", "RevColV2, supplement 2.1: +1.6",
+          "revcol", "revcol_scratch"),
 ]
 
 
 class Bench:
     def __init__(self, args):
-        self.args, self.scale, self.out, self.data = args, SCALES[args.scale], args.out.resolve(), args.data.resolve()
+        self.args, self.scale = args, SCALES[args.scale]
+        self.out, self.data = args.out.resolve(), args.data.resolve()
         self.arms = arms(self.scale)
-        self.locks = collections.defaultdict(threading.Lock)  # arms that start from the same run wait for one another
+        # arms that start from the same run wait for one another
+        self.locks = collections.defaultdict(threading.Lock)
         if not self.data.is_file():
             sys.exit(f"--data {args.data} does not exist: --help says how to make one")
         with np.load(self.data) as data:
             if missing := {"images", "labels", "split"} - set(data):
-                sys.exit(f"--data {args.data} has no {', '.join(sorted(missing))}: --help says how to make one")
+                sys.exit(f"--data {args.data} has no {', '.join(sorted(missing))}: see --help")
             images, labels, split = (data[name] for name in ("images", "labels", "split"))
         train = np.flatnonzero(split == 0)
         self.epochs = self.scale["updates"] * self.scale["batch"] / len(train)
@@ -159,7 +176,8 @@ class Bench:
         mean, std = (",".join(f"{v:.4f}" for v in f(pixels, axis=0)) for f in (np.mean, np.std))
         self.shape = ["--img_size", "32", "--patch_size", "4", "--mean", mean, "--std", std]
         self.out.mkdir(parents=True, exist_ok=True)
-        settings, file = json.dumps([self.scale, READ_OUTS, len(train), mean, std]), self.out / "settings.json"
+        settings = json.dumps([self.scale, READ_OUTS, len(train), mean, std])
+        file = self.out / "settings.json"
         if file.exists() and file.read_text() != settings:
             sys.exit(f"{self.out} has runs of another scale or of other images: give another --out")
         file.write_text(settings)
@@ -167,24 +185,26 @@ class Bench:
         if not self.labelled.exists():
             first = train[: self.scale["images"]]
             if len(np.unique(labels[first])) < len(np.unique(labels)):
-                sys.exit(f"{self.data}: the first {len(first):,} training images are not of all classes: shuffle them")
+                sys.exit(f"{self.data}: the first {len(first):,} training images lack a class: shuffle them")
             keep = np.concatenate([first, np.flatnonzero(split == 1)])
             with open(self.out / "labelled.tmp", "wb") as file:
                 np.savez(file, images=images[keep], labels=labels[keep], split=split[keep])
             os.replace(self.out / "labelled.tmp", self.labelled)
 
     def run(self, name, command):
-        """One script into out/name, unless it is done: `done` says that it ended well, and from which commit."""
+        """One script into out/name, unless that is done: its file `done` names the commit."""
         folder = self.out / name
         with self.locks[name]:
             if (folder / "done").exists():
                 return
             folder.mkdir(parents=True, exist_ok=True)
             words = [sys.executable, ROOT / command[0], *command[1:], "--out", folder / "run", "--resume"]
-            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.args.jobs))}
+            threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             commit = git_commit()
             with open(folder / "output.txt", "ab") as file:
-                code = subprocess.run([str(word) for word in words], stdout=file, stderr=file, env=environment).returncode
+                words = [str(word) for word in words]
+                code = subprocess.run(words, stdout=file, stderr=file, env=environment).returncode
             # A script that was asked to stop has saved, and ends with 0 too.
             if code or "\ndone:" not in (folder / "output.txt").read_text():
                 raise RuntimeError(f"{name} did not end (exit code {code}); see {folder}/output.txt")
@@ -200,8 +220,10 @@ class Bench:
             other, file = file.split("/")
             start += [flag, self.pretrain(other, seed).with_name(file)]
         model = ["--model", scale["model"]] if name != "tokenizer" else []
-        self.run(f"{name}/{seed}", [arm.script, "--data", self.data, *self.shape, *model, "--batch_size", scale["batch"],
-                                    "--epochs", f"{self.epochs:.6g}", "--warmup_epochs", f"{self.epochs / 10:.6g}",
+        self.run(f"{name}/{seed}", [arm.script, "--data", self.data, *self.shape, *model, "--batch_size",
+                                    scale["batch"],
+                                    "--epochs", f"{self.epochs:.6g}", "--warmup_epochs",
+                                    f"{self.epochs / 10:.6g}",
                                     "--pictures", 0, "--seed", seed, *start, *arm.flags.split()])
         return self.out / name / str(seed) / "run/encoder.pth"
 
@@ -212,10 +234,12 @@ class Bench:
             size = flags[flags.index("--img_size"):][:2] if "--img_size" in flags else []
             shape = [*self.shape, *size, "--weights", self.pretrain(name, seed)]
         else:
-            shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none", "--layer_decay", 1]
+            shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none",
+                     "--layer_decay", 1]
         for way in ways:
             epochs = [] if way == "linear" else ["--epochs", self.scale["tune_epochs"]]
-            self.run(f"{name}/{seed}_{way}", ["finetune.py", "--data", self.labelled, *shape, *READ_OUTS[way].split(), *epochs,
+            self.run(f"{name}/{seed}_{way}",
+                     ["finetune.py", "--data", self.labelled, *shape, *READ_OUTS[way].split(), *epochs,
                                               "--seed", seed])
 
     def results(self):
@@ -250,8 +274,8 @@ def pooled_spread(results, way):
 
 
 def verdict(difference, margin, equal):
-    """agrees, disagrees, or within noise: a difference of means, and the half-width of its 95 % interval (NaN: unknown). Equal
-    means: the whole interval within a point."""
+    """agrees, disagrees, or within noise: a difference of means, and the half-width of its 95 % interval
+    (NaN: unknown). Equal means: the whole interval within a point."""
     if math.isnan(margin):
         return "one seed"
     if equal and abs(difference) + margin < 1:
@@ -273,23 +297,27 @@ def table(bench):
     spreads, widths = {}, {}
     for way in READ_OUTS:
         spreads[way], freedom = pooled_spread(results, way)
-        widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan  # of one run's interval
+        # of one run's interval
+        widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan
     lines = [
-        f"`python benchmarks/replicate.py --data cifar10.npz --scale {bench.args.scale}`: size {scale['model']}, patches of 4 "
-        f"px, {scale['updates']} updates of {scale['batch']} images ({bench.epochs:.2f} passes). Read out on "
-        f"{scale['images']:,} training images: fine-tuned for {scale['tune_epochs']} passes (layer decay 0.75; random weights "
-        "1), and by a linear probe on frozen features (class token; RevColV2: mean). Top-1 on the test images in %, mean ± "
-        f"standard deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(commits)}, table of "
+        f"`python benchmarks/replicate.py --data cifar10.npz --scale {bench.args.scale}`: size "
+        f"{scale['model']}, patches of 4 px, {scale['updates']} updates of {scale['batch']} images "
+        f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: fine-tuned for "
+        f"{scale['tune_epochs']} passes (layer decay 0.75; random weights 1), and by a linear probe on "
+        "frozen features (class token; RevColV2: mean). Top-1 on the test images in %, mean ± standard "
+        f"deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(commits)}, table of "
         f"{git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
-        "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over all runs "
-        f"(fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); expect about 5 % false positives. "
-        "*Within noise*: the interval contains 0. A claim of no difference *agrees* if the interval stays within a point.", "",
+        "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over "
+        f"all runs (fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); expect "
+        "about 5 % false positives. *Within noise*: the interval contains 0. A claim of no difference "
+        "*agrees* if the interval stays within a point.", "",
         "| claim | paper (ImageNet) | fine-tuned | linear probe |", "|---|---|---|---|"]
     for claim in CLAIMS:
         cells = []
         for way in READ_OUTS:
-            first, second = ([results[name, seed][way] for seed in seeds if way in results.get((name, seed), {})]
+            first, second = ([results[name, seed][way] for seed in seeds
+                              if way in results.get((name, seed), {})]
                              for name in (claim.first, claim.second))
             if first and second:
                 difference = statistics.mean(first) - statistics.mean(second)
@@ -297,7 +325,8 @@ def table(bench):
                 cells.append(f"{difference:+.2f} ± {margin:.2f} {verdict(difference, margin, claim.equal)}")
             else:
                 cells.append("")
-        lines.append(f"| {claim.words} (`{claim.first}` - `{claim.second}`) | {claim.paper} | " + " | ".join(cells) + " |")
+        lines.append(f"| {claim.words} (`{claim.first}` - `{claim.second}`) | {claim.paper} | "
+                     + " | ".join(cells) + " |")
     lines += ["", "| run | seeds | fine-tuned | linear probe |", "|---|---|---|---|"]
     for name in bench.arms:
         found = [results[name, seed] for seed in seeds if (name, seed) in results]
@@ -317,26 +346,31 @@ def write_table(text, file):
 
 
 def write_logs(bench, folder):
-    """NAME.jsonl.gz: the log lines of all finished runs of one arm, each with its `run`: seed, and read-out if it is one."""
+    """NAME.jsonl.gz: log lines of all finished runs of one arm; `run`: arm/seed, or arm/seed_read-out."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in bench.arms:
-        lines = [json.dumps({"run": f"{name}/{done.parent.name}"} | line) for done in sorted(bench.out.glob(f"{name}/*/done"))
+        lines = [json.dumps({"run": f"{name}/{done.parent.name}"} | line)
+                 for done in sorted(bench.out.glob(f"{name}/*/done"))
                  for line in read_log(done.parent)]
         if lines:
-            with open(folder / f"{name}.jsonl.gz", "wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed:
+            with (open(folder / f"{name}.jsonl.gz", "wb") as file,
+                  gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed):
                 packed.write(("\n".join(lines) + "\n").encode())
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--scale", choices=SCALES, default="full")
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--only", help="groups of claims, by commas: mff, ddae, cim, ve, revcol (default all)")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
+                        default=[0, 1, 2])
+    parser.add_argument("--only", help="groups of claims: mff,ddae,cim,ve,revcol (default all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
     parser.add_argument("--out", type=Path, help="default runs/replicate_SCALE")
-    parser.add_argument("--table", type=Path, help="file, or page with marks, such as docs/RESULTS.md; default OUT/table.md")
+    parser.add_argument("--table", type=Path,
+                        help="file, or page with marks, such as docs/RESULTS.md; default OUT/table.md")
     parser.add_argument("--logs", type=Path, help="default OUT/logs")
     args = parser.parse_args()
     groups = dict.fromkeys(claim.group for claim in CLAIMS)

@@ -1,9 +1,10 @@
-"""The slow attacks on a run; the fast ones are tests/test_attacks.py. Prints a Markdown table and writes it to --out.
+"""The slow attacks on a run; the fast ones are tests/test_attacks.py. Prints Markdown and writes it to --out.
 
-kills    The demo is killed with SIGKILL again and again, at random moments after its start, and resumed, until it ends; then
-         the next one, until there were --kills of them. Every run's weights, optimizer and log must equal, to the last bit,
-         those of one that was left alone. Settings rotate: loader workers or none, a checkpoint after every update or second.
-memory   2,000 updates of the demo: the growth of the resident memory of the process and of its loader workers.
+kills    The demo is killed with SIGKILL again and again, at random moments after its start, and resumed,
+         until it ends; then the next one, until there were --kills of them. Every run's weights, optimizer
+         and log must equal, to the last bit, those of one that was left alone. Settings rotate: loader
+         workers or none, a checkpoint after every update or second.
+memory   2,000 updates of the demo: growth of the resident memory of the process and of its loader workers.
 files    200,000 small image files in 200 folders: time and memory to index them.
 
     python benchmarks/torture.py                         about half an hour on two cores; Linux
@@ -30,7 +31,8 @@ SETTINGS = [["--workers", "2", "--save_minutes", "0.02"], ["--workers", "0", "--
 
 
 def start(out, *flags):
-    command = [sys.executable, str(ROOT / "mae_mff.py"), "--demo", "--pictures", "1", "--out", str(out), *flags]
+    command = [sys.executable, str(ROOT / "mae_mff.py"), "--demo", "--pictures", "1", "--out", str(out),
+               *flags]
     with open(f"{out}.txt", "ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -42,12 +44,13 @@ def log(out):
 
 
 def state(out):
-    """All that must be the same at the end of two runs that differ only in what happened to them: {name: value}."""
+    """{name: value} of all that must be the same at the end of two runs that differ in what they met."""
     content = {"log": log(out)}
     for path in out.glob("*.pth"):
         if path.name != "previous.pth":
             saved = torch.load(path, weights_only=True)
-            content |= {f"{path.name} {name}": value for name, value in saved.items() if name != "config"}  # has --out in it
+            # has --out in it
+            content |= {f"{path.name} {name}": value for name, value in saved.items() if name != "config"}
     return content
 
 
@@ -105,8 +108,9 @@ def kills(folder, wanted, seed):
         print(rows[-1], flush=True)
     time.sleep(15)
     left = [pid for pid in orphans if Path(f"/proc/{pid}").exists()]
-    return ["| settings | kills | before the first checkpoint | in the middle of writing a file | weights, optimizer, log |",
-            "|---|---|---|---|---|", *rows, "", f"{done} kills in all; processes left over 15 s after the last: {len(left)}."]
+    return ["| settings | kills | before the first checkpoint | while writing | weights, optimizer, log |",
+            "|---|---|---|---|---|", *rows, "",
+            f"{done} kills in all; processes left over 15 s after the last: {len(left)}."]
 
 
 def memory(folder):
@@ -115,7 +119,8 @@ def memory(folder):
     process, seen = start(out, "--epochs", "13", "--log_every", "10", "--workers", "2", "--pictures", "8"), {}
     while process.poll() is None:
         log = out / "log.jsonl"
-        step = json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() and log.read_text().endswith("\n") else 0
+        text = log.read_text() if log.exists() else ""
+        step = json.loads(text.splitlines()[-1])["step"] if text.endswith("\n") else 0
         for mark in (200, 2000):
             if step >= mark and mark not in seen:
                 seen[mark] = family(process.pid)
@@ -123,8 +128,8 @@ def memory(folder):
     early, late = seen[200], seen[2000]
     if process.returncode or early.keys() != late.keys():
         sys.exit(f"the run failed or its workers changed: see {out}.txt")
-    rows = [f"| {'training process' if pid == process.pid else 'loader worker'} | {early[pid]:.0f} | {late[pid]:.0f} | "
-            f"{late[pid] - early[pid]:+.0f} |" for pid in sorted(early)]
+    rows = [f"| {'training process' if pid == process.pid else 'loader worker'} | {early[pid]:.0f} | "
+            f"{late[pid]:.0f} | {late[pid] - early[pid]:+.0f} |" for pid in sorted(early)]
     return ["| resident memory, MB | update 200 | update 2,000 | growth |", "|---|---|---|---|", *rows]
 
 
@@ -145,19 +150,25 @@ def files():
             os.makedirs(f"{folder}/class_{i:03}")
             for j in range(1000):
                 Path(f"{folder}/class_{i:03}/image_{i:03}_{j:06}.jpg").touch()
-        row = subprocess.run([sys.executable, "-c", INDEX, folder], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return ["| image files in 200 class folders | indexed in | growth of peak memory |", "|---|---|---|", row.strip()]
+        row = subprocess.run([sys.executable, "-c", INDEX, folder], cwd=ROOT, check=True, capture_output=True,
+                             text=True).stdout
+    return ["| image files in 200 class folders | indexed in | growth of peak memory |", "|---|---|---|",
+            row.strip()]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attacks", default="files,kills,memory", help="which, separated by commas (default all)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attacks", default="files,kills,memory",
+                        help="which, separated by commas (default all)")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--out", type=Path, default=Path("runs/torture"), help="new folder (default runs/torture)")
+    parser.add_argument("--out", type=Path, default=Path("runs/torture"),
+                        help="new folder (default runs/torture)")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    attacks = {"files": files, "kills": lambda: kills(args.out, args.kills, args.seed), "memory": lambda: memory(args.out)}
+    attacks = {"files": files, "kills": lambda: kills(args.out, args.kills, args.seed),
+               "memory": lambda: memory(args.out)}
     parts = []
     for name in args.attacks.split(","):
         parts += [*attacks[name](), ""]

@@ -1,6 +1,7 @@
-"""Memory and time of one update of transfer_seg_det.py, each row in a process of its own: peak memory (of the GPU, or what this
-process holds on a CPU) and the median time after a first update. Random images and targets; AdamW states included. Prints a
-Markdown table and writes it to --out.
+"""Memory and time of one update of transfer_seg_det.py, each row in a process of its own.
+
+Peak memory (of the GPU, or what this process holds on a CPU) and the median time after a first update, with
+random images and targets, AdamW states included. Prints a Markdown table and writes it to --out.
 
     python benchmarks/transfer.py                        about ten minutes on two cores
 """
@@ -39,8 +40,9 @@ def measure(flags, n, updates):
     cfg = common.parse_config(transfer.Config, transfer.presets, [*flags.split(), "--weights", "none"])
     run, (H, W) = common.Run(cfg, "benchmark"), cfg.img_size
     torch.manual_seed(0)
-    model = (transfer.Segmenter(cfg, 150) if cfg.task == "seg" else transfer.Detector(cfg, 80)).to(run.device).train()
-    optimizer = common.adamw(transfer.parameter_groups_of(model, cfg), cfg.betas)
+    model = (transfer.Segmenter(cfg, 150) if cfg.task == "seg"
+             else transfer.Detector(cfg, 80)).to(run.device).train()
+    optimizer = transfer.make_optimizer(model, cfg)
     common.set_lr(optimizer, cfg.lr)
     images = torch.randn(n, 3, H, W, device=run.device)
     if cfg.task == "seg":
@@ -48,7 +50,8 @@ def measure(flags, n, updates):
     else:  # eight objects in an image
         corners = torch.randint(0, H // 2, (n, 8, 2))
         boxes = torch.cat([corners, corners + torch.randint(16, H // 2, (n, 8, 2))], dim=2).float()
-        targets = [{"boxes": b, "labels": torch.randint(1, 81, (8,)), "masks": torch.zeros(8, H, W, dtype=torch.uint8)}
+        targets = [{"boxes": b, "labels": torch.randint(1, 81, (8,)),
+                    "masks": torch.zeros(8, H, W, dtype=torch.uint8)}
                    for b in boxes]
         for target in targets:
             for mask, (x1, y1, x2, y2) in zip(target["masks"], target["boxes"].long().tolist(), strict=True):
@@ -58,18 +61,20 @@ def measure(flags, n, updates):
     for _ in range(1 + updates):
         begin = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        with common.autocast(run.device, run.amp_dtype):
+        with run.autocast():
             loss, _ = model(images, targets)
         loss.backward()
         optimizer.step()
         loss.item()  # waits for the GPU
         times.append(time.perf_counter() - begin)
     return {"memory": run.peak_memory(), "seconds": statistics.median(times[1:]),
-            "parameters": sum(p.numel() for p in model.parameters()) / 1e6, "precision": str(run.amp_dtype or torch.float32)}
+            "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+            "precision": str(run.amp_dtype or torch.float32)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -81,9 +86,11 @@ def main():
         command = [sys.executable, __file__, "--updates", str(args.updates), "--row", json.dumps([flags, n])]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found = json.loads(output.splitlines()[-1])
-        lines.append(f"| `{flags}` | {n} | {found['parameters']:.1f} M | {found['memory']:.1f} GiB | {found['seconds']:.1f} |")
+        lines.append(f"| `{flags}` | {n} | {found['parameters']:.1f} M | {found['memory']:.1f} GiB | "
+                     f"{found['seconds']:.1f} |")
         print(lines[-1], flush=True)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {threads} threads"
     text = "\n".join([f"torch {torch.__version__}, {name}, {found['precision']}", "", *lines, ""])
     print(text)
     if args.out:

@@ -1,16 +1,16 @@
-"""Draws docs/figures/*.png from the real code, drawn images and committed logs; matplotlib is needed for nothing else.
+"""Draws docs/figures/*.png from the real code, drawn images and committed logs; needs matplotlib.
 
 From the code alone
-    ddae_distance    masks at three ratios and their distance maps (DDAE, figure 2), with the loss weights at three betas
-    cim_windows      ResPix's target: an image, its windows' means (CIM, figure 4), and what is left by windows and by patches
+    ddae_distance    masks, their distance maps (DDAE, figure 2), and the loss weights at three betas
+    cim_windows      ResPix's target: an image, its windows' means (CIM, figure 4), what these leave
     revcol_columns   RevColV2's columns, levels and connections
 From docs/logs and docs/runs
     mff_weights      softmax(w) of the fused blocks over a training (MFF, figure 1)
-    ddae_beta        beta of each level over a training, for three readings of eq. (6) and two starts (DDAE, figures 5 and 6)
+    ddae_beta        beta of each level, for three readings of eq. (6) and two starts (DDAE, figures 5, 6)
     losses           the loss of every run of benchmarks/replicate.py
-From networks that learnt drawn shapes, in --runs: for each SCRIPT of mae_mff, ddae, cim, vision_electra the files that
-`python SCRIPT.py --demo --out RUNS/SCRIPT` writes
-    attention        of the class token in an early block, and mean attention distance by block, MAE and DDAE (DDAE, 3 and 4)
+From networks that learnt drawn shapes, in --runs: for each SCRIPT of mae_mff, ddae, cim, vision_electra the
+files that `python SCRIPT.py --demo --out RUNS/SCRIPT` writes
+    attention        the class token's in an early block; mean distance by block, MAE and DDAE (DDAE, 3 and 4)
     cim_samples      what the generator's tokens become: sampled, argmax, uniform
     electra_verdicts a composite, and what the discriminator says of each patch of it, and of the original
 
@@ -38,6 +38,8 @@ import ddae  # noqa: E402
 import mae_mff  # noqa: E402
 import revcol_v2  # noqa: E402
 import vision_electra  # noqa: E402
+from convert_dalle import load_tokenizer  # noqa: E402
+from shapes import Shapes  # noqa: E402
 
 DOCS = ROOT / "docs"
 FIGURES = {}
@@ -67,7 +69,7 @@ def panels(axes, columns):
 
 def shapes(numbers, size=32, channels=3):
     """(N, channels, size, size) in [0, 1]: drawn images, as --demo learns from."""
-    source = common.Shapes((size, size), channels, n=max(numbers) + 1)
+    source = Shapes((size, size), channels, n=max(numbers) + 1)
     return torch.stack([source.read(i)[0] for i in numbers]).float() / 255
 
 
@@ -82,7 +84,7 @@ def ddae_distance(args):
     for row, (ratio, block) in enumerate(((0.4, 0.3), (0.6, 0.45), (0.75, 120 / 196))):
         mask = ddae.block_mask((14, 14), int(196 * ratio), int(196 * block))
         distance = ddae.distance_map(mask)
-        weights = ddae.rescale(ddae.dynamic_weights(distance[None], betas))[:, 0].view(-1, 14, 14)
+        weights = ddae.dynamic_weights(distance[None], betas)[1][:, 0].view(-1, 14, 14)
         panel(axes[row, 0], mask, f"{ratio:.0%} hidden (black)", cmap="gray_r")
         panel(axes[row, 1], distance.view(14, 14), f"distance, up to {distance.max():.1f}", cmap="gray_r")
         for column, (beta, weight) in enumerate(zip(betas.tolist(), weights, strict=True), start=2):
@@ -96,14 +98,15 @@ def ddae_distance(args):
 def cim_windows(args):
     pixels = shapes((0, 5, 7), 64)
     cfg = cim.Config(tokenizer="none needed", img_size=(64, 64), patch_size=8)
-    to_images = common.Normalise(*common.normalisation(cfg), torch.device("cpu"))
-    images = to_images({"image": pixels})
+    normalize = common.Normalize(cfg.mean, cfg.std, torch.device("cpu"))
+    images = normalize(pixels)
     columns = {"image": pixels}
-    for kind, title in (("window", "what windows leave:\nResPix's target"), ("patch", "what 8 x 8 patches leave")):
+    for kind, title in (("window", "what windows leave:\nResPix's target"),
+                        ("patch", "what 8 x 8 patches leave")):
         cfg.pixel_norm = kind
         mean, deviation = cim.pixel_statistics(images, cfg)
         if kind == "window":
-            columns["mean of the 8 x 8 window\naround each pixel"] = to_images.undo(mean.expand_as(images))
+            columns["mean of the 8 x 8 window\naround each pixel"] = normalize.undo(mean.expand_as(images))
         columns[title] = (images - mean) / deviation / 5 + 0.5
     picture, axes = new(3, 4, 8, 6.4)
     panels(axes, columns)
@@ -112,7 +115,7 @@ def cim_windows(args):
 
 @figure
 def revcol_columns(args):
-    """Read off a real network: one box per unit, one arrow per term of its sum; pre-training's mask tokens in words."""
+    """Read off a real network: a box per unit, an arrow per term of its sum; mask tokens in words."""
     with torch.device("meta"):
         model = revcol_v2.RevColV2("base", (224, 224), 16)
     columns = [*model.bottom_up, *model.top_down]
@@ -125,12 +128,14 @@ def revcol_columns(args):
         for y in range(4):
             blocks = f"{model.depths[y]} block{'s' * (model.depths[y] > 1)}"
             box = {"boxstyle": "round", "facecolor": "#d8e6f3" if up else "#f6e3c5", "edgecolor": "gray"}
-            axis.text(x, y, f"{model.channels[y]} ch\n{blocks}", ha="center", va="center", fontsize=8, bbox=box)
+            axis.text(x, y, f"{model.channels[y]} ch\n{blocks}", ha="center", va="center", fontsize=8,
+                      bbox=box)
             if up and not y:
                 axis.annotate("stem", (x, y), (x - 0.42, y - 0.42), ha="center", va="center", fontsize=8,
                               arrowprops=arrow | {"shrinkA": 2, "color": "#2e7d32"})
             if x:
-                axis.annotate("", (x, y), (x - 1, y), arrowprops=arrow | {"color": "#b03a2e", "linestyle": "--"})
+                axis.annotate("", (x, y), (x - 1, y),
+                              arrowprops=arrow | {"color": "#b03a2e", "linestyle": "--"})
             before = y - 1 if up else y + 1
             if 0 <= before <= 3:
                 axis.annotate("", (x, y), (x, before), arrowprops=arrow | {"color": "#1f4e79"})
@@ -144,8 +149,10 @@ def revcol_columns(args):
     axis.text(len(model.bottom_up) - 0.5, 3.42, words, ha="center", fontsize=8, style="italic")
     for y, name in enumerate(names):
         axis.text(-0.75, y, f"level {y}\n{name}", ha="center", va="center", fontsize=8)
-    for color, style, words in (("#1f4e79", "-", "F: from the level before"), ("gray", "-", "F: from the column before"),
-                                ("#2e7d32", "-", "stem"), ("#b03a2e", "--", "a times the same level before: can be inverted")):
+    for color, style, words in (("#1f4e79", "-", "F: from the level before"),
+                                ("gray", "-", "F: from the column before"),
+                                ("#2e7d32", "-", "stem"),
+                                ("#b03a2e", "--", "a times the same level before: can be inverted")):
         axis.plot([], [], color=color, linestyle=style, label=words)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, fontsize=8, frameon=False)
     axis.set(xlim=(-1.1, 3.6), ylim=(-1, 3.8))
@@ -163,17 +170,20 @@ def mff_weights(args):
     names = [name for name in lines[0] if name.startswith("train/fuse_weight/")]
     for i, name in enumerate(names):
         layer = name.rsplit("/", 1)[1]
-        axes[0, 0].plot([line["epoch"] for line in lines], [line[name] for line in lines], color=plt.cm.viridis(i / len(names)),
+        axes[0, 0].plot([line["epoch"] for line in lines], [line[name] for line in lines],
+                        color=plt.cm.viridis(i / len(names)),
                         label=f"block {layer}")
     axes[0, 0].axhline(1 / len(names), color="gray", linewidth=0.8, linestyle=":")
-    axes[0, 0].set(xlabel="passes", ylabel="softmax(w)", title="MFF, ViT-Tiny on CIFAR-10: what the decoder is given")
+    axes[0, 0].set(xlabel="passes", ylabel="softmax(w)",
+                   title="MFF, ViT-Tiny on CIFAR-10: what the decoder is given")
     axes[0, 0].legend(fontsize=8, ncols=2)
     return picture
 
 
 @figure
 def ddae_beta(args):
-    readings = {"sqrt": "times the root of the number of hidden patches: our reading", "literal": "the norm of one image",
+    readings = {"sqrt": "times the root of the number of hidden patches: our reading",
+                "literal": "the norm of one image",
                 "none": "without eq. (6)"}
     picture, axes = new(2, 3, 10, 5)
     for column, (name, words) in enumerate(readings.items()):
@@ -182,7 +192,8 @@ def ddae_beta(args):
             for level in range(1, 5):
                 betas = [line[f"train/beta/{level}"] for line in lines]
                 axis.plot([line["step"] for line in lines], betas, label=f"level {level}")
-            axis.set_title(f"{words}\nsmaller for {start} levels at the start" if row == 0 else f"smaller for {start} levels",
+            axis.set_title(f"{words}\nsmaller for {start} levels at the start" if row == 0
+                           else f"smaller for {start} levels",
                            fontsize=8)
             axis.grid(alpha=0.3)
             axis.set(xlabel="update" if row else "", ylabel="" if column else "beta")
@@ -196,8 +207,10 @@ def losses(args):
     runs = {path.name.split(".")[0]: read_log(path) for path in sorted((DOCS / "runs").glob("*.jsonl.gz"))}
     kinds = {"MAE and MFF": ("mae", "mff", "mff_detach"), "MAE, other targets": ("pixmim", "raw", "raw_on"),
              "DDAE": ("ddae",), "its parts (loss with weights)": ("blocks", "d", "ds", "dds"),
-             "CIM: ResPix": ("respix", "respix_none", "respix_patch", "respix_argmax", "respix_uniform", "resnet_respix"),
-             "CIM: RevDet": ("revdet", "resnet_revdet"), "Vision ELECTRA": ("ve", "ve_half"), "RevColV2": ("revcol",)}
+             "CIM: ResPix": ("respix", "respix_none", "respix_patch", "respix_argmax", "respix_uniform",
+                             "resnet_respix"),
+             "CIM: RevDet": ("revdet", "resnet_revdet"), "Vision ELECTRA": ("ve", "ve_half"),
+             "RevColV2": ("revcol",)}
     picture, axes = new(2, 4, 13, 5.6)
     for axis, (title, names) in zip(axes.flat, kinds.items(), strict=True):
         for i, name in enumerate(names):
@@ -205,7 +218,8 @@ def losses(args):
                 points = [(line["step"], line["train/loss"]) for line in runs.get(name, ())
                           if line["run"] == f"{name}/{seed}" and "train/loss" in line]
                 if points:
-                    axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=0.9, label=name if seed == 0 else None)
+                    axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=0.9,
+                              label=name if seed == 0 else None)
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
@@ -223,16 +237,15 @@ def read_log(path):
 
 
 def load(script, args, make):
-    """(network, settings, its Normalise) of a demo; make: (settings, mean, deviation) -> network."""
+    """(network, settings, its Normalize) of a demo; make: settings -> network."""
     path = args.runs / script.__name__ / "last.pth"
     if not path.exists():
         sys.exit(f"there is no {path}: make it with `python {script.__name__}.py --demo --out {path.parent}`")
     content = common.read_file(path)
     cfg = script.Config(**content["config"])
-    mean, std = common.normalisation(cfg)
-    model = make(cfg, mean, std).eval()
+    model = make(cfg).eval()
     model.load_state_dict(content["model"])
-    return model, cfg, common.Normalise(mean, std, torch.device("cpu"))
+    return model, cfg, common.Normalize(cfg.mean, cfg.std, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -255,12 +268,13 @@ def attention_maps(model, images):
 @figure
 def attention(args):
     networks = {"MAE": load(mae_mff, args, mae_mff.MaskedAutoencoder),
-                "DDAE": load(ddae, args, lambda cfg, *rest: ddae.DeepDynamicAutoEncoder(cfg))}
+                "DDAE": load(ddae, args, ddae.DeepDynamicAutoEncoder)}
     images, block = shapes(range(64)), 1
-    maps = {name: attention_maps(model, to_images({"image": images}))
-            for name, (model, _, to_images) in networks.items()}
+    maps = {name: attention_maps(model, normalize(images))
+            for name, (model, _, normalize) in networks.items()}
     (h, w), p = networks["MAE"][0].grid, networks["MAE"][1].patch_size
-    places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).reshape(-1, 2) * float(p)
+    places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"),
+                         -1).reshape(-1, 2) * float(p)
     apart = torch.cdist(places, places)  # px
     picture = plt.figure(figsize=(10, 4), layout="constrained")
     left, right = picture.subfigures(1, 2, width_ratios=(1.5, 1))
@@ -270,8 +284,10 @@ def attention(args):
         for row, (_, values) in enumerate(maps.items(), start=1):
             panel(axes[row, column], values[block, i].mean(0)[0, 1:].view(h, w), cmap="viridis", vmin=0)
     for row, name in enumerate(("image", *maps)):
-        axes[row, 0].text(-0.15, 0.5, name, transform=axes[row, 0].transAxes, rotation=90, va="center", ha="right", fontsize=9)
-    left.suptitle(f"attention of the class token, block {block}, mean of heads (each map from 0 to its maximum)", fontsize=9)
+        axes[row, 0].text(-0.15, 0.5, name, transform=axes[row, 0].transAxes, rotation=90, va="center",
+                          ha="right", fontsize=9)
+    words = f"attention of the class token, block {block}, mean of heads (each map from 0 to its maximum)"
+    left.suptitle(words, fontsize=9)
     axis = right.subplots()
     for name, values in maps.items():
         patches = values[..., 1:, 1:] / values[..., 1:, 1:].sum(-1, keepdim=True)
@@ -280,7 +296,8 @@ def attention(args):
         axis.plot(distance, ".", color=line.get_color(), alpha=0.6)
     axis.axhline(apart.mean(), color="gray", linestyle=":", linewidth=0.8)
     axis.text(0, apart.mean(), "attention to all alike", fontsize=7, va="bottom")
-    axis.set(xlabel="block", ylabel="px", title="mean attention distance; dots: heads", xticks=range(len(distance)))
+    axis.set(xlabel="block", ylabel="px", title="mean attention distance; dots: heads",
+             xticks=range(len(distance)))
     axis.title.set_fontsize(9)
     axis.legend(fontsize=8)
     return picture
@@ -289,17 +306,22 @@ def attention(args):
 @figure
 @torch.no_grad()
 def cim_samples(args):
-    model, cfg, _ = load(cim, args, lambda cfg, *rest: cim.CorruptedImageModel(cfg, cfg.vocab_size, *rest))
-    tokenizer = cim.load_tokenizer(args.runs / "cim/tokenizer/tokenizer.pth", cfg.grid, cfg.in_chans)
+    def make(cfg):
+        tokenizer = load_tokenizer(args.runs / "cim/tokenizer/tokenizer.pth", cfg.grid, cfg.in_chans)
+        model = cim.CorruptedImageModel(cfg, tokenizer.vocab_size)
+        model.__dict__["tokenizer"] = tokenizer
+        return model
+
+    model, cfg, _ = load(cim, args, make)
     images = shapes((0, 5, 7, 8), channels=cfg.in_chans)
     torch.manual_seed(0)
     noise = torch.rand(len(images), len(model.enhancer.pos_embed[0]) - 1)
-    n = torch.tensor(sum(cfg.num_masked) // 2)
+    k = torch.tensor(sum(cfg.num_masked) // 2)
     columns = {"original": images, "masked": images}
     for title in ("softmax 1", "softmax 2", "softmax 3", "argmax", "uniform 1", "uniform 2"):
         cfg.sampling = title.split()[0]
-        columns[title], mask = model.corrupt(images, noise, n, tokenizer)[:2]
-    hidden = common.spread(mask[..., None].float(), cfg.patch_size, cfg.grid)
+        columns[title], mask = model.corrupt(images, noise, k)[:2]
+    hidden = common.patches_to_pixels(mask[..., None].float(), cfg.patch_size, cfg.grid)
     columns["masked"] = torch.where(hidden > 0, torch.tensor([0.2, 0.35, 0.7]).view(3, 1, 1), images)
     picture, axes = new(4, len(columns), 10, 5.2)
     panels(axes, columns)
@@ -309,29 +331,31 @@ def cim_samples(args):
 @figure
 @torch.no_grad()
 def electra_verdicts(args):
-    model, cfg, to_images = load(vision_electra, args, lambda cfg, *rest: vision_electra.VisionElectra(cfg))
+    model, cfg, normalize = load(vision_electra, args, vision_electra.VisionElectra)
     pixels = shapes((0, 5, 7, 8))
-    images, grid, p = to_images({"image": pixels}), model.discriminator.grid, cfg.patch_size
+    images, grid, p = normalize(pixels), model.discriminator.grid, cfg.patch_size
     torch.manual_seed(0)
     pred, mask, *_ = model.generate(images, torch.rand(len(images), grid[0] * grid[1]))
     composite, _ = model.compose(images, pred, mask)
-    hidden = common.spread(mask[..., None], p, grid)
+    hidden = common.patches_to_pixels(mask[..., None], p, grid)
     shown = {"original": pixels, "masked": torch.where(hidden > 0, 0.5, pixels),
-             "composite": to_images.undo(composite)}
+             "composite": normalize.undo(composite)}
     verdicts = {"composite": model.discriminator(composite), "original": model.discriminator(images)}
     picture, axes = new(4, 5, 8, 6.6)
     panels(axes, shown)
     for row in range(4):
         for column, (title, logits) in enumerate(verdicts.items(), start=3):
             image = f"image: {logits['image'][row].sigmoid():.2f}"
-            panel(axes[row, column], logits["patch"][row].sigmoid().view(grid), f"on the {title}\n{image}" if row == 0
+            panel(axes[row, column], logits["patch"][row].sigmoid().view(grid), f"on the {title}\n{image}"
+                  if row == 0
                   else image, cmap="RdBu", vmin=0, vmax=1)
     picture.colorbar(axes[0, 4].images[0], ax=axes[:, 3:], shrink=0.5, label="probability of being original")
     return picture
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *FIGURES])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/figures")
     parser.add_argument("--out", type=Path, default=DOCS / "figures")
