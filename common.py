@@ -344,6 +344,8 @@ def weights_of(content, prefix=None):
     checkpoint of ours its encoder alone; else the names that start with it, without it; all if none does."""
     places = (content.get("model"), content.get("state_dict"), content)
     weights = next(place for place in places if isinstance(place, dict))
+    if not all(isinstance(name, str) for name in weights):
+        raise UserError("the file holds no tensors under names: save model.state_dict()")
     weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
     if prefix is None and content.get("encoder"):
         return {name: weights[place] for name, place in content["encoder"].items()}
@@ -379,7 +381,8 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
     lacks one that starts with no prefix in `allow_missing`. content: what read_file(path) gave."""
     content = content or read_file(path)
     meta, weights = network_of(content), weights_of(content, prefix)
-    weights = {name: value for name, value in weights.items() if not name.startswith(tuple(ignore))}
+    ignored = {name for name in weights if name.startswith(tuple(ignore))}
+    weights = {name: value for name, value in weights.items() if name not in ignored}
     for name in model.state_dict().keys() & weights.keys():
         if name.endswith("pos_embed"):
             L = weights[name].shape[1] - 1
@@ -398,8 +401,10 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
     wrong = unexpected + [name for name in missing if not name.startswith(tuple(allow_missing))]
     if wrong:
         raise UserError(f"{path} does not fit: {len(wrong)} tensors missing or unexpected, as {wrong[0]}")
-    parts = ", ".join(sorted({name.split(".")[0] for name in missing})) or "none"
-    print0(f"{path}: {len(weights)}/{len(model.state_dict())} tensors loaded; missing: {parts}")
+    missing, ignored = (", ".join(sorted({name.split(".")[0] for name in names})) or "none"
+                        for names in (missing, ignored))
+    print0(f"{path}: {len(weights)}/{len(model.state_dict())} tensors loaded; missing: {missing}; "
+           f"ignored: {ignored}")
 
 
 # ==== Data: sources of images, transforms, a loader whose randomness depends on (seed, epoch, sample) alone
@@ -449,6 +454,8 @@ def read_image(path, in_chans):
             mode = "RGB" if in_chans == 3 else "GRAY"
             return decode_jpeg(torch.from_numpy(data), mode=mode, apply_exif_orientation=True)
         image = ImageOps.exif_transpose(image)
+        if image.mode == "I":  # Pillow's 32 bit: what it reads 16-bit files into when it must
+            return as_image(np.asarray(image).clip(0, 65535).astype(np.uint16), in_chans)
         if in_chans in (1, 3) and image.mode[0] not in "IF":  # I;16 and F are more than 8 bit
             image = image.convert("RGB" if in_chans == 3 else "L")
         return as_image(np.array(image), in_chans)
@@ -489,7 +496,7 @@ def list_images(root):
     def fail(error):  # os.walk would pass over a folder that it may not read
         raise error
 
-    found, visited = [], set()
+    found, others, visited = [], 0, set()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if os.path.realpath(folder) in visited:  # a link that leads back up
@@ -498,8 +505,9 @@ def list_images(root):
         visited.add(os.path.realpath(folder))
         names = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
         found += [os.path.join(folder, name) for name in names]
+        others += len(files) - len(names)
     if not found:
-        raise UserError(f"no image under {root}: expected {' '.join(EXTENSIONS)}")
+        raise UserError(f"no image under {root}, only {others} other files: expected {' '.join(EXTENSIONS)}")
     return sorted(found)
 
 
@@ -919,6 +927,9 @@ def make_parser(config_type, defaults=True):
 def read_recipe(config_type, name):
     """{field: value} of recipes/NAME.txt: the flags of a paper, each with its source behind #."""
     path = Path(__file__).parent / f"recipes/{name}.txt"
+    if not path.exists():
+        names = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt")))
+        raise UserError(f"--recipe {name}: there is no {path}, only {names or 'nothing'}")
     words = [word for line in path.read_text().splitlines() for word in line.split("#")[0].split()]
     return vars(make_parser(config_type, defaults=False).parse_args(words))
 
@@ -1010,11 +1021,14 @@ class Run:
     def start(self, n, settings="", steps=None):
         """Plan `steps` updates (default: epochs * n / batch_size) for n images, join the other processes,
         make the folder, catch signals. n None: no training. settings: words to print."""
+        self.n = n
         if n:
             B, epochs = self.cfg.batch_size, self.cfg.epochs
-            self.n, self.steps = n, steps or int(epochs * n // B)
+            self.steps = steps or int(epochs * n // B)
             self.micro_batch, self.accum_steps = split_batch(B, self.cfg.micro_batch, self.world_size)
-            if n < B or self.steps < 1:
+            if n < B:
+                raise UserError(f"{n} images are fewer than one batch: --batch_size is {B}, use at most {n}")
+            if self.steps < 1:
                 raise UserError(f"--epochs {epochs} of {n} images: less than one update of --batch_size {B}")
         self.join()
         if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
