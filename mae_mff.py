@@ -366,8 +366,8 @@ def draw_presets(path):
     raw = not getattr(content.get("args"), "norm_pix_loss", "visualize" not in Path(path).name)
     known = {"target": "raw" if raw else "mae", "fuse_layers": (VIT_SIZES[network["model"]][1] - 1,)}
     known |= network | config
-    names = ("model", "patch_size", "img_size", "in_chans", "mean", "std", "mask_ratio", "fuse_layers", "target",
-             "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+    names = ("model", "patch_size", "img_size", "in_chans", "mean", "std", "mask_ratio", "fuse_layers",
+             "target", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
     return {"out": "reconstruction.png", **{name: known[name] for name in names if name in known}}
 
 
@@ -377,8 +377,8 @@ def draw_file(model, source, sample_noise, run):
     names = {name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))}
     found = len(weights_of(content, prefix="").keys() & names)
     if found < len(names):
-        raise UserError(f"{path} has {found} of {len(names)} decoder tensors: use the last.pth of this script, "
-                        "or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
+        raise UserError(f"{path} has {found} of {len(names)} decoder tensors: use the last.pth of this "
+                        "script, or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
     out = new_file(run.cfg.out, ".png")
     load_weights(model, path, prefix="", content=content)
     save_pictures(out, model.to(run.device), run.examples(source, sample_noise), run)

@@ -75,7 +75,7 @@ class Shapes:
         return f"shapes[{index}]"
 
     def draw(self, index):
-        """Returns image uint8 (H, W, C), instance map uint8 (H, W) (0 = background, i + 1 = shape i), kinds."""
+        """Image uint8 (H, W, C), map of shapes uint8 (H, W) (0 = background, i + 1 = shape i), kinds (n,)."""
         height, width = self.size
         key = hashlib.blake2b(struct.pack("3q", *self.key, index), digest_size=8).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little") >> 1))

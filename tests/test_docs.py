@@ -1,10 +1,11 @@
-"""The pages say what the code says: named functions exist, links lead somewhere, commands parse, figures are the code's."""
+"""The pages say what the code says: functions exist, links lead somewhere, commands parse, figures."""
 
 import functools
 import gzip
 import importlib
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -21,6 +22,7 @@ from torchvision.io import decode_image
 
 import common
 import mae_mff
+from shapes import Shapes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = ["mae_mff", "ddae", "cim", "vision_electra", "revcol_v2"]
@@ -64,7 +66,8 @@ def test_printed_commands_are_accepted(page):
     text = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ")
     for command in re.findall(r"^.*\.py.*$", text, re.MULTILINE):
         script, words = re.search(r"(\w+)\.py\b *([^#|]*)", command).groups()
-        if script in (*METHODS, "finetune", "transfer_seg_det") and not {"...", "--draw", "--help"} & set(words.split()):
+        skip = {"...", "--draw", "--help"} & set(words.split())
+        if script in (*METHODS, "finetune", "transfer_seg_det") and not skip:
             if script in ("finetune", "transfer_seg_det"):
                 words = re.sub(r"--weights \S+", "", words) + " --weights none"
             module = importlib.import_module(script)
@@ -81,14 +84,16 @@ def test_every_figure_is_shown_and_drawn():
     assert shown == set(figures) == {path.stem for path in (ROOT / "docs/figures").glob("*.png")}
 
 
-@pytest.mark.parametrize("name", ["ddae_distance", "cim_windows", "revcol_columns", "mff_weights", "ddae_beta", "losses"])
+@pytest.mark.parametrize("name", [
+    "ddae_distance", "cim_windows", "revcol_columns", "mff_weights", "ddae_beta", "losses"])
 def test_figures_of_code_and_logs_are_the_committed_ones(tmp_path, monkeypatch, name):
     pytest.importorskip("matplotlib")
     make_figures = importlib.import_module("make_figures")
     monkeypatch.setattr(sys, "argv", ["make_figures.py", name, "--out", str(tmp_path)])
     make_figures.main()
-    new, committed = (decode_image(path / f"{name}.png").float() for path in (tmp_path, ROOT / "docs/figures"))
-    assert new.shape == committed.shape and (new - committed).abs().mean() < 1.5  # fonts differ between versions
+    folders = tmp_path, ROOT / "docs/figures"
+    new, committed = (decode_image(folder / f"{name}.png").float() for folder in folders)
+    assert new.shape == committed.shape and (new - committed).abs().mean() < 1.5  # fonts differ
 
 
 def test_attention_maps_are_the_networks():
@@ -112,8 +117,10 @@ def test_attention_maps_are_the_networks():
 
 
 def test_verdicts():
-    results = {("a", seed): {"linear": 50.0 + seed} for seed in range(3)} | {("b", seed): {"linear": 40.0} for seed in range(3)}
-    assert replicate.pooled_spread(results, "linear") == (pytest.approx((statistics.variance([50, 51, 52]) / 2) ** 0.5), 4)
+    results = {("a", seed): {"linear": 50.0 + seed} for seed in range(3)}
+    results |= {("b", seed): {"linear": 40.0} for seed in range(3)}
+    spread = (statistics.variance([50, 51, 52]) / 2) ** 0.5
+    assert replicate.pooled_spread(results, "linear") == (pytest.approx(spread), 4)
     assert math.isnan(replicate.pooled_spread({("a", 0): {"linear": 1.0}}, "linear")[0])
     for difference, margin, equal, words in (
             (2.1, 2.0, False, "agrees"), (-2.1, 2.0, False, "disagrees"), (1.9, 2.0, False, "within noise"),
@@ -125,11 +132,12 @@ def test_verdicts():
 def test_intervals_are_those_of_a_t_test():
     """Two arms, three seeds each: pooled over them, the margin is scipy's interval of a two-sample t test."""
     values = {"mae": [40.0, 41.0, 43.0], "mff": [42.0, 45.0, 44.0]}
-    results = {(name, seed): {"finetune": value} for name, seeds in values.items() for seed, value in enumerate(seeds)}
+    results = {(name, seed): {"finetune": value}
+               for name, seeds in values.items() for seed, value in enumerate(seeds)}
     args = types.SimpleNamespace(seeds=[0, 1, 2], scale="small")
     scale = replicate.SCALES["small"]
-    bench = types.SimpleNamespace(args=args, scale=scale, arms=replicate.arms(scale), out=ROOT / "nowhere", epochs=1.0,
-                                  results=lambda: results)
+    bench = types.SimpleNamespace(args=args, scale=scale, arms=replicate.arms(scale), out=ROOT / "nowhere",
+                                  epochs=1.0, results=lambda: results)
     row = next(line for line in replicate.table(bench).splitlines() if line.startswith("| MFF beats MAE"))
     interval = stats.ttest_ind(values["mff"], values["mae"]).confidence_interval(0.95)
     margin = (interval.high - interval.low) / 2
@@ -138,7 +146,8 @@ def test_intervals_are_those_of_a_t_test():
 
 def test_a_page_keeps_what_is_outside_the_marks(tmp_path):
     begin, end = replicate.MARKS
-    assert (ROOT / "docs/RESULTS.md").read_text().count(begin) == (ROOT / "docs/RESULTS.md").read_text().count(end) == 1
+    results = (ROOT / "docs/RESULTS.md").read_text()
+    assert results.count(begin) == results.count(end) == 1
     page = tmp_path / "page.md"
     page.write_text(f"before\n{begin}old\n{end}after\n")
     replicate.write_table("new\n", page)
@@ -151,7 +160,7 @@ def test_every_start_fits():
         shape = ["--model", scale["model"], "--img_size", "32", "--patch_size", "4"]
         raw = replicate.arms(scale)["raw"].flags.split()
         cfg = common.parse_config(mae_mff.Config, mae_mff.presets, [*shape, *raw])
-        model = mae_mff.MaskedAutoencoder(cfg, *common.normalisation(cfg))
+        model = mae_mff.MaskedAutoencoder(cfg)
         generator = throughput.vision_electra.Generator(throughput.vision_electra.Config(
             model=scale["model"], img_size=(32, 32), patch_size=4))
         generator.load_state_dict(model.state_dict(), strict=False)
@@ -167,17 +176,19 @@ def test_claims_name_arms():
 
 
 def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
-    drawn = common.Shapes((32, 32), 3, n=96)
+    if not os.environ.get("MINMIM_SLOW_TESTS"):
+        pytest.skip("takes a minute: set MINMIM_SLOW_TESTS=1")
+    drawn = Shapes((32, 32), 3, n=96)
     images, labels = zip(*(drawn.read(i) for i in range(96)), strict=True)
-    np.savez(tmp_path / "shapes.npz", images=torch.stack(images).permute(0, 2, 3, 1).numpy(), labels=np.array(labels),
-             split=np.arange(96) >= 64)
-    small = {"updates": 2, "batch": 32, "images": 64, "tune_epochs": 1}
-    monkeypatch.setattr(replicate, "SCALES", {"small": replicate.SCALES["small"] | small, "full": replicate.SCALES["full"]})
+    np.savez(tmp_path / "shapes.npz", images=torch.stack(images).permute(0, 2, 3, 1).numpy(),
+             labels=np.array(labels), split=np.arange(96) >= 64)
+    small = replicate.SCALES["small"] | {"updates": 2, "batch": 32, "images": 64, "tune_epochs": 1}
+    monkeypatch.setattr(replicate, "SCALES", replicate.SCALES | {"small": small})
     claim = replicate.Claim("mff", "it learns", "nowhere", "mae", "scratch", ways=("finetune",))
     monkeypatch.setattr(replicate, "CLAIMS", [claim])
     out = tmp_path / "out"
-    command = ["replicate.py", "--data", tmp_path / "shapes.npz", "--scale", "small", "--seeds", "0", "--out", out,
-               "--table", tmp_path / "table.md", "--logs", tmp_path / "logs"]
+    command = ["replicate.py", "--data", tmp_path / "shapes.npz", "--scale", "small", "--seeds", "0",
+               "--out", out, "--table", tmp_path / "table.md", "--logs", tmp_path / "logs"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     replicate.main()
     table = (tmp_path / "table.md").read_text()
@@ -198,7 +209,8 @@ def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
     assert finished() == before and "scratch" not in (tmp_path / "table.md").read_text().split("| run |")[1]
     monkeypatch.setattr(sys, "argv", sys.argv[:-1])
     replicate.main()
-    assert {path.parent.parent.name for path, time in finished().items() if time != before[path]} == {"scratch"}
+    again = {path.parent.parent.name for path, time in finished().items() if time != before[path]}
+    assert again == {"scratch"}
     assert (tmp_path / "table.md").read_text() == table
     (out / "mae/0_finetune/done").unlink()
     (out / "mae/0_finetune/run/log.jsonl").unlink()
@@ -224,7 +236,7 @@ def test_throughput_makes_real_updates(name):
 
 
 def test_flops_are_those_of_the_formula():
-    """MFF is MAE and a linear layer for each fused block but the last: forward, gradient of input, gradient of weight."""
+    """MFF is MAE and a linear layer for each fused block but the last: forward pass and two gradients."""
     small = {"model": "nano", "img_size": (32, 32), "patch_size": 4}
     counts = {}
     for name in ("MAE", "MFF"):
