@@ -1329,10 +1329,12 @@ class Run:
 
     def read_checkpoint(self, path):
         """What `save` wrote; UserError if the file is damaged, or of a run with other settings."""
-        content, weights = read_file(path), " or ".join(f"--{name}" for name in self.cfg.start_from)
-        found, own = (content.get("method"), content.get("version", 1)), (self.method, self.version)
-        if found != own:
-            raise UserError(f"{path} is of {found[0]}, format {found[1]}, not of {own[0]}, format {own[1]}")
+        content = read_file(path)
+        way_out = " or ".join(f"a new run with --{name}" for name in self.cfg.start_from) or "another --out"
+        if content.get("method") != self.method:
+            raise UserError(f"{path} is of {content.get('method', 'another program')}, not of {self.method}")
+        if content.get("version") != self.version:
+            raise UserError(f"{path} is of an older version: end the run with that, or {way_out}")
         defaults = {field.name: field.default for field in dataclasses.fields(self.cfg)}  # of younger flags
         then = defaults | content["config"] | content["inputs"]
         now = dataclasses.asdict(self.cfg) | self.inputs
@@ -1342,7 +1344,7 @@ class Run:
         changed = sorted(name for name in now.keys() - free if then.get(name) != now[name])
         if changed:
             listing = "; ".join(f"{name} {then.get(name)}, not {now[name]}" for name in changed)
-            raise UserError(f"{path} has {listing}: repeat its flags, or begin a new run with {weights}")
+            raise UserError(f"{path} has {listing}: repeat its flags, or {way_out}")
         return content
 
     def share_statistics(self, model):
