@@ -121,7 +121,7 @@ def test_load_weights_refuses_what_does_not_fit(tmp_path):
     cases = {
         "missing": {name: value for name, value in state.items() if name != "norm.weight"},
         "unexpected": state | {"blocks.0.ls1.gamma": torch.ones(1)},  # LayerScale
-        "patch_embed.proj.weight is": state | {"patch_embed.proj.weight": torch.zeros(128, 1, 8, 8)},
+        "patch_embed.proj.weight": state | {"patch_embed.proj.weight": torch.zeros(128, 1, 8, 8)},
     }
     for words, content in cases.items():
         torch.save(content, tmp_path / "w.pth")
