@@ -154,7 +154,7 @@ def test_what_is_no_data_is_refused(folder, tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     shutil.copy(folder / "class0/nested/00.png", tmp_path)
-    for name, words in (("notes", "no image under .*notes"), ("empty.txt", "empty"), ("broken.npz", "broken.npz"),
+    for name, words in (("notes", "no image under"), ("empty.txt", "empty"), ("broken.npz", "broken.npz"),
                         ("other.npz", "expected `images`"), ("00.png", "is one image")):
         with pytest.raises(UserError, match=words):
             open_data(tmp_path / name)
