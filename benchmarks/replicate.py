@@ -6,7 +6,7 @@ linear probe; each claim compares the means of two of these. What a paper's tabl
 of ImageNet need not hold after some minutes of CIFAR-10.
 
     python benchmarks/replicate.py --data cifar10.npz                          ViT-Tiny, 2,150 updates; GPU
-    python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2  ViT-nano, 500 updates; two cores
+    python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2   ViT-nano, 500 updates; CPU
 
 `--data` is an .npz of 32 x 32 px images with labels and `split`; CIFAR-10 as one:
 
@@ -69,7 +69,7 @@ class Arm:
 
 
 def arms(scale):
-    """{name: Arm}, all with the same number of updates and images, with crops and rates of their own"""
+    """{name: Arm}, all with as many updates of the same images, and with crops and rates of their own"""
     last = {"nano": 3, "tiny": 11}[scale["model"]]
     mae, fused = f"--base_lr {scale['mae']} --decoder_depth 1", f"--fuse_layers {last}"
     ddae, steps = f"{mae} --target mae --momentum 0.99", "--no-distill --decoder mae"

@@ -572,9 +572,8 @@ def main():
                          for package in ("torch", "torchvision", "transformers", "timm"))
     options = (f"--parts {args.parts} --batch {args.batch} --rounds {args.rounds} --images {args.images} "
                "--data PHOTOS")
-    command = f"python benchmarks/throughput.py {options}"
-    lines = ["# Speed", "", f"Written by `{command}`; its docstring says what "
-             f"each part measures. {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+    lines = ["# Speed", "", f"Written by `python benchmarks/throughput.py {options}`; its docstring says "
+             f"what each part measures. {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
              f"{'CUDA' if DEVICE.type == 'cuda' else 'no GPU'}; {versions}; commit {git_commit()}.", ""]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
