@@ -20,7 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "benchmarks", "docs")]
 
-import common  # noqa: E402  (found through the line above)
+from shapes import Shapes  # noqa: E402  (found through the line above)
 
 # Importing torch takes longer than most runs: they are forked from a process that has done so.
 FORKS = multiprocessing.get_context("forkserver")
@@ -34,7 +34,7 @@ def _run_here(arguments, cwd, environment, output):
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process that was not forked
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers: as without our fork
     os.chdir(cwd)
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,7 +48,7 @@ def _run_here(arguments, cwd, environment, output):
 
 
 class Started:
-    """One script in one or more processes, which find each other as under torchrun. One thread each, so that runs compare."""
+    """One script in one or more processes, which find each other as under torchrun, each with one thread."""
 
     def __init__(self, arguments, cwd, processes=1, environment=()):
         with tempfile.NamedTemporaryFile(delete=False) as file:
@@ -61,8 +61,9 @@ class Started:
         for rank in range(processes):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
                      "MASTER_ADDR": "localhost", "MASTER_PORT": port} if processes > 1 else {}
-            place = {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"} | dict(environment)
-            self.processes.append(FORKS.Process(target=_run_here, args=([ROOT / script, *flags], cwd, place, self.output)))
+            place = {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
+            arguments = [ROOT / script, *flags], cwd, place | dict(environment), self.output
+            self.processes.append(FORKS.Process(target=_run_here, args=arguments))
             self.processes[-1].start()
 
     @property
@@ -75,7 +76,7 @@ class Started:
         return next((code for code in codes if code), None if None in codes else 0)
 
     def wait(self, timeout=300):
-        """Until all have ended, or some time after one has failed, as torchrun does; returns (code, output)."""
+        """Until all have ended, or some time after one has failed, like torchrun; returns (code, output)."""
         deadline = time.monotonic() + timeout
         while self.returncode() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -94,19 +95,20 @@ def run_script(arguments, cwd, processes=1, expect=0, **how):
 
 
 def run_command(arguments, cwd, processes=1, expect=0, launcher=()):
-    """The very command line: `python SCRIPT ...`, or torchrun (with more flags: `launcher`) if processes > 1."""
+    """In new interpreters: `python SCRIPT ...`, or torchrun (`launcher`: its flags) if processes > 1."""
     script, *flags = arguments
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *launcher]
     launcher, threads = (torchrun, {"OMP_NUM_THREADS": "1"}) if processes > 1 else ([], {})
-    result = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True, timeout=300,
-                            env=os.environ | threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, flags)]
+    result = subprocess.run(command, cwd=cwd, text=True, timeout=300, env=os.environ | threads,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == expect, result.stdout
     return result.stdout
 
 
 def sabotaged(folder, command, method, code, when="True", before=False):
-    """The command of a script in which each call of `common.METHOD(...)` is followed, or preceded, by `code` if `when` holds.
-    Both see `args` (without self), `rank` and `count` (calls so far)."""
+    """The command of a script in which each call of `common.METHOD(...)` is followed, or preceded, by `code`
+    if `when` holds. Both see `self`, `args`, `rank` and `count` (calls so far)."""
     script, *flags = command
     path = folder / f"sabotaged_{script}"
     path.write_text(f"""
@@ -116,12 +118,12 @@ import common
 
 rank, count, original = int(os.environ.get("RANK", 0)), 0, common.{method}
 
-def disturbed(self, *args):
+def disturbed(self, *args, **named):
     global count
     count += 1
     if {before} and {when}:
         {code}
-    result = original(self, *args)
+    result = original(self, *args, **named)
     if {not before} and {when}:
         {code}
     return result
@@ -136,7 +138,7 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
 def small_npz(tmp_path_factory):
     """250 + 53 labelled images: no number of processes above one shares 53 evenly, no batch divides 250."""
     path = tmp_path_factory.mktemp("npz") / "small.npz"
-    samples = [common.Shapes((32, 32), 3, n=303).read(i) for i in range(303)]
+    samples = [Shapes((32, 32), 3, n=303).read(i) for i in range(303)]
     images, labels = (np.stack([np.asarray(sample[part]) for sample in samples]) for part in (0, 1))
     np.savez(path, images=images.transpose(0, 2, 3, 1), labels=labels, split=np.arange(303) >= 250)
     return path
@@ -144,12 +146,15 @@ def small_npz(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory, small_npz):
-    """Folder of twenty updates of each script; a pass has 250 / 24 of them, so that one window crosses its end."""
+    """A folder SCRIPT.py per script with its golden run: twenty updates, a checkpoint and a log line after
+    each. SCRIPT.py@8, @13 and @18 are that folder after these updates."""
     from commands import SCRIPTS
 
     folder = tmp_path_factory.mktemp("unbroken")
     for script, command in SCRIPTS.items():
-        run_script([*command, "--data", small_npz, "--out", script], folder)
+        copy = "import shutil; shutil.copytree(self.out, f'{self.out}@{self.step}')"
+        golden = sabotaged(folder, command, "Run.save", copy, "self.step in (8, 13, 18)")
+        run_script([*golden, "--data", small_npz, "--out", script], folder)
     return folder
 
 
