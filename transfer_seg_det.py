@@ -292,17 +292,6 @@ def four_scales(D, half, quarter, norm):
     return nn.ModuleList([nn.Sequential(*four_times), twice, nn.Identity(), nn.MaxPool2d(2)])
 
 
-class ViTNeck(nn.Module):
-    """Four maps of one grid -> 4, 2, 1 and 1/2 times that grid, same width (BEiT's, MAE's)."""
-
-    def __init__(self, D):
-        super().__init__()
-        self.scales = four_scales(D, D, D, nn.BatchNorm2d)
-
-    def forward(self, maps):
-        return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
-
-
 class UperHead(nn.Module):
     """Four maps, finest first -> scores (B, classes, h, w) on the finest grid."""
 
@@ -349,8 +338,9 @@ class Segmenter(nn.Module):
     def __init__(self, cfg, classes):
         super().__init__()
         self.cfg, self.encoder = cfg, make_encoder(cfg)
-        channels, one_grid = self.encoder.channels, len({*self.encoder.strides}) == 1
-        self.neck = ViTNeck(channels[0]) if cfg.head == "uper" and one_grid else nn.Identity()
+        channels, D, self.neck = self.encoder.channels, self.encoder.channels[0], None
+        if cfg.head == "uper" and isinstance(self.encoder, ViT):  # BEiT's, MAE's
+            self.neck = four_scales(D, D, D, nn.BatchNorm2d)
         if cfg.head == "uper":
             self.head = UperHead(channels, cfg.channels, classes)
         elif cfg.head == "fcn":
@@ -362,7 +352,9 @@ class Segmenter(nn.Module):
     def scores(self, images):
         """(B, C, H, W) -> [scores (B, classes, h, w) float32]: the head's, and in training the auxiliary
         one's"""
-        maps = self.neck(self.encoder(images))
+        maps = self.encoder(images)
+        if self.neck:
+            maps = [scale(x) for scale, x in zip(self.neck, maps, strict=True)]
         scores = [self.head(maps if self.cfg.head == "uper" else maps[-1])]
         if self.auxiliary and self.training:
             scores.append(self.auxiliary(maps[2]))
@@ -387,8 +379,8 @@ class Segmenter(nn.Module):
         whole = [max(2, math.ceil(side / unit)) * unit for side in (H, W)]
         h, w = cfg.img_size if cfg.inference == "slide" else whole
         images = F.pad(images[0], (0, max(w - W, 0), 0, max(h - H, 0)))
-        starts = [window_starts(length, side) for length, side in zip(images.shape[1:], (h, w), strict=True)]
-        corners = [(y, x) for y in starts[0] for x in starts[1]]
+        rows, columns = window_starts(images.shape[1], h), window_starts(images.shape[2], w)
+        corners = [(y, x) for y in rows for x in columns]
         parts = self.scores(torch.stack([images[:, y : y + h, x : x + w] for y, x in corners]))[0]
         total, count = parts.new_zeros(parts.shape[1], *images.shape[1:]), parts.new_zeros(images.shape[1:])
         for (y, x), part in zip(corners, resize(parts, (h, w)), strict=True):
@@ -422,19 +414,13 @@ def seg_scores(matrix, classes):
 # ---- detection ---------------------------------------------------------------------------------------------
 
 
-class SimplePyramid(nn.Module):
-    """ViTDet's: {"0": map (B, D, h, w)} -> {name: map} at 4, 2, 1 and 1/2 times its grid, `width` wide."""
-
-    def __init__(self, D, width):
-        super().__init__()
-        scales = zip(four_scales(D, D // 2, D // 4, LayerNorm2d), (D // 4, D // 2, D, D), strict=True)
-        self.levels = nn.ModuleList(
-            nn.Sequential(scale, nn.Conv2d(c, width, 1, bias=False), LayerNorm2d(width),
-                          nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width))
-            for scale, c in scales)
-
-    def forward(self, maps):
-        return {str(i): level(maps["0"]) for i, level in enumerate(self.levels)}
+def simple_pyramid(D, width):
+    """ViTDet's: modules that each turn a map (B, D, h, w) into one at 4, 2, 1 or 1/2 times its grid."""
+    scales = zip(four_scales(D, D // 2, D // 4, LayerNorm2d), (D // 4, D // 2, D, D), strict=True)
+    return nn.ModuleList(
+        nn.Sequential(scale, nn.Conv2d(c, width, 1, bias=False), LayerNorm2d(width),
+                      nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width))
+        for scale, c in scales)
 
 
 class Backbone(nn.Module):
@@ -445,14 +431,18 @@ class Backbone(nn.Module):
         self.encoder, self.out_channels = make_encoder(cfg), cfg.channels
         channels, self.strides = self.encoder.channels, self.encoder.strides
         if len(channels) == 1:
-            self.pyramid = SimplePyramid(channels[0], cfg.channels)
+            self.pyramid = simple_pyramid(channels[0], cfg.channels)
             self.strides = [self.strides[0] * s // 4 for s in (1, 2, 4, 8)]
         else:
             self.pyramid = FeaturePyramidNetwork(channels, cfg.channels)
 
     def forward(self, images):
-        maps = self.pyramid(OrderedDict((str(i), x) for i, x in enumerate(self.encoder(images))))
-        maps = OrderedDict((name, x.float()) for name, x in maps.items())  # RoIAlign wants one precision
+        maps = self.encoder(images)
+        if isinstance(self.pyramid, nn.ModuleList):
+            maps = [level(maps[0]) for level in self.pyramid]
+        else:
+            maps = self.pyramid({str(i): x for i, x in enumerate(maps)}).values()
+        maps = OrderedDict((str(i), x.float()) for i, x in enumerate(maps))  # RoIAlign wants one precision
         maps["pool"] = F.max_pool2d(maps["3"], 1, stride=2)
         return maps
 
@@ -615,11 +605,10 @@ def learning_rate(step, cfg, steps):
 
 def make_optimizer(model, cfg):
     """With layer-wise decay inside the encoder; the decoder learns at the full rate."""
-
-    def layer_id(name):  # what is outside of the encoder counts as after its last block
-        return model.encoder.layer_id(name.split("encoder.", 1)[-1])
-
-    groups = parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token"), layer_id, cfg.layer_decay)
+    groups = parameter_groups(
+        model, cfg.weight_decay, ("pos_embed", "cls_token"),
+        lambda name: model.encoder.layer_id(name.split("encoder.", 1)[-1]),  # outside: after its last block
+        cfg.layer_decay)
     sgd = cfg.optimizer == "sgd"
     return torch.optim.SGD(groups, 0.0, cfg.betas[0]) if sgd else adamw(groups, cfg.betas)
 
@@ -671,10 +660,10 @@ def train(cfg, run):
     source, held_out = open_both(cfg)
     classes = source.classes
     truth = data.coco_truth(held_out) if cfg.task == "det" and run.is_main else None
-    together = run.world_size if run.cuda else 1  # the processes whose images SyncBatchNorm averages over
-    images = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] * together
+    processes = run.world_size if run.cuda else 1  # whose images SyncBatchNorm averages over
+    images = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] * processes
     if cfg.task == "seg" and cfg.head == "uper" and images < 2:
-        raise UserError("UperNet pools to one pixel, whose BatchNorm needs two images per forward pass: "
+        raise UserError("BatchNorm after UperNet's pooling to one pixel needs two images per forward pass: "
                         "raise --batch_size or --micro_batch")
     torch.manual_seed(cfg.seed)
     model = (Segmenter if cfg.task == "seg" else Detector)(cfg, len(classes))
