@@ -1,10 +1,9 @@
 """The data of transfer_seg_det.py: images with label maps (ADE20K's layout) or with boxes and masks (COCO's),
 transforms of image and target together, pictures of targets.
 
-A target is, for segmentation, a label map (H, W) uint8, in which IGNORE does not count; for detection a dict
-{"boxes": (n, 4) float32 x1 y1 x2 y2 in pixels, "labels": (n,) int64 from 1, "masks": (n, H, W) uint8}. They
-are plain tensors: torchvision resizes its tv_tensors.Mask by an older nearest-neighbour rule, which moves
-masks by up to half a pixel. """
+A target is a label map (H, W) uint8, in which IGNORE does not count, or, for detection, a dict {"boxes":
+(n, 4) float32 x1 y1 x2 y2 in pixels, "labels": (n,) int64 from 1, "masks": (n, H, W) uint8}. They are plain
+tensors: torchvision resizes its tv_tensors.Mask by a rule that moves masks by up to half a pixel."""
 
 import colorsys
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torchvision.ops import box_convert, masks_to_boxes
@@ -21,7 +20,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from common import UserError, collate, data_path, list_images, print0, read_image, stable_seed
+from common import (
+    ImageFiles,
+    UserError,
+    collate,
+    data_path,
+    list_images,
+    print0,
+    read_image,
+    stable_seed,
+)
 from shapes import Shapes
 
 IGNORE = 255  # label of pixels that do not count
@@ -49,7 +57,7 @@ def image_folder(root, split):
     return found[0]
 
 
-class LabelMaps:
+class LabelMaps(ImageFiles):
     """images/SPLIT/**/NAME.jpg with annotations/SPLIT/**/NAME.png, one channel of class numbers, and a name
     per line in classes.txt (or ADE20K's objectInfo150.txt). zero_is_ignore: 0 stands for no class, 1 for the
     first."""
@@ -57,49 +65,41 @@ class LabelMaps:
     det = False
 
     def __init__(self, root, split, in_chans, zero_is_ignore):
-        self.images, self.in_chans, self.zero_is_ignore = image_folder(root, split), in_chans, zero_is_ignore
-        self.paths = list_images(self.images)
-        missing = [path for path in self.paths if not self.map_of(path).exists()]
+        self.images, self.zero_is_ignore = image_folder(root, split), zero_is_ignore
+        paths = list_images(self.images)
+        missing = [path for path in paths if not self.map_of(path).exists()]
         if missing:
-            n = f"{len(missing)} of the {len(self.paths)} images"
-            expected = f"expected {self.map_of(missing[0])}, for one"
-            raise UserError(f"{n} in {self.images} have no label map: {expected}")
+            raise UserError(f"{len(missing)} of {len(paths)} images in {self.images} have no label map: "
+                            f"expected {self.map_of(missing[0])}, for one")
         lists = [path for name in ("classes.txt", "objectInfo150.txt") if (path := root / name).exists()]
         if not lists:
             raise UserError(f"--data {root} has no classes.txt: expected a name per line, in the maps' order")
         lines = lists[0].read_text("utf-8-sig", errors="replace").splitlines()
-        self.classes = [line.strip() for line in lines if line.strip()]
+        classes, most = [line.strip() for line in lines if line.strip()], IGNORE - zero_is_ignore
         if lists[0].name == "objectInfo150.txt":
-            self.classes = [line.split("\t")[-1] for line in self.classes[1:]]
+            classes = [line.split("\t")[-1] for line in classes[1:]]
             if not zero_is_ignore:
                 raise UserError(f"--data {root} is ADE20K, whose numbers begin with 1: add --zero_is_ignore")
-        if len(self.classes) > IGNORE - zero_is_ignore:
-            n = len(self.classes)
-            raise UserError(f"{lists[0]} has {n} classes, more than {IGNORE - zero_is_ignore}")
+        if len(classes) > most:
+            raise UserError(f"{lists[0]} has {len(classes)} classes, more than {most}")
+        super().__init__(paths, [-1] * len(paths), classes, in_chans)
 
     def map_of(self, path):
         annotations = self.images.parent.parent / "annotations"
         return annotations / Path(path).relative_to(self.images.parent).with_suffix(".png")
 
-    def __len__(self):
-        return len(self.paths)
-
-    def name(self, index):
-        return self.paths[index]
-
     def read(self, index):
-        image = read_image(self.paths[index], self.in_chans)
-        with Image.open(self.map_of(self.paths[index])) as file:
+        image, _ = super().read(index)
+        with Image.open(self.map_of(self.name(index))) as file:
             labels = torch.from_numpy(np.array(file).astype(np.int64))
         if labels.shape != image.shape[1:]:
             raise ValueError(f"the label map is {tuple(labels.shape)}, the image {tuple(image.shape[1:])}; "
                              "expected the same height and width, one channel")
-        known = labels < len(self.classes) + self.zero_is_ignore
-        if not (known | (labels == IGNORE)).all():
-            hint = " from 0 on; list the background, or ignore it: --zero_is_ignore"
-            hint = "" if self.zero_is_ignore else hint
-            wrong, n = labels[~known & (labels != IGNORE)].max(), len(self.classes)
-            raise ValueError(f"the label map has number {wrong}, {n} classes are listed{hint}")
+        n = len(self.classes)
+        unknown = labels[(labels >= n + self.zero_is_ignore) & (labels != IGNORE)]
+        if len(unknown):
+            hint = "" if self.zero_is_ignore else " from 0 on; list the background, or --zero_is_ignore"
+            raise ValueError(f"the label map has number {unknown.max()}, {n} classes are listed{hint}")
         if self.zero_is_ignore:
             labels = torch.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1)
         return image, labels.to(torch.uint8)
@@ -128,22 +128,20 @@ class CocoScenes:
                     self.dropped += 1
                     continue
                 if entry["category_id"] not in self.categories or entry["image_id"] not in records:
-                    wrong = f"no category {entry['category_id']}, or no image {entry['image_id']}, is listed"
-                    raise ValueError(wrong)
+                    ids = f"category {entry['category_id']}, or no image {entry['image_id']}"
+                    raise ValueError(f"no {ids}, is listed")
                 entry |= {"segmentation": shape, "iscrowd": int(bool(crowd))}
                 entry["area"] = w * h if entry.get("area") is None else entry["area"]
                 records[entry["image_id"]][3].append(entry)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            wrong = f"{type(error).__name__} {error}"
-            raise UserError(f"{self.path} is not in COCO's format, see {place}: {wrong}") from None
+            raise UserError(f"{self.path} is not in COCO's format, see {place}: {error!r}") from None
         if all(entry["iscrowd"] for record in records.values() for entry in record[3]):
-            counts = f"of {len(content['annotations'])} annotations {self.dropped} are degenerate"
-            raise UserError(f"{self.path} has no object to learn: {counts}, the others iscrowd")
+            raise UserError(f"{self.path} has no object to learn: {self.dropped} of its annotations are "
+                            "degenerate, the others iscrowd")
         if self.dropped:
-            boxes = f"{self.dropped} degenerate boxes (under a pixel, or without a mask)"
-            print0(f"{boxes} dropped from {self.path}")
+            print0(f"{self.path}: {self.dropped} degenerate boxes (under a pixel, or no mask) are dropped")
         # One buffer: loader workers would copy a million Python objects as their reference counts change.
         self.ids = sorted(records)
         packed = [json.dumps(records[i]).encode() for i in self.ids]
@@ -170,32 +168,29 @@ class CocoScenes:
         return image, coco_target(height, width, objects, self.categories)
 
 
-class DrawnScenes:
+class DrawnScenes(Shapes):
     """Drawn shapes with label maps (background is class 0), or boxes and masks."""
 
     def __init__(self, cfg, split):
-        self.shapes = Shapes(cfg.img_size, cfg.in_chans, split, n={"train": 4000, "val": 200}[split])
-        self.det, self.in_chans, self.name = cfg.task == "det", cfg.in_chans, self.shapes.name
-        self.classes = self.shapes.classes if self.det else ["background", *self.shapes.classes]
-        self.ids, self.categories = range(len(self.shapes)), range(1, len(self.classes) + 1)
-
-    def __len__(self):
-        return len(self.shapes)
+        super().__init__(cfg.img_size, cfg.in_chans, split, n={"train": 4000, "val": 200}[split])
+        self.det = cfg.task == "det"
+        self.classes = self.classes if self.det else ["background", *self.classes]
+        self.ids, self.categories = range(len(self)), range(1, len(self.classes) + 1)
 
     def record(self, index):
         """As CocoScenes.record; shapes that are hidden entirely are left out."""
-        _, instances, kinds = self.shapes.draw(index)
+        _, instances, kinds = self.draw(index)
         objects = []
         for number in np.unique(instances[instances > 0]):
             mask = instances == number
-            box = masks_to_boxes(torch.from_numpy(mask)[None]) + torch.tensor([0, 0, 1, 1])
+            box = boxes_around(torch.from_numpy(mask)[None])
             objects.append({"image_id": index, "category_id": int(kinds[number - 1]) + 1, "iscrowd": 0,
                             "bbox": box_convert(box, "xyxy", "xywh")[0].tolist(), "area": int(mask.sum()),
                             "segmentation": rle.encode(np.asfortranarray(mask, np.uint8))})
-        return [self.name(index), *self.shapes.size, objects]
+        return [self.name(index), *self.size, objects]
 
     def read(self, index):
-        image, instances, kinds = self.shapes.draw(index)
+        image, instances, kinds = self.draw(index)
         labels = torch.from_numpy(np.append(0, kinds + 1)[instances].astype(np.uint8))
         target = coco_target(*self.record(index)[1:], self.categories) if self.det else labels
         return torch.from_numpy(image).permute(2, 0, 1), target
@@ -253,9 +248,9 @@ def random_corner(old, new):
     return [int(torch.randint(max(have - want, 0) + 1, ())) for have, want in zip(old, new, strict=True)]
 
 
-def crop(x, corner, size, flip, fill):
-    """(C, h, w) -> (C, *size): cut out, flipped, filled up on the right and below."""
-    x = x[:, corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]]
+def crop(x, corner, size, flip, fill, change=lambda x: x):
+    """(C, h, w) -> (C, *size): cut out, changed, flipped, filled up on the right and below."""
+    x = change(x[:, corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]])
     x = x.flip(-1) if flip else x
     return TF.pad(x, [0, 0, size[1] - x.shape[2], size[0] - x.shape[1]], fill=fill)
 
@@ -288,67 +283,58 @@ def distort(image):
     return TF.to_dtype(x, image.dtype, scale=True)
 
 
-class SegmentationCrop:
-    """Resize to `jitter` times the short side of --img_size; crop to it so that no class has 75 % (ten
-    tries); flip; distort the colours; fill up with the mean colour and IGNORE: BEiT's and MAE's segmentation
-    code."""
-
-    def __init__(self, cfg):
-        self.size, self.jitter, self.mean = cfg.img_size, cfg.jitter, cfg.mean
-
-    def __call__(self, image, labels):
-        size, scale = self.size, uniform(*self.jitter)
-        new = [max(1, round(scale * side)) for side in fit_short_side(image, min(size))]
-        image, labels = TF.resize(image, new, antialias=True), nearest(labels[None], new)
-        for _ in range(10):
-            corner = top, left = random_corner(new, size)
-            part = labels[:, top : top + size[0], left : left + size[1]]
-            counts = torch.bincount(part[part != IGNORE], minlength=2)
-            if counts.max() < 0.75 * counts.sum():
-                break
-        flip, fill = torch.rand(()) < 0.5, mean_colour(image, self.mean)
-        image = distort(image[:, top : top + size[0], left : left + size[1]])
-        return crop(image, (0, 0), size, flip, fill), crop(labels, corner, size, flip, IGNORE)[0]
+def segmentation_crop(image, labels, cfg):
+    """Resize to --jitter times the short side of --img_size; crop to it so that no class has 75 % (ten
+    tries); flip; distort the colours; fill up with the mean colour and IGNORE (BEiT's and MAE's code)."""
+    size, scale = cfg.img_size, uniform(*cfg.jitter)
+    new = [max(1, round(scale * side)) for side in fit_short_side(image, min(size))]
+    image, labels = TF.resize(image, new), nearest(labels[None], new)
+    for _ in range(10):
+        corner = random_corner(new, size)
+        part = crop(labels, corner, size, False, IGNORE)
+        counts = torch.bincount(part[part != IGNORE], minlength=2)
+        if counts.max() < 0.75 * counts.sum():
+            break
+    flip = torch.rand(()) < 0.5
+    image = crop(image, corner, size, flip, mean_colour(image, cfg.mean), distort)
+    return image, crop(labels, corner, size, flip, IGNORE)[0]
 
 
-class LargeScaleJitter:
-    """Resize to `jitter` times what just fits --img_size; crop to it; flip; fill up with the mean colour.
+def large_scale_jitter(image, target, cfg):
+    """Resize to --jitter times what just fits --img_size; crop to it; flip; fill up with the mean colour.
     Boxes are those of what is left of the masks; where nothing is left the object goes. Masks leave packed,
     eight pixels to a byte: they are most of what loader workers hand over. torchvision's ScaleJitter rounds
     sizes down."""
+    (H, W), (h, w) = cfg.img_size, image.shape[1:]
+    scale = uniform(*cfg.jitter) * min(H / h, W / w)
+    new = [max(1, round(scale * side)) for side in (h, w)]
+    corner, flip = random_corner(new, cfg.img_size), torch.rand(()) < 0.5
+    image = crop(TF.resize(image, new), corner, cfg.img_size, flip, mean_colour(image, cfg.mean))
+    masks = crop(nearest(target["masks"], new), corner, cfg.img_size, flip, 0)
+    keep = masks.flatten(1).bool().any(1)
+    packed = torch.from_numpy(np.packbits(masks[keep].numpy(), axis=-1))
+    return image, {"boxes": boxes_around(masks[keep]), "labels": target["labels"][keep], "masks": packed}
 
-    def __init__(self, cfg):
-        self.size, self.jitter, self.mean = cfg.img_size, cfg.jitter, cfg.mean
 
-    def __call__(self, image, target):
-        (H, W), (h, w) = self.size, image.shape[1:]
-        scale = uniform(*self.jitter) * min(H / h, W / w)
-        new = [max(1, round(scale * side)) for side in (h, w)]
-        corner, flip = random_corner(new, self.size), torch.rand(()) < 0.5
-        fill = mean_colour(image, self.mean)
-        image = crop(TF.resize(image, new, antialias=True), corner, self.size, flip, fill)
-        masks = crop(nearest(target["masks"], new), corner, self.size, flip, 0)
-        keep = masks.flatten(1).bool().any(1)
-        boxes = masks_to_boxes(masks[keep]) + torch.tensor([0, 0, 1, 1])
-        packed = torch.from_numpy(np.packbits(masks[keep].numpy(), axis=-1))
-        return image, {"boxes": boxes, "labels": target["labels"][keep], "masks": packed}
+def boxes_around(masks):
+    """(n, H, W) -> (n, 4): x1 y1 x2 y2, the last pixels included"""
+    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
 
 
 def unpack(masks):
-    """Masks of LargeScaleJitter (n, H, W / 8) -> (n, H, W) uint8 of 0 and 1, on their device"""
+    """Masks of large_scale_jitter (n, H, W / 8) -> (n, H, W) uint8 of 0 and 1, on their device"""
     bits = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)
     return (masks[..., None] >> bits & 1).flatten(2)
 
 
 class Fit:
-    """For tests. Segmentation: the image (not its label map) to the short side of --img_size; detection: as
-    it is."""
+    """Of held-out images. Segmentation: the image (not its labels) to the short side of --img_size."""
 
     def __init__(self, cfg):
         self.short = min(cfg.img_size) if cfg.task == "seg" else None
 
     def __call__(self, image, target=None):
-        image = TF.resize(image, fit_short_side(image, self.short), antialias=True) if self.short else image
+        image = TF.resize(image, fit_short_side(image, self.short)) if self.short else image
         return image, target
 
 
@@ -370,8 +356,7 @@ class Scenes(torch.utils.data.Dataset):
 
 
 def collate_scenes(samples):
-    """As `collate`; "target" is (B, H, W) for segmentation, for detection a list: numbers of objects
-    differ."""
+    """As `collate`; "target" is (B, H, W), or for detection a list, as numbers of objects differ."""
     targets = [sample.pop("target") for sample in samples]
     return collate(samples) | {"target": targets if isinstance(targets[0], dict) else torch.stack(targets)}
 
@@ -388,29 +373,35 @@ def colour_of(number):
 
 
 def regions(labels, image):
-    """A label map as a target of detection for `image`: a mask per class, whose box is a point inside."""
+    """A label map as a target of detection for `image`: a mask per class, no boxes."""
     labels = nearest(labels[None], image.shape[1:])[0]
     kinds = labels[labels != IGNORE].unique().long()
-    masks = labels == kinds[:, None, None]
-    points = [mask.nonzero()[mask.sum() // 2].flip(0).tolist() for mask in masks]
-    boxes = torch.tensor([point * 2 for point in points]).reshape(-1, 4)
-    return {"boxes": boxes, "labels": kinds + 1, "masks": masks}
+    return {"boxes": torch.zeros(0, 4), "labels": kinds + 1, "masks": labels == kinds[:, None, None]}
 
 
-def show(image, target, classes):
-    """Image uint8 (C, H, W) -> (3, SHOWN, SHOWN), fitted in, under the masks and boxes of a target of
-    detection (or None), each with its class and, if the target has it, its score."""
+def show(image, target=None):
+    """Image uint8 (C, H, W) -> (3, SHOWN, SHOWN), fitted in, under the masks, boxes and, if there are any,
+    scores of a target of detection, in the colours of their classes."""
     factor = SHOWN / max(image.shape[1:])
     size = [max(1, round(factor * side)) for side in image.shape[1:]]
-    image = TF.resize(image if len(image) == 3 else image[:1].expand(3, -1, -1), size, antialias=True)
-    if target and len(target["boxes"]):
-        kinds = target["labels"].tolist()
-        scores = [f" {x:.2f}" for x in target["scores"]] if "scores" in target else [""] * len(kinds)
-        words = [classes[kind - 1] + score for kind, score in zip(kinds, scores, strict=True)]
-        colours = [colour_of(kind) for kind in kinds]
+    image = TF.resize(image if len(image) == 3 else image[:1].expand(3, -1, -1), size)
+    if target:
+        colours = [colour_of(kind) for kind in target["labels"].tolist()]
         masks = nearest(target["masks"].to(torch.uint8), size).bool()
         for mask, colour in reversed([*zip(masks, colours, strict=True)]):  # one by one, the best on top
-            image = draw_segmentation_masks(image, mask, alpha=0.5, colors=colour)
-        image = draw_bounding_boxes(image, target["boxes"] * factor, words, colours, fill_labels=True,
-                                    label_colors="white", label_background_colors="black")
+            image = draw_segmentation_masks(image, mask, alpha=0.65, colors=colour)
+        words = [f"{score:.2f}" for score in target["scores"]] if "scores" in target else None
+        if len(target["boxes"]):
+            image = draw_bounding_boxes(image, target["boxes"] * factor, words, colours)
     return crop(image, (0, 0), (SHOWN, SHOWN), False, 255)
+
+
+def legend(targets, classes):
+    """(3, SHOWN, SHOWN): names and colours of the classes in these targets, of the first ones if many."""
+    canvas = Image.new("RGB", (SHOWN, SHOWN), "white")
+    pen, line = ImageDraw.Draw(canvas), 16
+    kinds = dict.fromkeys(kind for target in targets for kind in target["labels"].tolist())
+    for top, kind in zip(range(0, SHOWN, line), kinds, strict=False):
+        pen.rectangle((4, top + 2, 16, top + 14), fill=colour_of(kind))
+        pen.text((24, top + 2), classes[kind - 1], fill="black")
+    return TF.pil_to_tensor(canvas)

@@ -1,32 +1,27 @@
 """Segmentation and detection with a pre-trained encoder: UperNet and Mask R-CNN.
 
 --task seg   a class for every pixel; mIoU, mAcc and aAcc over all held-out images
-    --head uper    UperNet (Xiao et al., ECCV 2018) with an auxiliary FCN on the third map, weight 0.4. A ViT
-                   gives the outputs of its blocks at 1/4, 1/2, 3/4 and 4/4 of the depth, at 4, 2, 1 and 1/2
-                   times its grid (BEiT's, MAE's); other encoders give their own four maps
-    --head linear  one linear layer on a ViT's normalised last map (CIM sec. 3.2)
-    --head fcn     FCN on a ResNet-50 with its last two stages dilated (CIM sec. 3.2)
+    --head uper    UperNet (Xiao et al., ECCV 2018) with an auxiliary FCN on the third map, weight 0.4. Maps:
+                   a ViT's at 1/4, 1/2, 3/4, 4/4 of its depth, at 4, 2, 1, 1/2 times its grid; others' own
+    --head linear  one linear layer on a ViT's normalised last map; --head fcn: FCN on a ResNet-50 with its
+                   last two stages dilated (both: CIM sec. 3.2)
 --task det   boxes and masks; AP by pycocotools
-    torchvision's Mask R-CNN with ViTDet's heads (Li et al., ECCV 2022) on large-scale jitter. A ViT's last
-    map becomes four (simple feature pyramid); its attention is in windows except in the last block of each
-    quarter; it has no class token. Other encoders: an FPN on their own maps. Defaults: ViTDet's.
-UperNet on ViT-B at 512 px with 150 classes has 163,286,828 parameters.
+    torchvision's Mask R-CNN with ViTDet's heads (Li et al., ECCV 2022) on large-scale jitter. A ViT without
+    class token, in windows but for four blocks, with a simple feature pyramid; others: an FPN on their maps
 
---weights takes encoder.pth or last.pth of any script here (of this one: its encoder), official MAE files,
-timm's ViTs, torchvision's ResNet-50, or `none`. --data: see docs/TRANSFER.md.
+--weights takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's
+ResNet-50, or `none`. Layout of --data, memory, use of the result: docs/TRANSFER.md.
 
-Not in the papers, our choice: no relative positions and no layer scale, which BEiT's, MAE's and ViTDet's
-code has; positions, class token and vectors (so all of a BatchNorm) do not decay; convolutions start with
-torch's values; losses are means over the pixels that count; a ResNet's BatchNorm keeps learning in
-detection; detection heads have LayerNorm where MIMDet's have SyncBatchNorm. As in torchvision: RoIAlign
-without the half-pixel shift, box losses quadratic below 1/9, test images shrunk without antialiasing. Not
-built: Mask2Former, Cascade Mask R-CNN.
+Not in the papers, our choice: no relative positions and no layer scale; positions, class token and vectors
+do not decay; torch's initial convolutions; losses are means over the pixels that count; a ResNet's BatchNorm
+learns in detection; heads have LayerNorm where MIMDet's have SyncBatchNorm. As in torchvision: RoIAlign
+without the half-pixel shift, box losses quadratic below 1/9, test images shrunk without antialiasing.
 
     python transfer_seg_det.py --demo       on runs/mae_mff/encoder.pth: minutes on a CPU; --task det likewise
     torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --weights encoder.pth --zero_is_ignore
-    torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --weights encoder.pth --task det
 """
 
+import functools
 import math
 import time
 import zlib
@@ -127,30 +122,25 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        (H, W), seg = self.img_size, self.task == "seg"
-        vit, resnet = self.model in VIT_SIZES, self.model == "resnet50"
-        default = 256 if not seg else 768 if vit and self.head == "uper" else 512
-        self.channels = self.channels or default
-        fits = {"uper": True, "linear": vit, "fcn": resnet}[self.head]
+        (H, W), seg, vit = self.img_size, self.task == "seg", self.model in VIT_SIZES
+        resnet, uper = self.model == "resnet50", self.head == "uper"
+        self.channels = self.channels or (256 if not seg else 768 if vit and uper else 512)
         errors = {
             "--warmup_iters and --window must not be negative": min(self.warmup_iters, self.window) < 0,
             "--weights FILE is needed; none is the baseline with random weights":
                 self.weights is None and not self.check_data,
             f"--head {self.head} is not for {self.model}: linear is for ViTs, fcn for resnet50":
-                seg and not fits,
-            "--head and --compile are for --task seg": not seg and (self.head != "uper" or self.compile),
+                seg and not {"uper": True, "linear": vit, "fcn": resnet}[self.head],
+            "--head and --compile are for --task seg": not seg and (not uper or self.compile),
             f"--img_size {H},{W}: --task det wants one number, a multiple of 32":
                 not seg and (H != W or H % 32 > 0),
             f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}":
                 not seg and not resnet and self.patch_size not in (4, 8, 16, 32),
-            "--layer_decay, --drop_path and --recompute are for ViTs and RevColV2":
-                resnet and (self.layer_decay != 1 or self.drop_path > 0 or self.recompute),
+            f"--img_size is one --patch_size of {self.patch_size}: at least two are needed":
+                not resnet and min((patch_grid if vit else cell_grid)(self.img_size, self.patch_size)) < 2,
         }
-        for message, wrong in errors.items():
-            if wrong:
-                raise ValueError(message)
-        if not resnet and min((patch_grid if vit else cell_grid)(self.img_size, self.patch_size)) < 2:
-            raise ValueError(f"--img_size is one --patch_size of {self.patch_size}: at least two are needed")
+        if wrong := [message for message, holds in errors.items() if holds]:
+            raise ValueError(wrong[0])
 
 
 DEFAULTS = {
@@ -177,8 +167,6 @@ def presets(flags):
             hint = "" if flags.weights else ": python mae_mff.py --demo makes it; or --weights none"
             raise UserError(f"{error}{hint}") from None
         values |= {name: meta[name] for name in NETWORK if name in meta}
-    if "resnet50" in (flags.model, values.get("model")):
-        values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values | ({"epochs": None} if flags.iters else {"iters": None} if flags.epochs else {})
 
 
@@ -277,15 +265,14 @@ class RevColEncoder(RevColV2):
 
 
 def make_encoder(cfg):
-    kinds = {"resnet50": ResNetEncoder, "revcol": RevColEncoder}
-    return kinds.get(cfg.model.split("_")[0], ViTEncoder)(cfg)
+    return {"resnet50": ResNetEncoder, "revcol": RevColEncoder}.get(cfg.model.split("_")[0], ViTEncoder)(cfg)
 
 
 # ---- segmentation ------------------------------------------------------------------------------------------
 
 
 def resize(x, size):
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+    return F.interpolate(x, size, mode="bilinear")
 
 
 def classifier(inputs, classes, dropout=0.1):
@@ -296,17 +283,13 @@ def classifier(inputs, classes, dropout=0.1):
     return nn.Sequential(nn.Dropout2d(dropout), layer)
 
 
-class ViTNeck(nn.Module):
-    """Four maps of one grid -> 4, 2, 1 and 1/2 times that grid, same width (BEiT's, MAE's)."""
-
-    def __init__(self, D):
-        super().__init__()
-        up = [nn.ConvTranspose2d(D, D, 2, 2) for _ in range(3)]
-        four_times = nn.Sequential(up[0], nn.BatchNorm2d(D), nn.GELU(), up[1])
-        self.scales = nn.ModuleList([four_times, up[2], nn.Identity(), nn.MaxPool2d(2)])
-
-    def forward(self, maps):
-        return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
+def four_scales(D, half, quarter, norm):
+    """Modules that bring maps of width D to 4, 2, 1 and 1/2 times their grid; width after one, two doublings:
+    `half`, `quarter`."""
+    four_times = [nn.ConvTranspose2d(D, half, 2, 2), norm(half), nn.GELU(),
+                  nn.ConvTranspose2d(half, quarter, 2, 2)]
+    twice = nn.ConvTranspose2d(D, half, 2, 2)
+    return nn.ModuleList([nn.Sequential(*four_times), twice, nn.Identity(), nn.MaxPool2d(2)])
 
 
 class UperHead(nn.Module):
@@ -355,8 +338,9 @@ class Segmenter(nn.Module):
     def __init__(self, cfg, classes):
         super().__init__()
         self.cfg, self.encoder = cfg, make_encoder(cfg)
-        channels, one_grid = self.encoder.channels, len({*self.encoder.strides}) == 1
-        self.neck = ViTNeck(channels[0]) if cfg.head == "uper" and one_grid else nn.Identity()
+        channels, D, self.neck = self.encoder.channels, self.encoder.channels[0], None
+        if cfg.head == "uper" and isinstance(self.encoder, ViT):  # BEiT's, MAE's
+            self.neck = four_scales(D, D, D, nn.BatchNorm2d)
         if cfg.head == "uper":
             self.head = UperHead(channels, cfg.channels, classes)
         elif cfg.head == "fcn":
@@ -368,7 +352,9 @@ class Segmenter(nn.Module):
     def scores(self, images):
         """(B, C, H, W) -> [scores (B, classes, h, w) float32]: the head's, and in training the auxiliary
         one's"""
-        maps = self.neck(self.encoder(images))
+        maps = self.encoder(images)
+        if self.neck:
+            maps = [scale(x) for scale, x in zip(self.neck, maps, strict=True)]
         scores = [self.head(maps if self.cfg.head == "uper" else maps[-1])]
         if self.auxiliary and self.training:
             scores.append(self.auxiliary(maps[2]))
@@ -393,8 +379,8 @@ class Segmenter(nn.Module):
         whole = [max(2, math.ceil(side / unit)) * unit for side in (H, W)]
         h, w = cfg.img_size if cfg.inference == "slide" else whole
         images = F.pad(images[0], (0, max(w - W, 0), 0, max(h - H, 0)))
-        starts = [window_starts(length, side) for length, side in zip(images.shape[1:], (h, w), strict=True)]
-        corners = [(y, x) for y in starts[0] for x in starts[1]]
+        rows, columns = window_starts(images.shape[1], h), window_starts(images.shape[2], w)
+        corners = [(y, x) for y in rows for x in columns]
         parts = self.scores(torch.stack([images[:, y : y + h, x : x + w] for y, x in corners]))[0]
         total, count = parts.new_zeros(parts.shape[1], *images.shape[1:]), parts.new_zeros(images.shape[1:])
         for (y, x), part in zip(corners, resize(parts, (h, w)), strict=True):
@@ -428,22 +414,13 @@ def seg_scores(matrix, classes):
 # ---- detection ---------------------------------------------------------------------------------------------
 
 
-class SimplePyramid(nn.Module):
-    """ViTDet's: {"0": map (B, D, h, w)} -> {name: map} at 4, 2, 1 and 1/2 times its grid, `width` wide."""
-
-    def __init__(self, D, width):
-        super().__init__()
-        up = [nn.ConvTranspose2d(D, D // 2, 2, 2), nn.ConvTranspose2d(D // 2, D // 4, 2, 2)]
-        four_times = nn.Sequential(up[0], LayerNorm2d(D // 2), nn.GELU(), up[1])
-        twice = nn.ConvTranspose2d(D, D // 2, 2, 2)
-        scales = [(four_times, D // 4), (twice, D // 2), (nn.Identity(), D), (nn.MaxPool2d(2), D)]
-        self.levels = nn.ModuleList(
-            nn.Sequential(scale, nn.Conv2d(c, width, 1, bias=False), LayerNorm2d(width),
-                          nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width))
-            for scale, c in scales)
-
-    def forward(self, maps):
-        return {str(i): level(maps["0"]) for i, level in enumerate(self.levels)}
+def simple_pyramid(D, width):
+    """ViTDet's: modules that each turn a map (B, D, h, w) into one at 4, 2, 1 or 1/2 times its grid."""
+    scales = zip(four_scales(D, D // 2, D // 4, LayerNorm2d), (D // 4, D // 2, D, D), strict=True)
+    return nn.ModuleList(
+        nn.Sequential(scale, nn.Conv2d(c, width, 1, bias=False), LayerNorm2d(width),
+                      nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width))
+        for scale, c in scales)
 
 
 class Backbone(nn.Module):
@@ -454,14 +431,18 @@ class Backbone(nn.Module):
         self.encoder, self.out_channels = make_encoder(cfg), cfg.channels
         channels, self.strides = self.encoder.channels, self.encoder.strides
         if len(channels) == 1:
-            self.pyramid = SimplePyramid(channels[0], cfg.channels)
+            self.pyramid = simple_pyramid(channels[0], cfg.channels)
             self.strides = [self.strides[0] * s // 4 for s in (1, 2, 4, 8)]
         else:
             self.pyramid = FeaturePyramidNetwork(channels, cfg.channels)
 
     def forward(self, images):
-        maps = self.pyramid(OrderedDict((str(i), x) for i, x in enumerate(self.encoder(images))))
-        maps = OrderedDict((name, x.float()) for name, x in maps.items())  # RoIAlign wants one precision
+        maps = self.encoder(images)
+        if isinstance(self.pyramid, nn.ModuleList):
+            maps = [level(maps[0]) for level in self.pyramid]
+        else:
+            maps = self.pyramid({str(i): x for i, x in enumerate(maps)}).values()
+        maps = OrderedDict((str(i), x.float()) for i, x in enumerate(maps))  # RoIAlign wants one precision
         maps["pool"] = F.max_pool2d(maps["3"], 1, stride=2)
         return maps
 
@@ -593,9 +574,8 @@ def predict(model, batch, run):
 def save_pictures(path, model, samples, run):
     """PNG: image, truth and prediction of --pictures held-out images, evenly spaced, the same every time."""
     source, rows = samples.samples.source, []
-    n = min(run.cfg.pictures, len(source))
-    for i in range(n):
-        batch = data.collate_scenes([samples[0, i * len(source) // n]])
+    for i in np.linspace(0, len(source), min(run.cfg.pictures, len(source)), endpoint=False, dtype=int):
+        batch = data.collate_scenes([samples[0, int(i)]])
         image, truth = to_dtype(batch["image"][0], torch.uint8, scale=True), batch["target"][0]
         found = predict(model, batch, run)
         if run.cfg.task == "seg":
@@ -603,8 +583,9 @@ def save_pictures(path, model, samples, run):
         else:
             found = {name: value[found["scores"] > 0.5].cpu() for name, value in found.items()}
             found["masks"] = found["masks"][:, 0] > 0.5
-        rows.append([data.show(image, target, source.classes) / 255 for target in (None, truth, found)])
-    save_image_grid(path, rows, ["image", "truth", "prediction"], f"step {run.step}")
+        row = [data.show(image), data.show(image, truth), data.show(image, found)]
+        rows.append([x / 255 for x in (*row, data.legend([truth, found], source.classes))])
+    save_image_grid(path, rows, ["image", "truth", "prediction", "classes"], f"step {run.step}")
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -613,36 +594,35 @@ def save_pictures(path, model, samples, run):
 def learning_rate(step, cfg, steps):
     """Of the update after `step` of `steps`: the schedule's value times the warm-up's."""
     done = step / steps
-    if cfg.schedule == "step":
-        lr = cfg.lr * 0.1 ** ((done >= 8 / 9) + (done >= 26 / 27))
-    else:
-        left = 0.5 * (1 + math.cos(math.pi * done)) if cfg.schedule == "cosine" else (1 - done) ** cfg.power
-        lr = cfg.min_lr + (cfg.lr - cfg.min_lr) * left
+    lr = {
+        "poly": cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 - done) ** cfg.power,
+        "cosine": cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done)),
+        "step": cfg.lr * 0.1 ** ((done >= 8 / 9) + (done >= 26 / 27)),
+    }[cfg.schedule]
     begin = 1e-6 if cfg.task == "seg" else 1e-3
     return lr * (begin + (1 - begin) * step / cfg.warmup_iters if step < cfg.warmup_iters else 1.0)
 
 
 def make_optimizer(model, cfg):
     """With layer-wise decay inside the encoder; the decoder learns at the full rate."""
-
-    def layer_id(name):  # what is outside of the encoder counts as after its last block
-        return model.encoder.layer_id(name.split("encoder.", 1)[-1])
-
-    groups = parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token"), layer_id, cfg.layer_decay)
+    groups = parameter_groups(
+        model, cfg.weight_decay, ("pos_embed", "cls_token"),
+        lambda name: model.encoder.layer_id(name.split("encoder.", 1)[-1]),  # outside: after its last block
+        cfg.layer_decay)
     sgd = cfg.optimizer == "sgd"
     return torch.optim.SGD(groups, 0.0, cfg.betas[0]) if sgd else adamw(groups, cfg.betas)
 
 
 def training_batches(source, run):
     """(images, label maps or list of targets) on the device, sample numbers"""
-    transform = (data.SegmentationCrop if run.cfg.task == "seg" else data.LargeScaleJitter)(run.cfg)
-    samples = data.Scenes(run.samples(source, transform))
+    seg, to_device = run.cfg.task == "seg", {"device": run.device, "non_blocking": True}
+    transform = data.segmentation_crop if seg else data.large_scale_jitter
+    samples = data.Scenes(run.samples(source, functools.partial(transform, cfg=run.cfg)))
     for batch in run.load_batches(samples, training_keys(run), data.collate_scenes):
-        if run.cfg.task == "seg":
-            targets = batch["target"].to(run.device, non_blocking=True).long()
+        if seg:
+            targets = batch["target"].to(**to_device).long()
         else:
-            targets = [{name: x.to(run.device, non_blocking=True) for name, x in target.items()}
-                       for target in batch["target"]]
+            targets = [{name: x.to(**to_device) for name, x in target.items()} for target in batch["target"]]
             targets = [target | {"masks": data.unpack(target["masks"])} for target in targets]
         yield run.normalize(batch["image"]), targets, batch["index"]
 
@@ -680,10 +660,10 @@ def train(cfg, run):
     source, held_out = open_both(cfg)
     classes = source.classes
     truth = data.coco_truth(held_out) if cfg.task == "det" and run.is_main else None
-    together = run.world_size if run.cuda else 1  # the processes whose images SyncBatchNorm averages over
-    images = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] * together
+    processes = run.world_size if run.cuda else 1  # whose images SyncBatchNorm averages over
+    images = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] * processes
     if cfg.task == "seg" and cfg.head == "uper" and images < 2:
-        raise UserError("UperNet pools to one pixel, whose BatchNorm needs two images per forward pass: "
+        raise UserError("BatchNorm after UperNet's pooling to one pixel needs two images per forward pass: "
                         "raise --batch_size or --micro_batch")
     torch.manual_seed(cfg.seed)
     model = (Segmenter if cfg.task == "seg" else Detector)(cfg, len(classes))
