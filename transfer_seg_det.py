@@ -136,6 +136,8 @@ class Config(RunConfig):
                 not seg and (H != W or H % 32 > 0),
             f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}":
                 not seg and not resnet and self.patch_size not in (4, 8, 16, 32),
+            "--layer_decay, --drop_path and --recompute are for ViTs and RevColV2":
+                resnet and (self.layer_decay != 1 or self.drop_path > 0 or self.recompute),
             f"--img_size is one --patch_size of {self.patch_size}: at least two are needed":
                 not resnet and min((patch_grid if vit else cell_grid)(self.img_size, self.patch_size)) < 2,
         }
@@ -167,6 +169,8 @@ def presets(flags):
             hint = "" if flags.weights else ": python mae_mff.py --demo makes it; or --weights none"
             raise UserError(f"{error}{hint}") from None
         values |= {name: meta[name] for name in NETWORK if name in meta}
+    if "resnet50" in (flags.model, values.get("model")):
+        values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values | ({"epochs": None} if flags.iters else {"iters": None} if flags.epochs else {})
 
 
@@ -340,7 +344,7 @@ class Segmenter(nn.Module):
         self.cfg, self.encoder = cfg, make_encoder(cfg)
         channels, D, self.neck = self.encoder.channels, self.encoder.channels[0], None
         if cfg.head == "uper" and isinstance(self.encoder, ViT):  # BEiT's, MAE's
-            self.neck = four_scales(D, D, D, nn.BatchNorm2d)
+            self.neck = nn.ModuleDict({"scales": four_scales(D, D, D, nn.BatchNorm2d)})
         if cfg.head == "uper":
             self.head = UperHead(channels, cfg.channels, classes)
         elif cfg.head == "fcn":
@@ -354,7 +358,7 @@ class Segmenter(nn.Module):
         one's"""
         maps = self.encoder(images)
         if self.neck:
-            maps = [scale(x) for scale, x in zip(self.neck, maps, strict=True)]
+            maps = [scale(x) for scale, x in zip(self.neck["scales"], maps, strict=True)]
         scores = [self.head(maps if self.cfg.head == "uper" else maps[-1])]
         if self.auxiliary and self.training:
             scores.append(self.auxiliary(maps[2]))
@@ -417,10 +421,10 @@ def seg_scores(matrix, classes):
 def simple_pyramid(D, width):
     """ViTDet's: modules that each turn a map (B, D, h, w) into one at 4, 2, 1 or 1/2 times its grid."""
     scales = zip(four_scales(D, D // 2, D // 4, LayerNorm2d), (D // 4, D // 2, D, D), strict=True)
-    return nn.ModuleList(
-        nn.Sequential(scale, nn.Conv2d(c, width, 1, bias=False), LayerNorm2d(width),
-                      nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width))
-        for scale, c in scales)
+    levels = (nn.Sequential(scale, nn.Conv2d(c, width, 1, bias=False), LayerNorm2d(width),
+                            nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width))
+              for scale, c in scales)
+    return nn.ModuleDict({"levels": nn.ModuleList(levels)})
 
 
 class Backbone(nn.Module):
@@ -438,8 +442,8 @@ class Backbone(nn.Module):
 
     def forward(self, images):
         maps = self.encoder(images)
-        if isinstance(self.pyramid, nn.ModuleList):
-            maps = [level(maps[0]) for level in self.pyramid]
+        if isinstance(self.pyramid, nn.ModuleDict):
+            maps = [level(maps[0]) for level in self.pyramid["levels"]]
         else:
             maps = self.pyramid({str(i): x for i, x in enumerate(maps)}).values()
         maps = OrderedDict((str(i), x.float()) for i, x in enumerate(maps))  # RoIAlign wants one precision
