@@ -126,7 +126,6 @@ class Config(RunConfig):
         resnet, uper = self.model == "resnet50", self.head == "uper"
         self.channels = self.channels or (256 if not seg else 768 if vit and uper else 512)
         errors = {
-            "--warmup_iters and --window must not be negative": min(self.warmup_iters, self.window) < 0,
             "--weights FILE is needed; none is the baseline with random weights":
                 self.weights is None and not self.check_data,
             f"--head {self.head} is not for {self.model}: linear is for ViTs, fcn for resnet50":
