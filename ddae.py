@@ -145,9 +145,10 @@ class Config(RunConfig):
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat patch minus its mean leaves nothing to predict.
 # The teacher of a run of a thousand updates must follow faster than that of a quarter of a million.
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "target": "raw",
-        "num_levels": 2, "decoder_depth": 1, "momentum": (0.99,) * 3, "epochs": 1.75, "batch_size": 32,
-        "base_lr": 1.2e-2, "warmup_epochs": 0.5, "log_every": 25}
+DEMO = {"data": "shapes", "img_size": (25, 25), "model": "nano", "patch_size": 5, "target": "raw",
+        "num_levels": 2, "decoder_depth": 1, "decoder_embed_dim": 64, "decoder_num_heads": 2,
+        "momentum": (0.99,) * 3, "epochs": 1.4, "batch_size": 32, "base_lr": 1.2e-2, "warmup_epochs": 0.3,
+        "log_every": 25}
 
 
 def presets(flags):

@@ -141,7 +141,8 @@ class Config(RunConfig):
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat patch minus its mean leaves nothing to predict.
 DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "target": "raw",
-        "epochs": 4.0, "batch_size": 128, "base_lr": 6e-3, "warmup_epochs": 0.5, "log_every": 25}
+        "decoder_embed_dim": 64, "decoder_num_heads": 2, "epochs": 1.3, "batch_size": 32, "base_lr": 1.6e-2,
+        "warmup_epochs": 0.25, "log_every": 25}
 
 
 def presets(flags):

@@ -70,7 +70,7 @@ from common import (
 )
 
 SIZES = {  # channels and blocks of the four levels, channels of a head (ours)
-    "nano": ((16, 32, 128, 128), (1, 1, 1, 2), 32),
+    "nano": ((16, 32, 64, 64), (1, 1, 1, 2), 32),
     "tiny": ((32, 64, 128, 128), (1, 1, 2, 3), 32),
     "base": ((48, 96, 448, 448), (1, 1, 4, 5), 64),
     "large": ((64, 128, 768, 768), (1, 1, 5, 6), 64),
@@ -115,8 +115,8 @@ class Config(RunConfig):
 
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat cell minus its mean leaves nothing to predict.
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "norm_pix_loss": False,
-        "epochs": 1.6, "batch_size": 32, "base_lr": 1.6e-2, "warmup_epochs": 0.3, "log_every": 25,
+DEMO = {"data": "shapes", "img_size": (24, 24), "model": "nano", "patch_size": 4, "norm_pix_loss": False,
+        "epochs": 1.0, "batch_size": 32, "base_lr": 1.6e-2, "warmup_epochs": 0.2, "log_every": 25,
         "memory": "plain"}
 
 

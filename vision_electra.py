@@ -127,11 +127,11 @@ class Config(RunConfig):
 
 # With a GAN weight of 0.2 a generator of this size deceives and reconstructs worse: hence 0.005, once the
 # discriminator is strong. Both networks start from a generator trained alone, with WARMSTART.
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "epochs": 1.8,
-        "gan_weight": 0.005, "generator_warmup_epochs": 1.2, "batch_size": 64, "base_lr": 8e-3,
-        "warmup_epochs": 0.1, "log_every": 25}
-WARMSTART = {"levels": "none", "noise": 0.0, "epochs": 2.0, "batch_size": 128, "base_lr": 1.2e-2,
-             "warmup_epochs": 0.5, "betas": (0.9, 0.95)}
+DEMO = {"data": "shapes", "img_size": (24, 24), "model": "nano", "patch_size": 4, "epochs": 0.25,
+        "gan_weight": 0.005, "generator_warmup_epochs": 0.17, "batch_size": 16, "base_lr": 2.4e-2,
+        "warmup_epochs": 0.03, "log_every": 25}
+WARMSTART = {"levels": "none", "noise": 0.0, "epochs": 0.6, "batch_size": 16, "base_lr": 3.2e-2,
+             "warmup_epochs": 0.15, "betas": (0.9, 0.95)}
 
 
 def presets(flags):
