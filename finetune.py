@@ -309,8 +309,8 @@ def load_model(cfg, num_classes):
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) as MAE's linear probe uses it.
 
-    Matrices: g += weight_decay * p; g *= 0.001 * |p| / |g| (factor 1 if either norm is 0). Vectors: neither.
-    Then m = 0.9 * m + g; p -= lr * m.
+    Matrices: g += weight_decay * p; g *= 0.001 * |p| / |g| (factor 1 if either norm is 0).
+    Then, vectors too: m = 0.9 * m + g; p -= lr * m.
     """
 
     def __init__(self, params, weight_decay=0.0):
@@ -468,10 +468,7 @@ def batches_of_rows(features, labels, keys):
 
 @torch.inference_mode()
 def evaluate(classify, batches, run):
-    """Accuracy over the batches of all processes: {"eval/top1": %, "eval/top5": %, "eval/n": images counted}.
-
-    classify: images -> scores (B, classes).
-    """
+    """Accuracy of classify (images -> scores (B, classes)) over the batches of all processes, in %."""
     hits = torch.zeros(3, dtype=torch.float64, device=run.device)
     for images, labels, _ in batches:
         with run.autocast():
@@ -502,9 +499,7 @@ def extract(model, source, run):
 
 def knn_scores(queries, features, labels, num_classes, k, temperature):
     """Weighted vote of the k nearest training features by cosine similarity: (Q, num_classes).
-
-    queries: (Q, D); features: (N, D), of length 1; labels: (N,).
-    """
+    queries: (Q, D); features: (N, D), of length 1; labels: (N,)."""
     with torch.autocast(queries.device.type, enabled=False):
         cosine = F.normalize(queries.float(), dim=1) @ features.T
     similarity, nearest = cosine.topk(min(k, len(features)), dim=1)
@@ -529,8 +524,7 @@ def knn(model, source, held_out, run):
 def write_features(run):
     """--mode features: --out (N, D) float32 .npy, and next to it the images' names, one per line. What cannot
     be read is left out of both."""
-    cfg, source = run.cfg, open_data(run.cfg, "all")
-    model = load_model(cfg, 1)
+    cfg, source, model = run.cfg, open_data(run.cfg, "all"), load_model(run.cfg, 1)
     path = new_file(cfg.out or "features.npy", ".npy")
     names_path = new_file(path.with_suffix(".txt"), ".txt")
     run.join()
@@ -548,8 +542,7 @@ def write_features(run):
 
 
 def loss_of(scores, labels, cfg):
-    """Mean loss of scores (B, classes) against labels, (B,) or soft (B, classes), smoothed; bce: over classes
-    too."""
+    """Mean loss of scores (B, classes) and labels, (B,) or soft (B, classes); bce: over classes, too."""
     if cfg.loss == "ce":
         return F.cross_entropy(scores, labels, label_smoothing=cfg.smoothing)
     classes = scores.shape[1]

@@ -156,8 +156,8 @@ def test_repeated_keys(repeats, n, batch, processes):
     """Position by position; a resumed run goes on in the same sequence."""
     steps = 4 * n // batch + 1
     cfg = SimpleNamespace(repeats=repeats, batch_size=batch, seed=5)
-    plan = {"cfg": cfg, "n": n, "steps": steps, "step": 0, "accum_steps": 1, "micro_batch": batch // processes}
-    runs = [SimpleNamespace(**plan, rank=rank, world_size=processes) for rank in range(processes)]
+    plan = {"cfg": cfg, "n": n, "steps": steps, "accum_steps": 1, "micro_batch": batch // processes}
+    runs = [SimpleNamespace(**plan, step=0, rank=rank, world_size=processes) for rank in range(processes)]
     updates = [sum(micro, []) for micro in zip(*map(finetune.repeated_keys, runs), strict=True)]
     images = -(-batch // repeats)
     for step, update in enumerate(updates):
