@@ -1,9 +1,9 @@
 """Fine-tuning, linear probing, kNN and features of a pre-trained Vision Transformer, ResNet-50 or RevColV2.
 
-finetune  the whole network, AdamW, MAE's recipe with the numbers of MFF (its appendix, table 3). `--recipe NAME`
-          takes the flags in recipes/NAME.txt, a paper's settings; flags next to it win.
-linear    frozen network, BatchNorm without affine parameters, linear layer, LARS: MAE's protocol (MFF, table 2).
-          The head sees the whole batch at once, so neither micro-batches nor processes change the result.
+finetune  the whole network, AdamW, MAE's recipe with MFF's numbers (its appendix, table 3). `--recipe NAME`
+          reads a paper's flags from recipes/NAME.txt; flags next to it win.
+linear    frozen network, BatchNorm without affine parameters, linear layer, LARS: MAE's protocol (MFF, table
+          2). The head sees the whole batch at once: micro-batches and processes do not change the result.
           `--augment none` computes all features once: the probe then takes seconds.
 knn       frozen network, vote of the k nearest training features.
 features  what these two see of each image: `--out feats.npy` (N, D) float32, and feats.txt, the names.
@@ -13,14 +13,14 @@ ResNet-50 (docs/WEIGHTS.md), or none. Model, size and normalisation come from th
 --data needs labels, in train/ and val/ (or an .npz with `split`, or shapes, cifar10, cifar100, stl10, cars).
 
 The head reads one vector per image. ViT: LayerNorm of the mean patch token (--pool avg, to fine-tune) or the
-class token after the final LayerNorm (--pool cls, to probe). ResNet: the mean of the last map. RevColV2: the mean
-of the top level of the last column (without the units that it does not depend on: such a file serves no dense
-task), to probe of the last bottom-up column.
+class token after the final LayerNorm (--pool cls, to probe). ResNet: the mean of the last map. RevColV2: the
+mean of the top level of the last column (units that it does not depend on are left out, so such a file serves
+no dense task); a probe reads the last bottom-up column.
 
-Not in the papers, our choice: random erasing draws one box per image, without retries; mixup and cutmix pair an
-image with its neighbour in the batch; posterize leaves at least one bit; the flip follows RandAugment; the
-targets of `--loss bce` are the mixed, smoothed labels, without a threshold; with --repeats the copies of an
-image share an update, and all images come before one returns (elsewhere a pass sees 1/repeats of them).
+Our choice: random erasing draws one box per image, without retries; mixup and cutmix pair an image with its
+neighbour in the batch; posterize leaves at least one bit; the flip follows RandAugment; the targets of
+`--loss bce` are the mixed, smoothed labels, without a threshold; with --repeats the copies of an image share
+an update, and all images come before one returns (elsewhere a pass sees 1/repeats of them).
 
     python finetune.py --demo --mode linear --weights runs/mae_mff/encoder.pth
     torchrun --nproc_per_node 4 finetune.py --weights encoder.pth
@@ -77,13 +77,16 @@ from common import (
 from revcol_v2 import SIZES, RevColV2, cell_grid
 
 MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
+# Fields between 0 and this.
+LIMITS = {"randaug": 10, "erasing": 1, "smoothing": 1, "drop_path": 0.99, "ema": 1, "test_crop": 1,
+          "mixup": math.inf, "cutmix": math.inf}
 
 
 @dataclass
 class Config(RunConfig):
     # model
     mode: Literal["finetune", "linear", "knn", "features"] | None = None  # default: the recipe's, or finetune
-    recipe: str | None = None  # a paper's settings: the flags in recipes/NAME.txt; flags next to it win
+    recipe: str | None = None  # a paper's settings: the flags in recipes/NAME.txt
     weights: str | None = None  # file of weights, or none for random ones
     model: Literal[*MODELS] = "base"  # ViT, resnet50 or RevColV2; default: what the file says
     patch_size: int = 16  # pixels; likewise
@@ -128,57 +131,48 @@ class Config(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.mode = self.mode or "finetune"
-        kind, probe = family(self.model), self.mode != "finetune"
-        self.pool = self.pool or ("cls" if probe and kind == "ViT" else "avg")
-        if self.lr is None and self.base_lr is None:
-            self.base_lr = 1e-3
+        self.test_size = self.test_size or self.img_size
+        kind, finetune = family(self.model), self.mode == "finetune"
+        trains = self.mode in ("finetune", "linear")
+        self.pool = self.pool or ("cls" if kind == "ViT" and not finetune else "avg")
+        self.base_lr = 1e-3 if self.lr is None and self.base_lr is None else self.base_lr
+        meant = read_recipe(Config, self.recipe).get("model", self.model) if self.recipe else self.model
+        for name, top in LIMITS.items():
+            if not 0 <= (getattr(self, name) or 0) <= top:
+                raise ValueError(f"--{name} {getattr(self, name)}, expected 0 to {top}")
         if kind != "ResNet":  # ValueError unless the patches fit
             grid_of = patch_grid if kind == "ViT" else cell_grid
-            grid_of(self.img_size, self.patch_size), grid_of(self.eval_size, self.patch_size)
+            grid_of(self.img_size, self.patch_size), grid_of(self.test_size, self.patch_size)
         for wrong, message in (
-            (not self.weights and not self.check_data, "--weights FILE is needed, or --weights none for random ones"),
-            (kind == "ViT" and self.eval_size != self.img_size or min(self.eval_size) <= 0,
-             f"--test_size {self.eval_size}: expected --img_size {self.img_size}, for which a ViT has positions; "
-             "for a ResNet or RevColV2 any other above 0"),
+            (not self.weights and not self.check_data, "--weights FILE is needed (none: random ones)"),
+            (family(meant) != kind, f"--recipe {self.recipe} is for a {family(meant)}, not for {self.model}"),
+            (self.temperature <= 0, f"--temperature {self.temperature}, expected more than 0"),
+            (min(self.test_size) <= 0 or kind == "ViT" and self.test_size != self.img_size,
+             f"--test_size {self.test_size}: a ViT has positions for --img_size {self.img_size} alone"),
             (kind != "ViT" and self.pool == "cls", f"--pool cls: {self.model} has no class token"),
             (kind == "ResNet" and self.layer_decay != 1, "--layer_decay is for ViTs and RevColV2"),
+            (kind != "RevColV2" and self.recompute, "--recompute is for RevColV2"),
             (None not in (self.lr, self.base_lr), "--base_lr and --lr: give one of them"),
-            (self.augment == "full" and self.in_chans not in (1, 3),
+            (trains and self.augment == "full" and self.in_chans not in (1, 3),
              "--augment full changes colours: it needs 1 or 3 channels; use --augment crop"),
-            (probe and (self.ema or self.loss != "ce" or self.repeats > 1),
+            (not finetune and (self.ema or self.loss != "ce" or self.repeats > 1),
              "--ema, --loss bce and --repeats are for --mode finetune"),
-            (probe and self.augment == "none" and (self.mixup or self.cutmix or self.erasing),
+            (self.mode == "linear" and self.augment == "none" and (self.mixup or self.cutmix or self.erasing),
              "--mixup, --cutmix and --erasing work on images: --augment none keeps only features"),
             (self.repeats > 1 and self.batch_size < 2 * self.repeats,
              f"--repeats {self.repeats}: expected a --batch_size of at least {2 * self.repeats}, two images"),
-            (not 0 <= self.randaug <= 10, f"--randaug {self.randaug}, expected 0 to 10"),
-            (not 0 < (self.test_crop or 1) <= 1, f"--test_crop {self.test_crop}, expected 0 to 1"),
-            (self.temperature <= 0, f"--temperature {self.temperature}, expected more than 0"),
-            (self.resume and self.mode in ("knn", "features"), f"--mode {self.mode} has nothing to resume"),
-            (self.recompute and kind != "RevColV2", f"--recompute is for RevColV2, not {self.model}"),
-            (not probe and 1 in (self.batch_size, self.micro_batch),
-             "mixup, cutmix and BatchNorm need two images per forward pass: --batch_size or --micro_batch is 1"),
+            (self.resume and not trains, f"--mode {self.mode} has nothing to resume"),
         ):
             if wrong:
                 raise ValueError(message)
-
-    @property
-    def eval_size(self):
-        return self.test_size or self.img_size
 
     @property
     def peak_lr(self):
         return self.lr if self.base_lr is None else self.base_lr * self.batch_size / 256
 
 
-PLAIN = {"augment": "crop", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "erasing": 0.0, "drop_path": 0.0}
-# Defaults of a frozen network: recipes/linear_mae.txt.
-PROBE = PLAIN | {"epochs": 90.0, "batch_size": 16384, "base_lr": 0.1, "min_lr": 0.0, "warmup_epochs": 10.0,
-                 "weight_decay": 0.0, "head_init": 0.5}
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4}
-DEMO_FINETUNE = PLAIN | {"epochs": 2.0, "batch_size": 128, "base_lr": 2e-3, "warmup_epochs": 0.5}
-DEMO_PROBE = {"pool": "avg", "epochs": 30.0, "batch_size": 512, "augment": "none", "warmup_epochs": 3.0,
-              "base_lr": 4.0}
+DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "pool": "avg"}
+DEMO_RECIPES = {"finetune": "demo", "linear": "demo_linear"}
 
 
 def family(model):
@@ -187,25 +181,22 @@ def family(model):
 
 def presets(flags):
     """Defaults by --mode, --recipe and --demo, then by what the file of weights says."""
-    recipe = read_recipe(Config, flags.recipe) if flags.recipe else {}
-    mode = recipe.get("mode", "finetune") if recipe else flags.mode or "finetune"
+    usual = DEMO_RECIPES if flags.demo else {"linear": "linear_mae"}  # without one: the fields' defaults
+    name = flags.recipe or usual.get(flags.mode or "finetune")
+    recipe = read_recipe(Config, name) if name else {}
+    mode = recipe.get("mode", "finetune") if name else flags.mode
     if flags.mode not in (None, mode):
-        raise UserError(f"--recipe {flags.recipe} is for --mode {mode}")
-    finetune = mode == "finetune"
-    values = {"mode": mode} | (recipe if finetune else PROBE | recipe)
-    if flags.demo:
-        values = values | DEMO | ({} if recipe else DEMO_FINETUNE if finetune else DEMO_PROBE)
+        raise UserError(f"--recipe {name} is for --mode {mode}")
+    values = {"recipe": name, "mode": mode} | recipe | (DEMO if flags.demo else {})
     if flags.weights not in (None, "none"):
         meta = network_of(read_file(flags.weights))
-        values = values | {name: meta[name] for name in (*NETWORK, "img_size") if name in meta}
-        values["img_size"] = recipe.get("img_size", values.get("img_size", Config.img_size))
-    kind = family(flags.model if flags.model != Config.model else values.get("model", flags.model))
-    if kind != family(recipe.get("model", flags.model)) and "model" in recipe:
-        raise UserError(f"--recipe {flags.recipe} is for a {family(recipe['model'])}, not for a {kind}")
-    if kind == "ResNet" and "model" not in recipe:
-        values = values | {"layer_decay": 1.0, "drop_path": 0.0}
+        if "img_size" in recipe:
+            meta = {**meta, "img_size": values["img_size"]}
+        values |= {name: meta[name] for name in (*NETWORK, "img_size") if name in meta}
+    if "resnet50" in (flags.model, values.get("model")) and "model" not in recipe:
+        values |= {"layer_decay": 1.0, "drop_path": 0.0}
     if flags.lr is not None or flags.base_lr is not None:
-        values = values | {"lr": None, "base_lr": None}
+        values |= {"lr": None, "base_lr": None}
     return values
 
 
@@ -222,44 +213,45 @@ def make_head(features, num_classes, cfg):
     return nn.Sequential(nn.BatchNorm1d(features, affine=False, eps=1e-6), linear)
 
 
+def classify(model, images):
+    """(B, C, H, W) -> scores (B, classes)"""
+    return model.head(model.features(images))
+
+
 class Classifier(ViT):
-    """ViT with a linear head on one vector per image. All of it learns, or (a probe) the head alone; a probe reads
-    out through the final LayerNorm of pre-training. unused_names: of a file of weights."""
+    """ViT with a linear head on one vector per image. unused_names: of a file of weights."""
+
+    unused_names = ()
 
     def __init__(self, cfg, num_classes):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path)
-        self.pool, self.finetune, self.unused_names = cfg.pool, cfg.mode == "finetune", []
+        self.pool = cfg.pool
         self.init_weights()
-        self.requires_grad_(self.finetune)
         self.head = make_head(self.embed_dim, num_classes, cfg)
         self.fc_norm = nn.Identity()
-        if self.pool == "avg" and self.finetune:
+        if cfg.pool == "avg" and cfg.mode == "finetune":
             self.norm_the_mean()
 
     def norm_the_mean(self):
         """Read out by the LayerNorm of the mean, as MAE fine-tunes, not the mean of normalised tokens."""
-        self.pool, self.unused_names, self.norm = "avg", ["norm."], nn.Identity()
-        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6).requires_grad_(self.finetune)
+        self.pool, self.unused_names = "avg", ("norm.",)
+        self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.embed_dim, eps=1e-6)
 
     def features(self, images):
         """(B, C, H, W) -> (B, D): whole images, no masking, deterministic in eval mode."""
         x = super().forward(images)
         return self.fc_norm(x[:, 1:].mean(1) if self.pool == "avg" else x[:, 0])
 
-    def forward(self, images):
-        return self.head(self.features(images))
+    forward = classify
 
 
 class RevColClassifier(RevColV2):
-    """The same for RevColV2: the mean of the top level, after a fresh LayerNorm, of the last column, or (a probe) of
-    the last bottom-up column."""
+    """The same for RevColV2: on the last column after a fresh LayerNorm, or the last bottom-up one."""
 
     def __init__(self, cfg, num_classes):
-        finetune = cfg.mode == "finetune"
-        memory, read = "column" if cfg.recompute else "plain", "top" if finetune else "bottom_up"
+        finetune, memory = cfg.mode == "finetune", "column" if cfg.recompute else "plain"
         super().__init__(cfg.model.removeprefix("revcol_"), cfg.img_size, cfg.patch_size, cfg.in_chans,
-                         cfg.drop_path, cfg.columns, memory, read)
-        self.requires_grad_(finetune)
+                         cfg.drop_path, cfg.columns, memory, "top" if finetune else "bottom_up")
         self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6) if finetune else nn.Identity()
         self.head = make_head(self.embed_dim, num_classes, cfg)
 
@@ -267,21 +259,19 @@ class RevColClassifier(RevColV2):
         """(B, C, H, W) -> (B, D)"""
         return self.fc_norm(super().features(images))
 
-    def forward(self, images):
-        return self.head(self.features(images))
+    forward = classify
 
 
 class ResNetClassifier(ResNet50):
     """The same for ResNet-50, under torchvision's names: `fc` on the mean of the last map."""
 
-    unused_names, layer_id = [], None  # no layer-wise decay
+    unused_names, layer_id = (), None  # no layer-wise decay
 
     def __init__(self, cfg, num_classes):
         super().__init__(cfg.resnet_width, cfg.in_chans)
-        self.requires_grad_(cfg.mode == "finetune")
         self.fc = make_head(self.embed_dim, num_classes, cfg)
         self.to(memory_format=torch.channels_last)
-        ends = [module for name, module in self.named_modules() if name.endswith("bn3")]  # of residual branches
+        ends = [module for name, module in self.named_modules() if name.endswith("bn3")]  # of the branches
         for i, norm in enumerate(ends):
             rate = cfg.drop_path * i / (len(ends) - 1)
             norm.register_forward_hook(lambda norm, _, x, rate=rate: drop_path(x, rate, norm.training))
@@ -294,35 +284,37 @@ class ResNetClassifier(ResNet50):
         """(B, C, H, W) -> (B, D)"""
         return super().forward(images).mean((2, 3))
 
-    def forward(self, images):
-        return self.fc(self.features(images))
+    forward = classify
 
 
 def load_model(cfg, num_classes):
+    """The network with --weights; all of it learns or, in a probe, the head alone."""
     torch.manual_seed(cfg.seed)
-    kind = family(cfg.model)
     classifiers = {"ViT": Classifier, "ResNet": ResNetClassifier, "RevColV2": RevColClassifier}
-    model = classifiers[kind](cfg, num_classes)
+    model = classifiers[family(cfg.model)](cfg, num_classes)
     if cfg.weights != "none":
-        content, ignore = read_file(cfg.weights), {"decoder", "mask_token", "head.", "fc_norm.", "fc."}
+        content, heads = read_file(cfg.weights), ("head.", "fc_norm.", "fc.")
         names = weights_of(content).keys()
-        if cfg.mode != "finetune" and kind == "ViT" and "fc_norm.weight" in names and "norm.weight" not in names:
-            model.norm_the_mean()  # a fine-tuned network is read out through the norm that it was fine-tuned with
-            ignore -= {"fc_norm."}
-        missing = ("head.", "fc_norm.", "fc.")
-        load_weights(model, cfg.weights, missing, ignore | {*model.unused_names}, content=content)
+        own_norm = "fc_norm.weight" in names and "norm.weight" not in names
+        if own_norm and cfg.mode != "finetune" and isinstance(model, Classifier):
+            model.norm_the_mean()  # a fine-tuned network is read out through the norm of its fine-tuning
+            heads = ("head.",)
+        ignore = ("decoder", "mask_token", *heads, *model.unused_names)
+        load_weights(model, cfg.weights, heads, ignore, content=content)
+    model.requires_grad_(cfg.mode == "finetune")
+    model.head.requires_grad_(True)
     return model
 
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) as MAE's linear probe uses it.
 
-    Matrices: g += weight_decay * p; g *= 0.001 * |p| / |g| (factor 1 if either norm is 0). Vectors: neither.
-    Then m = 0.9 * m + g; p -= lr * m.
+    Matrices: g += weight_decay * p; g *= 0.001 * |p| / |g| (factor 1 if either norm is 0).
+    Then, vectors too: m = 0.9 * m + g; p -= lr * m.
     """
 
-    def __init__(self, params, weight_decay=0.0, momentum=0.9, trust=0.001):
-        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+    def __init__(self, params, weight_decay=0.0):
+        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -331,11 +323,10 @@ class LARS(torch.optim.Optimizer):
                 g = p.grad
                 if p.ndim > 1:
                     g = g + group["weight_decay"] * p
-                    p_norm, g_norm = p.norm(), g.norm()
-                    ratio = group["trust"] * p_norm / g_norm
-                    g = g * torch.where((p_norm > 0) & (g_norm > 0), ratio, torch.ones_like(ratio))
+                    ratio = 0.001 * p.norm() / g.norm()
+                    g = g * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
                 m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                m.mul_(group["momentum"]).add_(g)
+                m.mul_(0.9).add_(g)
                 p.sub_(group["lr"] * m)
 
 
@@ -343,7 +334,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def affine(angle=0.0, shear=(0.0, 0.0), translate=(0.0, 0.0)):
-    """Operation that turns, slants (about the corner) or shifts: at most by these degrees, slopes, shares of a side."""
+    """Operation that turns, slants (about a corner) or shifts; limits: degrees, slopes, shares of sides."""
 
     def apply(image, m, fill):
         slant = [math.degrees(math.atan(m * slope)) for slope in shear]
@@ -354,7 +345,7 @@ def affine(angle=0.0, shear=(0.0, 0.0), translate=(0.0, 0.0)):
     return apply
 
 
-# image: Pillow's; m: -1 to 1, its sign ignored where it has no meaning; fill: level per channel outside the image.
+# image: Pillow's; m: -1 to 1, the sign is ignored where it has no meaning; fill: levels outside the image.
 OPERATIONS = {
     "autocontrast": lambda image, m, fill: TF.autocontrast(image),
     "equalize": lambda image, m, fill: TF.equalize(image),
@@ -375,8 +366,8 @@ OPERATIONS = {
 
 
 class RandAugment:
-    """RandAug (magnitude, 0.5) of the papers (Cubuk et al. 2020, in the form of timm's `rand-mM-mstd0.5-inc1`): two
-    operations, drawn with replacement, each applied half of the time, at a magnitude from N(M, 0.5) of 10."""
+    """RandAug (M, 0.5) of the papers (Cubuk et al. 2020; timm's `rand-mM-mstd0.5-inc1`): two operations,
+    drawn with replacement, each applied half of the time, at a magnitude from N(M, 0.5) of 10."""
 
     def __init__(self, magnitude, fill):
         self.magnitude, self.fill = magnitude, fill
@@ -404,7 +395,7 @@ def train_transform(cfg):
 
 
 def random_erasing(images, probability):
-    """Per image, with this probability, fill a box of 2 to 33 % of the area, aspect 0.3 to 3.3, with N(0, 1)."""
+    """With this probability per image, fill a box (2 to 33 % of the area, aspect 0.3 to 3.3) by N(0, 1)."""
     B, _, H, W = images.shape
     u = torch.rand(5, B, device=images.device)
     area, aspect = H * W * (0.02 + 0.31 * u[0]), torch.exp((2 * u[1] - 1) * math.log(3.3))
@@ -418,8 +409,8 @@ def random_erasing(images, probability):
 
 
 def erase_and_mix(images, labels, cfg):
-    """Random erasing, then mixup or cutmix, each half of the time, one lambda per micro-batch: (images, labels (B,)
-    or one-hot (B, classes)) -> (images, labels, soft if mixed)."""
+    """Random erasing, then mixup or cutmix, each half of the time, one lambda per micro-batch. labels: (B,),
+    or one-hot (B, classes) if they are to be mixed."""
     if cfg.erasing:
         images = random_erasing(images, cfg.erasing)
     pairs = (v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix)
@@ -431,9 +422,9 @@ def erase_and_mix(images, labels, cfg):
 
 
 def repeated_keys(run):
-    """common.training_keys with repeated augmentation: --repeats copies of each image in an update, each with its
-    own key (epoch * repeats + copy, index), so its own crop. Copies lie batch_size / repeats apart: mixup, which
-    mixes neighbours, does not mix an image with itself."""
+    """common.training_keys with --repeats copies of each image in an update, each with its own key
+    (epoch * repeats + copy, index), so its own crop. Copies lie batch_size / repeats apart: mixup of
+    neighbours does not mix an image with itself."""
     repeats, B = run.cfg.repeats, run.cfg.batch_size
     images = math.ceil(B / repeats)
     for micro_step in range(run.step * run.accum_steps, run.steps * run.accum_steps):
@@ -459,7 +450,7 @@ def training_batches(source, run):
 
 def eval_batches(source, run):
     """This process's share of a data set, centre-cropped."""
-    samples = run.samples(source, EvalCrop(run.cfg.eval_size, run.cfg.test_crop), flip=False)
+    samples = run.samples(source, EvalCrop(run.cfg.test_size, run.cfg.test_crop), flip=False)
     for batch in run.load_batches(samples, eval_keys(len(source), run)):
         yield run.normalize(batch["image"]), batch["label"].to(run.device), batch["index"].to(run.device)
     run.share_bad_files()
@@ -477,10 +468,7 @@ def batches_of_rows(features, labels, keys):
 
 @torch.inference_mode()
 def evaluate(classify, batches, run):
-    """Accuracy over the batches of all processes: {"eval/top1": %, "eval/top5": %, "eval/n": images counted}.
-
-    classify: images -> scores (B, classes).
-    """
+    """Accuracy of classify (images -> scores (B, classes)) over the batches of all processes, in %."""
     hits = torch.zeros(3, dtype=torch.float64, device=run.device)
     for images, labels, _ in batches:
         with run.autocast():
@@ -511,34 +499,13 @@ def extract(model, source, run):
 
 def knn_scores(queries, features, labels, num_classes, k, temperature):
     """Weighted vote of the k nearest training features by cosine similarity: (Q, num_classes).
-
-    queries: (Q, D); features: (N, D), of length 1; labels: (N,).
-    """
+    queries: (Q, D); features: (N, D), of length 1; labels: (N,)."""
     with torch.autocast(queries.device.type, enabled=False):
         cosine = F.normalize(queries.float(), dim=1) @ features.T
     similarity, nearest = cosine.topk(min(k, len(features)), dim=1)
     weights = ((similarity - similarity[:, :1]) / temperature).exp()  # the nearest has 1: nothing overflows
     votes = F.one_hot(labels[nearest], num_classes) * weights[..., None]
     return votes.sum(1)
-
-
-def write_features(run):
-    """--mode features: --out (N, D) float32 .npy, and next to it the images' names, one per line. What cannot be
-    read is left out of both."""
-    cfg, source = run.cfg, open_data(run.cfg, "all")
-    model = load_model(cfg, 1)
-    path = new_file(cfg.out or "features.npy", ".npy")
-    names_path = new_file(path.with_suffix(".txt"), ".txt")
-    run.join()
-    features, _ = extract(model.to(run.device), source, run)
-    good = [i for i in range(len(source)) if source.name(i) not in run.bad_files]
-    if run.is_main:
-        names = "".join(f"{source.name(i)}\n" for i in good)
-        write_atomically(path, lambda file: np.save(file, features.cpu().numpy()[good]))
-        write_atomically(names_path, lambda file: file.write(names.encode(errors="surrogateescape")))
-    bad = f"; {len(source) - len(good)} unreadable ones left out, not replaced" if len(good) < len(source) else ""
-    print0(f"{path}: {len(good)} images x {model.embed_dim} ({cfg.eval_size} px, pool {cfg.pool}), names in "
-           f"{names_path}{bad}")
 
 
 def knn(model, source, held_out, run):
@@ -554,41 +521,77 @@ def knn(model, source, held_out, run):
     return evaluate(vote, eval_batches(held_out, run), run) | {"k": k, "temperature": temperature}
 
 
+def write_features(run):
+    """--mode features: --out (N, D) float32 .npy, and next to it the images' names, one per line. What cannot
+    be read is left out of both."""
+    cfg, source, model = run.cfg, open_data(run.cfg, "all"), load_model(run.cfg, 1)
+    path = new_file(cfg.out or "features.npy", ".npy")
+    names_path = new_file(path.with_suffix(".txt"), ".txt")
+    run.join()
+    features, _ = extract(model.to(run.device), source, run)
+    good = [i for i in range(len(source)) if source.name(i) not in run.bad_files]
+    if run.is_main:
+        names = "".join(f"{source.name(i)}\n" for i in good)
+        write_atomically(path, lambda file: np.save(file, features.cpu().numpy()[good]))
+        write_atomically(names_path, lambda file: file.write(names.encode(errors="surrogateescape")))
+    print0(f"{path}: {len(good)} images x {model.embed_dim} ({cfg.test_size} px, pool {cfg.pool}), names in "
+           f"{names_path}; unreadable ones, left out: {len(source) - len(good)}")
+
+
 # ---- training ----------------------------------------------------------------------------------------------
 
 
 def loss_of(scores, labels, cfg):
-    """Mean loss of scores (B, classes) against labels, (B,) or soft (B, classes), smoothed; bce: over classes too."""
+    """Mean loss of scores (B, classes) and labels, (B,) or soft (B, classes); bce: over classes, too."""
     if cfg.loss == "ce":
         return F.cross_entropy(scores, labels, label_smoothing=cfg.smoothing)
     classes = scores.shape[1]
     target = labels if labels.ndim == 2 else F.one_hot(labels, classes)
-    target = target * (1 - cfg.smoothing) + cfg.smoothing / classes
-    return F.binary_cross_entropy_with_logits(scores, target)
+    return F.binary_cross_entropy_with_logits(scores, target * (1 - cfg.smoothing) + cfg.smoothing / classes)
 
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Parameters: ema = decay * ema + (1 - decay) * model. BatchNorm's statistics, averages already, are copied."""
+    """ema = decay * ema + (1 - decay) * model. BatchNorm's statistics are averages already: copied."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for average, statistic in zip(batch_statistics(ema), batch_statistics(model), strict=True):
         average.copy_(statistic)
 
 
-def train_step(model, batches, optimizer, scaler, run):
-    """One update of run.accum_steps micro-batches; returns the loss, its mean, and the gradient norm as floats."""
-    cfg = run.cfg
-    optimizer.zero_grad(set_to_none=True)
-    restore_statistics, total = remember_statistics(model), 0.0
-    for images, labels in run.micro_batches(model, batches):
-        images, labels = erase_and_mix(images, labels, cfg)
+@torch.no_grad()
+def whole_batch(model, micro_batches, run):
+    """Features and labels of an update's micro-batches of all processes. A probe's head takes one step on
+    them: BatchNorm and gradients do not depend on how the batch was split, and DDP has nothing to do."""
+    rows = []
+    for images, labels in micro_batches:
         with run.autocast():
-            scores = model(images)
+            rows.append((model.features(images).float(), labels))
+    own = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    if run.world_size == 1:
+        return own
+    every = [x.new_empty(run.world_size * len(x), *x.shape[1:]) for x in own]
+    for out, x in zip(every, own, strict=True):
+        dist.all_gather_into_tensor(out, x.contiguous())
+    return every
+
+
+def train_step(model, batches, optimizer, scaler, run):
+    """One update of run.accum_steps micro-batches, of a probe's head of the whole batch at once; returns the
+    loss, its mean, and the gradient norm as floats."""
+    cfg, learner, accum_steps = run.cfg, model, run.accum_steps
+    optimizer.zero_grad(set_to_none=True)
+    micro_batches = (erase_and_mix(*batch, cfg) for batch in run.micro_batches(model, batches))
+    if cfg.mode == "linear":
+        micro_batches, learner, accum_steps = [whole_batch(model, micro_batches, run)], model.head, 1
+    restore_statistics, total = remember_statistics(learner), 0.0
+    for inputs, labels in micro_batches:
+        with run.autocast():
+            scores = learner(inputs)
         loss = loss_of(scores.float(), labels, cfg)
-        scaler.scale(loss / run.accum_steps).backward()
-        total = total + loss.detach() / run.accum_steps
+        scaler.scale(loss / accum_steps).backward()
+        total = total + loss.detach() / accum_steps
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(learner.parameters(), cfg.clip_grad or math.inf)
     terms, finite = run.agree({"loss": total}, grad_norm)  # the one host synchronisation
     if finite:
         scaler.step(optimizer)
@@ -600,96 +603,59 @@ def train_step(model, batches, optimizer, scaler, run):
     return terms
 
 
-def gather_rows(x, run):
-    """Rows of all processes, on every process."""
-    if run.world_size == 1:
-        return x
-    out = x.new_empty(run.world_size * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
-
-
-def probe_step(model, batches, optimizer, scaler, run):
-    """The same for a linear probe: the frozen network in micro-batches, one step of the head on the whole batch.
-
-    Every process has the rows of all: BatchNorm and gradients are those of the whole batch, without DDP.
-    """
-    cfg, head = run.cfg, model.head
-    optimizer.zero_grad(set_to_none=True)
-    restore_statistics, rows = remember_statistics(head), []
-    for images, labels in run.micro_batches(model, batches):
-        images, labels = erase_and_mix(images, labels, cfg)
-        with torch.no_grad(), run.autocast():
-            rows.append((model.features(images).float(), labels))
-    features, labels = (gather_rows(torch.cat(parts), run) for parts in zip(*rows, strict=True))
-    with run.autocast():
-        scores = head(features)
-    loss = loss_of(scores.float(), labels, cfg)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(head.parameters(), cfg.clip_grad or math.inf)
-    terms, finite = run.agree({"loss": loss.detach()}, grad_norm)
-    if finite:
-        scaler.step(optimizer)
-    else:
-        restore_statistics()
-    scaler.update()
-    return terms
-
-
 def train(cfg, run):
     if cfg.mode == "features":
         return write_features(run)
     source = open_data(cfg, "train")
     if not source.classes:
-        raise UserError(f"--data {cfg.data} has no labels: expected train/CLASS/*.jpg and val/CLASS/*.jpg, or an .npz "
-                        "with `labels`")
+        raise UserError(f"--data {cfg.data} has no labels: expected train/CLASS/*.jpg and val/CLASS/*.jpg, "
+                        "or an .npz with `labels`")
     held_out = open_data(cfg, "val", source.classes)
     if cfg.mode == "finetune" and split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] < 2:
-        raise UserError("mixup, cutmix and BatchNorm need two images per forward pass: raise --micro_batch")
-    model = load_model(cfg, len(source.classes))
-    lr = f"lr {cfg.peak_lr:.3g}" + (f" = {cfg.base_lr:.3g} x {cfg.batch_size} / 256" if cfg.lr is None else "")
-    lr += ", only rising: --warmup_epochs is not less than --epochs" if cfg.warmup_epochs >= cfg.epochs else ""
-    settings = f"recipe {cfg.recipe}, {cfg.img_size} px, tested at {cfg.eval_size}, {lr}"
+        raise UserError("mixup, cutmix and BatchNorm need two images per forward pass: raise --micro_batch, "
+                        "--batch_size")
+    model = load_model(cfg, len(source.classes)).to(run.device)
+    lr = f"lr {cfg.peak_lr:.3g}" + (f" = {cfg.base_lr:.3g} x {cfg.batch_size} / 256" if cfg.base_lr else "")
+    lr += ", only rising: --epochs ends in --warmup_epochs" if cfg.warmup_epochs >= cfg.epochs else ""
+    settings = f"recipe {cfg.recipe}, {cfg.img_size} px, tested at {cfg.test_size}, {lr}"
     run.start(None if cfg.mode == "knn" else len(source), settings)
-    model.to(run.device)
 
-    def report(result, epoch):
+    def report(result, epoch=0):
         run.log({"step": run.step, "epoch": epoch, **result, "train_images": len(source)})
-        print0(f"{cfg.mode} of {cfg.weights}: top-1 {result['eval/top1']:.2f} %, top-5 {result['eval/top5']:.2f} % "
-               f"on {result['eval/n']} images, {len(source)} training images")
+        print0(f"{cfg.mode} of {cfg.weights}: top-1 {result['eval/top1']:.2f} %, top-5 "
+               f"{result['eval/top5']:.2f} % on {result['eval/n']} images, {len(source)} training images")
 
     if cfg.mode == "knn":
-        return report(knn(model, source, held_out, run), 0)
-
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
-    if cfg.mode == "finetune":
+        return report(knn(model, source, held_out, run))
+    learner, trained, average, rows = model, model, {}, None
+    if cfg.mode == "linear":
+        learner = model.head
+        optimizer = LARS(learner.parameters(), cfg.weight_decay)
+    else:
         no_decay = ("pos_embed", "cls_token")
         groups = parameter_groups(model, cfg.weight_decay, no_decay, model.layer_id, cfg.layer_decay)
-        optimizer, learner, step = adamw(groups, cfg.betas), model, train_step
+        optimizer = adamw(groups, cfg.betas)
         average = {"ema": copy.deepcopy(model).requires_grad_(False)} if cfg.ema else {}
         trained = run.prepare(model)
-    else:
-        optimizer, learner, step = LARS(model.head.parameters(), cfg.weight_decay), model.head, probe_step
-        average, trained = {}, model
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     run.load(model=model, optimizer=optimizer, scaler=scaler, **average)
-    batches, rows = training_batches(source, run), None
+    batches = training_batches(source, run)
     if cfg.mode == "linear" and cfg.augment == "none":  # every image's features once, then only the head runs
         batches = batches_of_rows(*extract(model, source, run), repeated_keys(run))
         rows = [*batches_of_rows(*extract(model, held_out, run), eval_keys(len(held_out), run))]
         model.features = lambda features: features
     elif cfg.mode == "linear" and cfg.compile:
         model.features = torch.compile(model.features)
+    meta = {"weights": cfg.weights, "recipe": cfg.recipe, "classes": list(source.classes), "pool": cfg.pool,
+            "test_size": cfg.test_size, "test_crop": cfg.test_crop}
 
-    model.train(cfg.mode == "finetune")
+    model.eval()
     learner.train()
     while run.step < run.steps and not run.stopping:
         lr = warmup_cosine(run.epoch, cfg.peak_lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
         set_lr(optimizer, lr)
-        terms = step(trained, batches, optimizer, scaler, run)
+        terms = train_step(trained, batches, optimizer, scaler, run)
         run.end_update(terms, lr)
-        meta = {"weights": cfg.weights, "recipe": cfg.recipe, "classes": list(source.classes), "pool": cfg.pool,
-                "test_size": cfg.eval_size, "test_crop": cfg.test_crop}
         if run.ends_epoch() and (int(run.epoch) % cfg.eval_every == 0 or run.step == run.steps):
             evaluated = average.get("ema", model).eval()
             run.share_statistics(evaluated)
