@@ -360,8 +360,9 @@ def network_of(content):
     if isinstance(content.get("meta"), dict) and "model" in content["meta"]:
         return content["meta"]
     weights = weights_of(content)
-    if {"patch_embed.proj.weight", "pos_embed"} <= weights.keys():
-        D, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    kernel = weights.get("patch_embed.proj.weight", torch.empty(0))
+    if "pos_embed" in weights and kernel.ndim == 4:
+        D, in_chans, patch_size, _ = kernel.shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         L = weights["pos_embed"].shape[1] - 1
         side = math.isqrt(L)
@@ -1120,7 +1121,7 @@ class Run:
             yield batch
 
     def batches(self, source, transform, sample_noise, normalize=None):
-        """Training micro-batches from `step` on: (normalised images, noise) on the device, sample numbers."""
+        """Training micro-batches from `step` on: normalised images, noise (on the device), sample numbers."""
         normalize = normalize or self.normalize
         for batch in self.load_batches(self.samples(source, transform, sample_noise), training_keys(self)):
             yield normalize(batch["image"]), batch["noise"].to(self.device, non_blocking=True), batch["index"]
@@ -1161,7 +1162,7 @@ class Run:
             *batch, numbers = next(batches)
             self.waited += time.monotonic() - begin
             self.sample_numbers += numbers.tolist()
-            model.require_backward_grad_sync = micro_step == self.accum_steps - 1  # what DDP's no_sync() sets
+            model.require_backward_grad_sync = micro_step == self.accum_steps - 1  # as no_sync() does
             self.seed(micro_step)
             yield batch
 
@@ -1169,8 +1170,8 @@ class Run:
         torch.manual_seed(stable_seed(self.cfg.seed, self.step, micro_step, self.rank))
 
     def agree(self, terms, grad_norm):
-        """({name: mean over the processes, or own value if not finite}, whether all are finite), for terms,
-        {name: detached scalar}, with `loss`. The one host synchronisation of an update: one all-reduce."""
+        """({name: mean over the processes; own values if skipped}, whether all are finite), for terms,
+        {name: detached scalar}, with `loss`. Sets stopping, skipped. The one host synchronisation."""
         values = {**terms, "grad_norm": grad_norm}
         flags = [~terms["loss"].isfinite(), ~grad_norm.isfinite()]
         # full_like: no copy from the host, so no synchronisation
@@ -1187,7 +1188,7 @@ class Run:
             overflow = self.amp_dtype == torch.float16 and not bad_loss
             self.skipped = "overflow" if overflow else "nonfinite"
         numbers = own.tolist() if self.skipped else [number / self.world_size for number in numbers]
-        return dict(zip(values, numbers, strict=False)), not self.skipped
+        return dict(zip(values, numbers, strict=False)), not self.skipped  # `own` has the flags behind
 
     def end_update(self, terms, lr):
         """Count the update; a log line every --log_every."""
@@ -1204,15 +1205,15 @@ class Run:
     def count_skipped(self, terms, lr):
         """nonfinite_STEP.json of a skipped update; exit code 3 after ten in a row, or thirty overflows: the
         fp16 scale starts high and is halved."""
-        step, saved, name = self.step, self.saved, f"nonfinite_{self.step}.json"
+        step, saved, file = self.step, self.saved, f"nonfinite_{self.step}.json"
         saved[f"skipped_{self.skipped}"] += 1
         saved["in_a_row"] += 1 if self.skipped == "overflow" else 3
         if self.skipped == "overflow" and saved["in_a_row"] < 30:
             return print0(f"step {step}: fp16 overflow, update skipped, loss scale lowered: harmless if rare")
         terms = {name: str(value) for name, value in terms.items()}
         ranks = self.gather({"rank": self.rank, "samples": self.sample_numbers, "terms": terms})
-        self.write(name, json.dumps({"step": step, "lr": lr, "ranks": ranks}, indent=1))
-        print0(f"step {step}: non-finite loss or gradient, update skipped on all processes; see {name}")
+        self.write(file, json.dumps({"step": step, "lr": lr, "ranks": ranks}, indent=1))
+        print0(f"step {step}: non-finite loss or gradient, update skipped on all processes; see {file}")
         if saved["in_a_row"] >= 30:
             good = next(iter(self.checkpoints()), "none yet")
             raise UserError(f"ten such updates in a row (or thirty overflows); last good checkpoint: {good}; "
@@ -1262,7 +1263,7 @@ class Run:
             return self.out / f"pictures/epoch_{number:04}.png"
 
     def save_due(self):
-        """Whether a pass has just ended, --save_minutes are over, or the run stops here."""
+        """Whether a pass has just ended, --save_minutes have passed, or the run stops here."""
         seconds = time.monotonic() - self.last_save
         return self.ends_epoch() or self.stopping or seconds > 60 * self.cfg.save_minutes
 

@@ -6,31 +6,33 @@ DDAE     Chen et al., DDAE: Towards Deep Dynamic Vision BERT Pretraining, AAAI 2
 BootMAE  Dong et al., Bootstrapped Masked Autoencoders for Vision BERT Pretraining, ECCV 2022,
          arXiv 2207.07116: its basis, which we follow where the paper is silent
 
-Idea. A hidden patch next to a visible one asks for local perception, one far from all for semantic reasoning.
-So weigh the loss by that distance, to a learned power beta, and at several depths: every third block's output
-must predict the pixels, and the features that the teacher, a slow copy which sees the whole image, has there.
+Idea. A hidden patch next to a visible one asks for local perception, one far from all
+visible ones for semantic reasoning. So weigh the loss by that distance to a learned power beta (below 0: near
+patches weigh more), and do so at several depths: every third block's output must predict the pixels, and the
+features that the teacher, a slow copy which sees the whole image, has there.
 
-Data flow, in the order of the code (source, the paper's symbol; its name here and its shape on the right)
+Data flow, in the order of the paper (source, the paper's symbol; its name here and its shape on the right)
     sec. 4.1  m             blocks, then single patches: 147 of 196   mask             (B, L), 1 = hidden
     sec. 3.2  D(m)          distance to the nearest visible patch     distance         (B, L), 0 = visible
     eq. (2)   h_i           exp(D^beta_i) / its sum over the hidden   h                (K, B, L)
     sec. 3.2                h_i / max h_i                             weight           (K, B, L)
-    sec. 3.2  f^(g_i)       output of block g_i = depth * i / K       latent           (K, B, 1 + len_keep, D)
+    sec. 3.2  f^(g_i)       block g_i = depth * i / K, final norm     latent           (K, B, 1 + len_keep, D)
     eq. (3)   d_p(f^(g_i))  each level against the pixels of x        pixel_decoder    (K, B, L, p*p*C)
-    eq. (5)   d_d(f^(g_i))  each level against the teacher's          feature_decoder  (K, B, L, D)
+    eq. (5)   d_d(f^(g_i))  each level against feature_target         feature_decoder  (K, B, L, D)
     eq. (6)   loss = sum_i lambda_i (eq. 3 + eq. 5)_i + 0.5 sum_i sqrt(n_masked) mean ||h_i||_2
     eq. (4)   theta' <- m theta' + (1 - m) theta                      update_teacher
 lambda_i is .75, and 1 for the last level. encoder.pth is a plain ViT: the student, final LayerNorm included.
 
-Ablations. Table 2: --no-distill --decoder mae. Table 3: these and --no-dynamic, --num_levels 1, or both: MAE
-(its own masks: --mask random). Tables 4, 6, 7: --dds, --num_levels, --beta_init, --no-learn_beta.
+Ablations. Table 2, DDS-MAE: --no-distill --decoder mae. Table 3: the same with --no-dynamic (deep only), with
+--num_levels 1 (dynamic only), with both (MAE; its own masks: --mask random). Table 4: --dds; table 6:
+--num_levels; table 7: --beta_init, --no-learn_beta. With --dds the other loss is that of the last block.
 
 Not in the paper, our choice or our reading (docs/ddae.md has the reasons and all others)
-    masks     two stages, as BootMAE's, but for its last step, which reveals up to three patches again
-    weights   softmax and maximum per image; the maximum is a constant in the gradient, or beta runs away
+    masks     BootMAE's two stages, without its last step, in which up to three patches are revealed again
+    weights   softmax and maximum per image; the maximum counts as a constant: through it beta runs away
     eq. (6)   the norm of h before rescaling, times sqrt(n_masked): otherwise it hardly depends on beta
     targets   pixels normalised per patch and channel; features under a LayerNorm without parameters
-    teacher   momentum of appendix A (sec. 3.3: .9999 throughout), with BootMAE's corner at epoch 100
+    teacher   momentum of appendix A (sec. 3.3: .9999 throughout), linear between epochs 0, 100, 400
 
     python ddae.py --demo                                            two minutes on a CPU
     torchrun --nproc_per_node 4 ddae.py --epochs 800                 the paper's run, images in data/imagenet
@@ -81,7 +83,7 @@ class Config(RunConfig):
     patch_size: int | None = None  # pixels; default 16, 14 for huge
     decoder: Literal["ddae", "mae"] = "ddae"  # pixel decoder and its target: 2 blocks, or MAE's 8 (table 2)
     decoder_embed_dim: int | None = None  # pixel decoder's width; default 512, less for nano and tiny
-    decoder_depth: int | None = None  # blocks of both decoders, 2; with --decoder mae of the pixel decoder, 8
+    decoder_depth: int | None = None  # blocks of a decoder: 2; --decoder mae: 8 for pixels
     decoder_num_heads: int | None = None  # pixel decoder's heads; default 16, less for nano and tiny
     # method
     mask_ratio: float = 0.75  # share of hidden patches: int(L * mask_ratio) of L
@@ -92,11 +94,11 @@ class Config(RunConfig):
     dds: Literal["both", "pixel", "feature", "none"] = "both"  # which loss is deep and dynamic (table 4)
     beta_init: tuple[float, ...] | None = None  # beta per level, or one for all; default -0.5 (table 7)
     learn_beta: bool = True  # --no-learn_beta fixes beta (table 7)
-    reg: Literal["sqrt", "literal", "none"] = "sqrt"  # eq. (6): times sqrt(n_masked), as printed, or left out
+    reg: Literal["sqrt", "literal", "none"] = "sqrt"  # eq. (6)'s last term: scaled, as printed, none
     target: Literal["channel", "mae", "raw"] | None = None  # pixels: per patch and channel, per patch, raw
     feature_norm: Literal["layer", "none"] = "layer"  # LayerNorm without parameters on features and target
     momentum: tuple[float, float, float] = (0.999, 0.9999, 0.99999)  # teacher's, at epochs 0, 100, 400
-    # optimisation: appendix A, but for min_lr, betas, clip_grad
+    # optimisation: appendix A; min_lr, betas, clip_grad: MAE's
     epochs: float = 800.0  # passes over the data
     batch_size: int = 4096  # images per update, over all processes
     micro_batch: int | None = None  # images per forward pass of one process; default: largest divisor <= 256
@@ -135,7 +137,7 @@ class Config(RunConfig):
         if self.dds == "feature" and not self.distill:
             raise ValueError("--dds feature needs the feature loss that --no-distill takes away")
         if width % 4 or width % heads:
-            raise ValueError(f"--decoder_embed_dim {width}: no multiple of 4 and --decoder_num_heads {heads}")
+            raise ValueError(f"--decoder_embed_dim {width}: not divisible by 4 and by {heads} heads")
         self.grid = patch_grid(self.img_size, self.patch_size)
         L = math.prod(self.grid)
         self.n_masked = int(L * self.mask_ratio)
@@ -161,31 +163,31 @@ def presets(flags):
 def block_mask(grid, n_masked, n_block):
     """Hide rectangles, BEiT's way, until n_block patches are hidden, then single patches: n_masked in all.
 
-    Returns (h, w) bool, True = hidden. A rectangle's area is uniform between 16/196 and 60/196 of the grid or
-    what is left to hide, its aspect log-uniform between .3 and 1/.3. It is drawn again if it is as high or as
-    wide as the grid (in a grid too thin for any it is cut), hides nothing new, or too much.
+    Returns (h, w) bool, True = hidden. A rectangle's area is uniform between 16/196 of the grid and 60/196,
+    or what remains to hide; its aspect is log-uniform between .3 and 1/.3. It is drawn again if it is as high
+    or as wide as the grid (in a grid too thin for any it is cut), hides nothing new, or too much.
     """
     h, w = grid
-    mask, left, numbers = np.zeros(grid, bool), n_block, []
+    mask, remaining, numbers = np.zeros(grid, bool), n_block, []
     smallest, largest = h * w * 16 / 196, h * w * 60 / 196
     highest, widest = max(h - 1, 1), max(w - 1, 1)
     thin = round(math.sqrt(smallest)) > min(highest, widest)
-    while left:
+    while remaining:
         numbers = numbers or torch.rand(32, 4).tolist()  # one call is as fast as one number
-        u_area, u_aspect, u_top, u_left = numbers.pop()
-        side = math.sqrt(smallest + (min(largest, left) - smallest) * u_area)
+        u_area, u_aspect, u_row, u_column = numbers.pop()
+        side = math.sqrt(smallest + (min(largest, remaining) - smallest) * u_area)
         stretch = 0.3 ** (u_aspect - 0.5)  # root of the aspect
         height, width = round(side * stretch), round(side / stretch)
         if thin:
             height, width = min(height, highest), min(width, widest)
         if not (0 < height <= highest and 0 < width <= widest):
             continue
-        top, start = int(u_top * (h - height + 1)), int(u_left * (w - width + 1))
-        block = mask[top : top + height, start : start + width]
+        row, column = int(u_row * (h - height + 1)), int(u_column * (w - width + 1))
+        block = mask[row : row + height, column : column + width]
         new = height * width - np.count_nonzero(block)
-        if 0 < new <= left:
-            block[:], left = True, left - new
-    order = np.argpartition(torch.rand(h, w).numpy().ravel() - mask.ravel(), n_masked)  # hidden first
+        if 0 < new <= remaining:
+            block[:], remaining = True, remaining - new
+    order = np.argpartition(torch.rand(h, w).numpy().ravel() - mask.ravel(), n_masked)  # rectangles first
     mask.ravel()[order[:n_masked]] = True
     return mask
 
@@ -198,23 +200,25 @@ def distance_map(mask):
 
 def sample_mask(cfg):
     """What the loader draws for a sample: the distance map (L,) of a new mask."""
-    n_block = {"two_stage": round(cfg.n_masked * 120 / 147), "block": cfg.n_masked, "random": 0}[cfg.mask]
+    two_stage = round(cfg.n_masked * 120 / 147)  # BootMAE's numbers, of 196 patches
+    n_block = {"two_stage": two_stage, "block": cfg.n_masked, "random": 0}[cfg.mask]
     return distance_map(block_mask(cfg.grid, cfg.n_masked, n_block))
 
 
 def dynamic_weights(distance, beta):
     """h, eq. (2): softmax of D^beta over an image's hidden patches; and weight, h over its maximum.
     distance: (B, L), 0 = visible; beta: (K,). Returns both as (K, B, L) float32, 0 on visible patches."""
-    above_0 = distance.float().clamp(min=1)  # 1 where visible: 0^beta gives a NaN gradient even behind a mask
-    scores = above_0.pow(beta.view(-1, 1, 1))
-    h = scores.masked_fill(distance == 0, -torch.inf).softmax(-1)  # no overflow, unlike exp(11^5)
+    at_least_1 = distance.float().clamp(min=1)  # on visible patches too: 0^beta has NaN gradients
+    scores = at_least_1.pow(beta.view(-1, 1, 1))
+    h = scores.masked_fill(distance == 0, -torch.inf).softmax(-1)  # exp(11^5) would overflow
     return h, h / h.detach().amax(-1, keepdim=True)  # sec. 3.2; detached, or beta runs away
 
 
 def weighted_mse(pred, target, weight, mask):
     """Eq. (3) or (5), summed over levels with lambda_i: .75, and 1 for the last. The error of a level is the
     weighted sum over patches of the mean over values, divided by the number of hidden patches: MAE's loss if
-    all weights are equal. pred, target: (K or 1, B, L, values); weight: (K, B, L); mask: (B, L)."""
+    all weights are equal. pred: (K or 1, B, L, values); target: the same, or (B, L, values); weight: (K or 1,
+    B, L); mask: (B, L)."""
     error = ((pred - target).square().mean(-1) * weight).sum((1, 2)) / mask.sum()  # (K,)
     return 0.75 * error[:-1].sum() + error[-1]
 
@@ -227,8 +231,8 @@ def regulariser(h, mask, literal=False):
 
 
 def pixel_target(images, patch_size, kind):
-    """(B, C, H, W) -> normalised patches (B, L, p*p*C), and the mean and deviation taken out, which broadcast
-    to them. mae: of all values, unbiased, eps 1e-6; channel: per channel, biased, eps 1e-5; raw: 0 and 1."""
+    """(B, C, H, W) -> normalised patches (B, L, p*p*C), and the mean and deviation used (broadcastable).
+    kind: mae: of all values, unbiased, eps 1e-6; channel: per channel, biased, eps 1e-5; raw: 0 and 1."""
     patches = patchify(images, patch_size)
     if kind == "raw":
         mean, deviation = torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
@@ -260,7 +264,7 @@ class Decoder(nn.Module):
         K, B, L = len(latent), *ids_restore.shape
         x = self.embed(latent.flatten(0, 1))
         hidden = self.mask_token.to(x.dtype).expand(K * B, L - (x.shape[1] - 1), -1)
-        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore.repeat(K, 1))  # in place
+        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore.repeat(K, 1))  # in order
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
@@ -318,12 +322,12 @@ class DeepDynamicAutoEncoder(ViT):
         """Returns the loss, eq. (6), and its terms: eqs. (3), (5), (6) as added; the last level's mean
         squared error on hidden patches, comparable between runs; beta under its block's number."""
         cfg = self.cfg
-        deep_pixel, deep_feature = (cfg.dds in ("both", loss) for loss in ("pixel", "feature"))
+        deep_pixel, deep_feature = (cfg.dds in ("both", kind) for kind in ("pixel", "feature"))
         latent, ids_restore = self.encode(images, distance)
         pixels = self.pixel_decoder(latent if deep_pixel else latent[-1:], ids_restore)
         if cfg.distill:
             features = self.feature_decoder(latent if deep_feature else latent[-1:], ids_restore)
-            teacher = self.feature_target(images)[-len(features):]
+            wanted = self.feature_target(images)[-len(features):]
         with torch.autocast(images.device.type, enabled=False):  # targets and losses in float32
             mask = (distance > 0).float()
             h, weight = dynamic_weights(distance, self.beta)
@@ -331,9 +335,9 @@ class DeepDynamicAutoEncoder(ViT):
             target, *_ = pixel_target(images.float(), self.patch_size, cfg.target)
             terms = {"eq3_pixel": weighted_mse(pixels, target, weight if deep_pixel else mask[None], mask)}
             if cfg.distill:
-                features, teacher = (self.feature_norm(x.float()) for x in (features, teacher))
+                features, wanted = (self.feature_norm(x.float()) for x in (features, wanted))
                 weight = weight if deep_feature else mask[None]
-                terms["eq5_distill"] = weighted_mse(features, teacher, weight, mask)
+                terms["eq5_distill"] = weighted_mse(features, wanted, weight, mask)
             if cfg.reg != "none":
                 terms["eq6_reg"] = 0.5 * regulariser(h, mask, cfg.reg == "literal")
             loss = sum(terms.values())
@@ -346,7 +350,8 @@ class DeepDynamicAutoEncoder(ViT):
 
 
 def train_step(model, batches, optimizer, scaler, run):
-    """One update of run.accum_steps micro-batches, and of the teacher; returns the loss's terms as floats."""
+    """One update of run.accum_steps micro-batches and of the teacher; returns terms and grad_norm as
+    floats."""
     optimizer.zero_grad(set_to_none=True)
     total = {}
     for images, distance in run.micro_batches(model, batches):
@@ -367,7 +372,7 @@ def train_step(model, batches, optimizer, scaler, run):
 
 @torch.no_grad()
 def save_pictures(path, model, examples, run):
-    """PNG: original, masked input, distance map, weights of each level, prediction, and it in its place."""
+    """PNG: original, masked input, distance map, weights of each level, prediction, and it pasted in."""
     (images, distance), p, grid, cfg = examples, model.patch_size, model.grid, model.cfg
     mask, (_, weight) = (distance > 0).float(), dynamic_weights(distance, model.beta)
     _, *statistics = pixel_target(images, p, cfg.target)

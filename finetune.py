@@ -299,7 +299,7 @@ def load_model(cfg, num_classes):
         if own_norm and cfg.mode != "finetune" and isinstance(model, Classifier):
             model.norm_the_mean()  # a fine-tuned network is read out through the norm of its fine-tuning
             heads = ("head.",)
-        ignore = ("decoder", "mask_token", *heads, *model.unused_names)
+        ignore = ("decoder", "mask_token", "fuse_", *heads, *model.unused_names)
         load_weights(model, cfg.weights, heads, ignore, content=content)
     model.requires_grad_(cfg.mode == "finetune")
     model.head.requires_grad_(True)
