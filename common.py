@@ -329,10 +329,10 @@ def read_file(path, load=None):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except ImportError:
         raise UserError(f"reading {path} needs: pip install safetensors") from None
-    except pickle.UnpicklingError:  # torch's own message is how to run code from the file
-        raise UserError(f"cannot read {path}: damaged, or more than model.state_dict()") from None
-    except Exception as error:  # by kind of damage
-        raise UserError(f"cannot read {path}: {first_line(error)}") from None
+    except Exception as error:  # by kind of damage; torch's own message is how to run code from the file
+        pickled = isinstance(error, pickle.UnpicklingError) and not load
+        why = "damaged, or more than model.state_dict()" if pickled else first_line(error)
+        raise UserError(f"cannot read {path}: {why}") from None
 
 
 # What a file of weights says of its network and of the images that it was trained on.
