@@ -140,11 +140,11 @@ class Config(RunConfig):
 
 
 # Grey: tokens of few updates are poor in colour. Raw pixels: drawn shapes are flat, normalised only noise.
-DEMO = {"data": "shapes", "img_size": (32, 32), "in_chans": 1, "model": "nano", "patch_size": 4,
-        "resnet_width": 16, "generator_depth": 2, "initial": "mae", "num_masked": (46, 50), "epochs": 2.0,
-        "pixel_norm": "none", "batch_size": 32, "lr": 2e-3, "warmup_epochs": 0.2, "log_every": 25}
-DEMO_MAE = {"generator_depth": 4, "num_masked": (32, 32)}
-DEMO_RESNET = {"img_size": (64, 64), "patch_size": 8}
+DEMO = {"data": "shapes", "img_size": (25, 25), "in_chans": 1, "model": "nano", "patch_size": 5,
+        "resnet_width": 16, "generator_depth": 2, "initial": "mae", "num_masked": (14, 16), "epochs": 0.65,
+        "pixel_norm": "none", "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0.06, "log_every": 25}
+DEMO_MAE = {"generator_depth": 4, "num_masked": None}  # half of them
+DEMO_RESNET = {"img_size": (64, 64), "patch_size": 8, "num_masked": (38, 42)}
 
 
 def presets(flags):

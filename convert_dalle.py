@@ -205,9 +205,9 @@ class Config(RunConfig):
         self.warmup_epochs = min(10.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
 
 
-DEMO = {"data": "shapes", "img_size": (32, 32), "in_chans": 1, "patch_size": 4, "vocab_size": 128,
-        "tokenizer_width": 16, "kl_weight": 2.0, "epochs": 0.55, "batch_size": 16, "lr": 4e-3,
-        "warmup_epochs": 0.05, "log_every": 25}
+DEMO = {"data": "shapes", "img_size": (32, 32), "in_chans": 1, "patch_size": 4, "vocab_size": 64,
+        "tokenizer_width": 8, "kl_weight": 2.0, "epochs": 0.2, "batch_size": 8, "lr": 1e-2,
+        "warmup_epochs": 0.03, "log_every": 25}
 
 
 def schedule(progress, kl_weight, device):
