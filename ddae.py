@@ -137,7 +137,7 @@ class Config(RunConfig):
         if self.dds == "feature" and not self.distill:
             raise ValueError("--dds feature needs the feature loss that --no-distill takes away")
         if width % 4 or width % heads:
-            raise ValueError(f"--decoder_embed_dim {width}: not divisible by 4 and by {heads} heads")
+            raise ValueError(f"--decoder_embed_dim {width}: not divisible by 4, --decoder_num_heads {heads}")
         self.grid = patch_grid(self.img_size, self.patch_size)
         L = math.prod(self.grid)
         self.n_masked = int(L * self.mask_ratio)

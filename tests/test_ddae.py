@@ -202,7 +202,7 @@ def test_eq4_with_the_momentum_of_the_epoch_after_every_update_but_a_skipped_one
     for epoch, momentum in ((0, 0.5), (50, 0.55), (100, 0.6), (250, 0.75), (400, 0.9), (799.5, 0.9), (9, 1)):
         run.step = int(epoch * 2)
         before = {name: p.clone() for name, p in student.teacher.named_parameters()}
-        images = torch.randn(4, 3, 32, 32) * (math.nan if momentum == 1 else 1)
+        images = torch.randn(4, 3, *cfg.img_size) * (math.nan if momentum == 1 else 1)
         ddae.train_step(student, iter([(images, distance, torch.arange(4))]), optimizer, scaler, run)
         for name, p in student.teacher.named_parameters():
             expected = momentum * before[name] + (1 - momentum) * student.get_parameter(name)
@@ -263,7 +263,7 @@ def test_wrong_settings(values, flag):
 
 def test_demo_learns_and_its_checkpoint_goes_into_init(tmp_path):
     command = ["ddae.py", "--demo", "--workers", 0, "--log_every", 5]
-    run_script([*command, "--epochs", 0.024, "--out", "run"], tmp_path)
+    run_script([*command, "--epochs", 0.04, "--warmup_epochs", 0.01, "--out", "run"], tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert lines[-1]["train/mse"] < 0.8 * lines[0]["train/mse"] and "train/beta/2" in lines[-1]
     output = run_script([*command, "--epochs", 0.002, "--init", "run/last.pth", "--out", "less",
