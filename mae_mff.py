@@ -330,7 +330,7 @@ def train(cfg, run):
     model = MaskedAutoencoder(cfg)
     sample_noise = functools.partial(torch.rand, math.prod(model.grid))
     if cfg.draw:
-        return draw_file(model, source, sample_noise, run)
+        return draw_file(model, source, sample_noise, run) if run.is_main else None
     if cfg.init:
         missing = ("decoder", "mask_token", "fuse_")
         load_weights(model, cfg.init, allow_missing=missing, ignore=("head.", "fc_norm."), prefix="")

