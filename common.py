@@ -864,7 +864,10 @@ class RunConfig:
     log_every: int = 20  # updates between two log lines
     demo: bool = False  # drawn shapes, a tiny model: two minutes on two CPU cores
 
-    may_be_0 = {"seed", "workers", "pictures"}  # of the whole numbers
+    # {field: (least, most)}; other whole numbers are at least 1, other real ones at least 0.
+    ranges = {"seed": (0, 2**62), "workers": (0, 256), "pictures": (0, 1000), "max_bad": (0, 1),
+              "mean": (-1e6, 1e6), "std": (1e-6, 1e6), "img_size": (1, 2**14), "epochs": (1e-6, 1e6),
+              "lr": (1e-12, 1e3), "base_lr": (1e-12, 1e3), "betas": (0, 0.999999), "mask_ratio": (0, 1)}
     start_from = ()  # fields that name the weights which a new run begins with
     # What may differ when a run is resumed, because it does not change what is computed ...
     free_on_resume = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile",
@@ -873,9 +876,11 @@ class RunConfig:
     free_after_nan = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 
     def __post_init__(self):
-        for name, value in [*vars(self).items(), ("img_size", min(self.img_size))]:
-            if type(value) is int and value < (0 if name in self.may_be_0 else 1):
-                raise ValueError(f"--{name} {value} is too small")
+        for name, value in vars(self).items():
+            for x in value if type(value) is tuple else (value,):
+                low, high = self.ranges.get(name, (1 if type(x) is int else 0, 2**40))
+                if type(x) in (int, float) and not low <= x <= high:  # NaN is nowhere
+                    raise ValueError(f"--{name} {x}, expected {low:g} to {high:g}")
         cifar = self.data in ("cifar10", "cifar100")
         mean, std = (CIFAR_MEAN, CIFAR_STD) if cifar else (IMAGENET_MEAN, IMAGENET_STD)
         if self.in_chans != 3:  # not in any paper: the grey level for every channel

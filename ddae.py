@@ -112,6 +112,7 @@ class Config(RunConfig):
     init: str | None = None  # start from these weights (ours, official MAE, timm); a fresh schedule
     pictures: int = 8  # images drawn at each epoch's end; 0 = none
 
+    ranges = RunConfig.ranges | {"beta_init": (-100, 100), "momentum": (0, 1)}
     start_from = ("init",)
 
     def __post_init__(self):

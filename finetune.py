@@ -77,9 +77,6 @@ from common import (
 from revcol_v2 import SIZES, RevColV2, cell_grid
 
 MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
-# Fields between 0 and this.
-LIMITS = {"randaug": 10, "erasing": 1, "smoothing": 1, "drop_path": 0.99, "ema": 1, "test_crop": 1,
-          "mixup": math.inf, "cutmix": math.inf}
 
 
 @dataclass
@@ -125,6 +122,9 @@ class Config(RunConfig):
     temperature: float = 0.07  # kNN weighs a vote by exp(similarity / temperature)
     eval_every: int = 1  # epochs between evaluations
 
+    ranges = RunConfig.ranges | {
+        "drop_path": (0, 0.99), "layer_decay": (1e-6, 1), "ema": (0, 0.999999), "randaug": (0, 10),
+        "smoothing": (0, 0.999), "erasing": (0, 1), "test_crop": (0.01, 1), "temperature": (1e-3, 1e3)}
     start_from = ("weights",)
     free_on_resume = RunConfig.free_on_resume | {"recipe", "recompute"}
 
@@ -137,17 +137,13 @@ class Config(RunConfig):
         self.pool = self.pool or ("cls" if kind == "ViT" and not finetune else "avg")
         self.base_lr = 1e-3 if self.lr is None and self.base_lr is None else self.base_lr
         meant = read_recipe(Config, self.recipe).get("model", self.model) if self.recipe else self.model
-        for name, top in LIMITS.items():
-            if not 0 <= (getattr(self, name) or 0) <= top:
-                raise ValueError(f"--{name} {getattr(self, name)}, expected 0 to {top}")
         if kind != "ResNet":  # ValueError unless the patches fit
             grid_of = patch_grid if kind == "ViT" else cell_grid
             grid_of(self.img_size, self.patch_size), grid_of(self.test_size, self.patch_size)
         for wrong, message in (
             (not self.weights and not self.check_data, "--weights FILE is needed (none: random ones)"),
             (family(meant) != kind, f"--recipe {self.recipe} is for a {family(meant)}, not for {self.model}"),
-            (self.temperature <= 0, f"--temperature {self.temperature}, expected more than 0"),
-            (min(self.test_size) <= 0 or kind == "ViT" and self.test_size != self.img_size,
+            (kind == "ViT" and self.test_size != self.img_size,
              f"--test_size {self.test_size}: a ViT has positions for --img_size {self.img_size} alone"),
             (kind != "ViT" and self.pool == "cls", f"--pool cls: {self.model} has no class token"),
             (kind == "ResNet" and self.layer_decay != 1, "--layer_decay is for ViTs and RevColV2"),

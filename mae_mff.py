@@ -112,6 +112,7 @@ class Config(RunConfig):
     draw: str | None = None  # draw what these weights (last.pth, official MAE's) fill in, to --out X.png
     pictures: int = 8  # images drawn at each epoch's end; 0 = none
 
+    ranges = RunConfig.ranges | {"fuse_layers": (0, 100)}
     start_from = ("init",)
     free_on_resume = RunConfig.free_on_resume | {"draw"}
 

@@ -116,7 +116,9 @@ class Config(RunConfig):
     eval_every: int = 16_000  # updates between evaluations (and at the end)
     pictures: int = 8  # held-out images drawn at each evaluation; 0 = none
 
-    may_be_0 = RunConfig.may_be_0 | {"warmup_iters", "window"}
+    ranges = RunConfig.ranges | {
+        "warmup_iters": (0, 2**40), "window": (0, 2**14), "jitter": (0.01, 100), "drop_path": (0, 0.999),
+        "layer_decay": (1e-6, 1)}
     start_from = ("weights",)
     free_on_resume = RunConfig.free_on_resume | {"recipe", "recompute"}
 

@@ -119,8 +119,6 @@ class Config(RunConfig):
         L = math.prod(patch_grid(self.img_size, self.patch_size))
         if not 0 < int(L * (1 - self.mask_ratio)) < L:
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
-        if min(self.noise, self.gan_weight, self.generator_warmup_epochs) < 0:
-            raise ValueError("--noise, --gan_weight and --generator_warmup_epochs must not be negative")
         if self.levels == "none" and self.discriminator_init:
             raise ValueError("--levels none has no discriminator for --discriminator_init")
 
