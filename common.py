@@ -444,8 +444,8 @@ def as_image(array, in_chans):
     return image
 
 
-def read_image(path, in_chans):
-    """Decode one file to (in_chans, H, W), as `as_image`, turned as its EXIF says. JPEG goes through
+def read_image(path, in_chans, turn=True):
+    """Decode one file to (in_chans, H, W), as `as_image`; turn: as its EXIF says. JPEG goes through
     torchvision, which is faster; its PNG decoder can crash on a damaged file, where Pillow raises."""
     if path.lower().endswith(".npy"):
         return as_image(np.load(path, allow_pickle=False), in_chans)
@@ -453,8 +453,8 @@ def read_image(path, in_chans):
     with Image.open(io.BytesIO(data)) as image:  # reads the header alone, and refuses decompression bombs
         if decode_jpeg and image.format == "JPEG" and in_chans in (1, 3):
             mode = "RGB" if in_chans == 3 else "GRAY"
-            return decode_jpeg(torch.from_numpy(data), mode=mode, apply_exif_orientation=True)
-        image = ImageOps.exif_transpose(image)
+            return decode_jpeg(torch.from_numpy(data), mode=mode, apply_exif_orientation=turn)
+        image = ImageOps.exif_transpose(image) if turn else image
         if image.mode == "I":  # Pillow's 32 bit: what it reads 16-bit files into when it must
             return as_image(np.asarray(image).clip(0, 65535).astype(np.uint16), in_chans)
         if in_chans in (1, 3) and image.mode[0] not in "IF":  # I;16 and F are more than 8 bit
@@ -463,12 +463,12 @@ def read_image(path, in_chans):
 
 
 class ImageFiles:
-    """Images in files. labels: class index of each, or -1."""
+    """Images in files. labels: class index of each, or -1. turn: see read_image."""
 
-    def __init__(self, paths, labels, classes, in_chans):
+    def __init__(self, paths, labels, classes, in_chans, turn=True):
         # Arrays: the workers would copy a list of a million strings as its reference counts change.
         self.paths, self.labels = np.array([os.fsencode(path) for path in paths]), np.asarray(labels)
-        self.classes, self.in_chans = classes, in_chans
+        self.classes, self.in_chans, self.turn = classes, in_chans, turn
 
     def __len__(self):
         return len(self.labels)
@@ -477,7 +477,7 @@ class ImageFiles:
         return os.fsdecode(self.paths[index].item())
 
     def read(self, index):
-        return read_image(self.name(index), self.in_chans), int(self.labels[index])
+        return read_image(self.name(index), self.in_chans, self.turn), int(self.labels[index])
 
 
 class ImageArray(ImageFiles):
@@ -512,27 +512,27 @@ def list_images(root):
     return sorted(found)
 
 
-def open_folder(root, in_chans, classes=None):
+def open_folder(root, in_chans, classes=None, turn=True):
     """ImageFiles below `root`; classes: those given, or the first-level folders if all images are in one."""
     paths = list_images(root)
     inside = [os.path.relpath(path, root) for path in paths]
     if not all(os.sep in name for name in inside):
-        return ImageFiles(paths, [-1] * len(paths), None, in_chans)
+        return ImageFiles(paths, [-1] * len(paths), None, in_chans, turn)
     folders = [name.split(os.sep)[0] for name in inside]
     classes = classes or sorted(set(folders))
     if unknown := set(folders) - set(classes):
         raise UserError(f"{root}/{min(unknown)} is no class of the training images")
     index = {name: i for i, name in enumerate(classes)}
-    return ImageFiles(paths, [index[folder] for folder in folders], classes, in_chans)
+    return ImageFiles(paths, [index[folder] for folder in folders], classes, in_chans, turn)
 
 
-def open_list(path, in_chans, split):
+def open_list(path, in_chans, split, turn):
     """ImageFiles of a text file with one path per line, relative to it or absolute."""
     lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not lines or split not in ("pretrain", "all"):
         raise UserError(f"--data {path}: a list of {len(lines)} paths, for pre-training: no labels")
     paths = [os.path.join(path.parent, line) for line in lines]
-    return ImageFiles(paths, [-1] * len(paths), None, in_chans)
+    return ImageFiles(paths, [-1] * len(paths), None, in_chans, turn)
 
 
 def open_npz(path, in_chans, split):
@@ -598,10 +598,11 @@ def open_data(cfg, split="pretrain", classes=None):
         if root.suffix == ".npz":
             return open_npz(root, cfg.in_chans, split)
         if root.is_file():
-            return open_list(root, cfg.in_chans, split)
+            return open_list(root, cfg.in_chans, split, cfg.exif != "ignore")
         part = root / {"all": ".", "val": "val"}.get(split, "train")
         if split != "val" or part.is_dir():
-            return open_folder(part if part.is_dir() else root, cfg.in_chans, classes)
+            turn = cfg.exif != "ignore"
+            return open_folder(part if part.is_dir() else root, cfg.in_chans, classes, turn)
     except (OSError, RuntimeError, ValueError, IndexError, zipfile.BadZipFile) as error:
         hint = " (--download)" if cfg.data in NAMED_DATA else ""
         raise UserError(f"--data {cfg.data}: {first_line(error)}{hint}") from None
@@ -852,6 +853,7 @@ class RunConfig:
     in_chans: int = 3  # channels of the images
     mean: tuple[float, ...] | None = None  # per channel, of values in [0, 1]; default: the data's, ImageNet's
     std: tuple[float, ...] | None = None  # likewise
+    exif: Literal["auto", "apply", "ignore"] = "auto"  # rotation tags of photographs; auto: apply, unless labels need not
     workers: int | None = None  # loader processes per process; default: its share of the cores, at most 8
     max_bad: float = 0.001  # share of unreadable files (at least one file) above which the run stops
     check_data: bool = False  # read all images, report, and exit
