@@ -853,7 +853,7 @@ class RunConfig:
     in_chans: int = 3  # channels of the images
     mean: tuple[float, ...] | None = None  # per channel, of values in [0, 1]; default: the data's, ImageNet's
     std: tuple[float, ...] | None = None  # likewise
-    exif: Literal["auto", "apply", "ignore"] = "auto"  # rotation tags of photographs; auto: apply, unless labels need not
+    exif: Literal["auto", "apply", "ignore"] = "auto"  # rotation tags of photographs
     workers: int | None = None  # loader processes per process; default: its share of the cores, at most 8
     max_bad: float = 0.001  # share of unreadable files (at least one file) above which the run stops
     check_data: bool = False  # read all images, report, and exit
