@@ -11,7 +11,9 @@ import atexit
 import ctypes
 import dataclasses
 import difflib
+import errno
 import faulthandler
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -23,14 +25,17 @@ import os
 import pickle
 import re
 import resource
+import secrets
 import signal
+import socket
+import stat
 import sys
 import textwrap
+import threading
 import time
 import zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -40,7 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
@@ -48,7 +53,8 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Save and stop: Ctrl-C, a scheduler's two, a closed terminal, a limit on CPU time.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 
 
 class UserError(Exception):
@@ -60,13 +66,20 @@ class UserError(Exception):
 
 
 def first_line(error):
-    return (str(error) or repr(error)).splitlines()[0][:200]
+    """Of an error's text, without addresses and places in C++ code."""
+    text = re.sub(r"\[enforce fail at [^\]]*\][ .]*| <\S+ object at 0x\w+>", "", str(error)) or repr(error)
+    return text.splitlines()[0][:200]
 
 
 def print0(text):
-    """Print on rank 0 only. File names that are not valid UTF-8 can be printed too."""
+    """Print on rank 0 only. File names that are not valid UTF-8 can be printed too. A closed terminal or a
+    full disk is no reason to end a run: further output is dropped."""
     if os.environ.get("RANK", "0") == "0":
-        print(text.encode(errors="backslashreplace").decode(), flush=True)
+        try:
+            print(text.encode(errors="backslashreplace").decode(), flush=True)
+        except (OSError, ValueError):
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
 
 
 def exit_with(method, error):
@@ -77,7 +90,8 @@ def exit_with(method, error):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(6)
         place = f"[process {rank}] "
-    print(f"{method}: {place}{error}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):
+        print(f"{method}: {place}{error}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(error.code)  # at once: an orderly exit could wait for processes that will never answer
     sys.exit(error.code)
@@ -310,25 +324,31 @@ def fill_from_visible(values, mask, grid):
 
 
 def read_file(path, load=None):
-    """Content of a .pth (tensors, plain values and MAE's Namespace: nothing else is unpickled) or
-    .safetensors, or what load(path) reads; UserError, in one line, if it cannot be read."""
+    """Content of a file of weights (tensors, plain values and MAE's Namespace: nothing else is unpickled), or
+    what load(path) reads. Files from elsewhere, and transformers' folders, are turned into the form of ours.
+    UserError, in one line, if it cannot be read."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist, or is a folder (to continue a run: --resume --out FOLDER)")
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
     try:
-        with open(path, "rb") as file:
-            if file.read(2).startswith((b"--", b"<")):
-                raise ValueError("it is a download log or a web page: fetch it again (wget -O, not -o)")
+        if path.is_file() and zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            archive = zipfile.ZipFile(path)
+            if broken := archive.testzip():
+                raise ValueError(f"{broken} in it is damaged")
+            if not load and not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                raise ValueError("it is a zip archive, but not one of torch.save")
         if load:
             return load(path)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # optional: only files from elsewhere need it
+        from weights import adopt, load_pickled, read_other  # a script that is copied elsewhere runs without
 
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except ImportError:
-        raise UserError(f"reading {path} needs: pip install safetensors") from None
+        content = load_pickled(path) if zipfile.is_zipfile(path) else read_other(path)
+        meta = content.get("meta")
+        ours = "encoder" in content or isinstance(meta, dict) and "method" in meta
+        return content if ours else adopt(content, path)
+    except ImportError as error:
+        raise UserError(f"reading {path} needs {error.name}: install it, or copy {error.name}.py") from None
+    except UserError:
+        raise
     except Exception as error:  # by kind of damage; torch's own message is how to run code from the file
         pickled = isinstance(error, pickle.UnpicklingError) and not load
         why = "damaged, or more than model.state_dict()" if pickled else first_line(error)
@@ -340,13 +360,9 @@ NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean",
 
 
 def weights_of(content, prefix=None):
-    """{name: tensor} of what read_file gave, without the prefixes of torch.compile and DDP. prefix None: of a
-    checkpoint of ours its encoder alone; else the names that start with it, without it; all if none does."""
-    places = (content.get("model"), content.get("state_dict"), content)
-    weights = next(place for place in places if isinstance(place, dict))
-    if not all(isinstance(name, str) for name in weights):
-        raise UserError("the file holds no tensors under names: save model.state_dict()")
-    weights = {re.sub(r"\b(_orig_mod|module)\.", "", name): value for name, value in weights.items()}
+    """{name: tensor} of what read_file gave. prefix None: of a checkpoint of ours its encoder alone; else the
+    names that start with it, without it; all if none does."""
+    weights = content["model"]
     if prefix is None and content.get("encoder"):
         return {name: weights[place] for name, place in content["encoder"].items()}
     prefix = prefix or ""
@@ -355,25 +371,17 @@ def weights_of(content, prefix=None):
 
 
 def network_of(content):
-    """{field: value} of a file's network and images: our `meta`, or what the tensors of timm's, MAE's and
-    torchvision's ResNet-50 files show; {} if they show nothing."""
-    if isinstance(content.get("meta"), dict) and "model" in content["meta"]:
-        return content["meta"]
-    weights = weights_of(content)
-    kernel = weights.get("patch_embed.proj.weight", torch.empty(0))
-    if "pos_embed" in weights and kernel.ndim == 4:
-        D, in_chans, patch_size, _ = kernel.shape
-        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        L = weights["pos_embed"].shape[1] - 1
-        side = math.isqrt(L)
-        for size, (dim, blocks, _) in VIT_SIZES.items():
-            if (dim, blocks, side**2) == (D, depth, L):
-                img_size = (side * patch_size, side * patch_size)
-                return {"model": size, "patch_size": patch_size, "img_size": img_size, "in_chans": in_chans}
-    if {"conv1.weight", "layer4.2.conv3.weight"} <= weights.keys():
-        width, in_chans, *_ = weights["conv1.weight"].shape
-        return {"model": "resnet50", "resnet_width": width, "in_chans": in_chans}
-    return {}
+    """{field: value} of a file's network and images; {} if it shows nothing."""
+    return content["meta"] if "model" in content.get("meta", {}) else {}
+
+
+def not_finite(weights):
+    """What is wrong with {name: tensor}: the first tensor with values that are not finite, or are beyond what
+    training can repair; None if all is good."""
+    floats = {name: value for name, value in weights.items() if value.is_floating_point() and value.numel()}
+    largest = torch.stack([value.abs().max().float() for value in floats.values()]).tolist() if floats else []
+    bad = [name for name, value in zip(floats, largest, strict=True) if not value < 1e15]
+    return f"{bad[0]} has values of {largest[list(floats).index(bad[0])]:.3g}" if bad else None
 
 
 def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=None):
@@ -382,6 +390,8 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
     lacks one that starts with no prefix in `allow_missing`. content: what read_file(path) gave."""
     content = content or read_file(path)
     meta, weights = network_of(content), weights_of(content, prefix)
+    if bad := not_finite(weights):
+        raise UserError(f"{path} is of a training that diverged: {bad}")
     ignored = {name for name in weights if name.startswith(tuple(ignore))}
     weights = {name: value for name, value in weights.items() if name not in ignored}
     for name in model.state_dict().keys() & weights.keys():
@@ -410,7 +420,14 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
 
 # ==== Data: sources of images, transforms, a loader whose randomness depends on (seed, epoch, sample) alone
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+              ".ppm", ".pgm", ".npy")
+# Pillow would run other programs on an EPS that is named .jpg. AVIF: if it was built with that.
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+           if name in Image.registered_extensions().values()]
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of prompts or colour profiles that a PNG may have
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+         7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> Pillow's name of what undoes it
 NAMED_DATA = ("cifar10", "cifar100", "stl10", "cars")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -425,15 +442,15 @@ def stable_seed(*numbers):
 
 
 def as_image(array, in_chans):
-    """(H, W) or (H, W, C) array -> tensor (in_chans, H, W): uint8, or float32 (16 bit in [0, 1]). Grey turns
-    into RGB and RGB into grey; ValueError for another number of channels, or another type."""
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # 16-bit TIFF is often big-endian
-    if array.dtype == np.uint16:
-        array = array / np.float32(65535)
-    elif array.dtype.kind == "f" and np.isfinite(array).all():
+    """(H, W) or (H, W, C) array -> tensor (in_chans, H, W): uint8, or float32. Integers but for uint8 count
+    as 16 bit and come out in [0, 1]. Grey turns into RGB and RGB into grey. ValueError for another number of
+    channels, and for values that are not finite or beyond 16 bit."""
+    if array.dtype != np.uint8:
+        kind, low, high = array.dtype.kind, array.min(), array.max()
         array = array.astype(np.float32)
-    elif array.dtype != np.uint8:
-        raise ValueError(f"expected uint8, uint16 or finite float values, got {array.dtype}")
+        if not (kind == "f" and np.isfinite(array).all() or kind in "iu" and low >= 0 and high <= 65535):
+            raise ValueError(f"values of {low} to {high}; expected whole ones of 0 to 65535, or finite ones")
+        array = array if kind == "f" else array / np.float32(65535)
     image = torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)
     if len(image) == 1 and in_chans == 3:
         return image.expand(3, -1, -1)
@@ -444,20 +461,50 @@ def as_image(array, in_chans):
     return image
 
 
+def orientation(image):
+    """EXIF's, 1 to 8, of a Pillow image; 1 where the block cannot be read: its pixels can."""
+    try:
+        return image.getexif().get(274, 1)
+    except Exception:  # the block's parser raises nearly anything
+        return 1
+
+
+@contextmanager
+def time_limit(seconds):
+    """TimeoutError in what takes longer; in the main thread alone, as the signal reaches no other."""
+
+    def stop(*_):
+        raise TimeoutError(f"not read within {seconds} seconds")
+
+    if threading.current_thread() is not threading.main_thread():
+        return (yield)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def read_image(path, in_chans, turn=True):
     """Decode one file to (in_chans, H, W), as `as_image`; turn: as its EXIF says. JPEG goes through
     torchvision, which is faster; its PNG decoder can crash on a damaged file, where Pillow raises."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > 2**31:  # reading a pipe would never end
+        raise ValueError("no regular file, or one of more than 2 GB")
     if path.lower().endswith(".npy"):
         return as_image(np.load(path, allow_pickle=False), in_chans)
     data = np.fromfile(path, np.uint8)
-    with Image.open(io.BytesIO(data)) as image:  # reads the header alone, and refuses decompression bombs
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header; refuses decompression bombs
+        if image.format in ("JPEG", "MPO") and data.tobytes().count(b"\xff\xda") > 100:
+            raise ValueError("a JPEG of more than 100 scans, which would take minutes")
         if decode_jpeg and image.format == "JPEG" and in_chans in (1, 3):
             mode = "RGB" if in_chans == 3 else "GRAY"
             return decode_jpeg(torch.from_numpy(data), mode=mode, apply_exif_orientation=turn)
-        image = ImageOps.exif_transpose(image) if turn else image
-        if image.mode == "I":  # Pillow's 32 bit: what it reads 16-bit files into when it must
-            return as_image(np.asarray(image).clip(0, 65535).astype(np.uint16), in_chans)
-        if in_chans in (1, 3) and image.mode[0] not in "IF":  # I;16 and F are more than 8 bit
+        if turn and orientation(image) in TURNS:
+            image = image.transpose(Image.Transpose[TURNS[orientation(image)]])
+        if in_chans in (1, 3) and image.mode[0] not in "IF":  # these are more than 8 bit
             image = image.convert("RGB" if in_chans == 3 else "L")
         return as_image(np.array(image), in_chans)
 
@@ -492,31 +539,44 @@ class ImageArray(ImageFiles):
 
 
 def list_images(root):
-    """Sorted paths of the images below `root`; links are followed, hidden names skipped."""
+    """Sorted paths of the images below `root`; links are followed. Prints what is left out, by suffix."""
 
     def fail(error):  # os.walk would pass over a folder that it may not read
         raise error
 
-    found, others, visited = [], 0, set()
+    found, others, visited = [], Counter(), set()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
         if os.path.realpath(folder) in visited:  # a link that leads back up
             folders.clear()
             continue
         visited.add(os.path.realpath(folder))
-        names = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-        found += [os.path.join(folder, name) for name in names]
-        others += len(files) - len(names)
+        for name in files:
+            suffix = "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower()
+            if suffix in EXTENSIONS:
+                found.append(os.path.join(folder, name))
+            else:
+                others[suffix or "no suffix"] += 1
+        others["hidden folders"] += len([name for name in folders if name.startswith(".")])
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    left_out = ", ".join(f"{suffix} {n}" for suffix, n in others.most_common(12) if n)
     if not found:
-        raise UserError(f"no image under {root}, only {others} other files: expected {' '.join(EXTENSIONS)}")
+        raise UserError(f"no image under {root}, only: {left_out or 'nothing'}; expected one of "
+                        f"{' '.join(EXTENSIONS)}")
+    if left_out:
+        print0(f"{root}: {len(found)} images; left out, by suffix: {left_out}")
     return sorted(found)
 
 
-def open_folder(root, in_chans, classes=None, turn=True):
-    """ImageFiles below `root`; classes: those given, or the first-level folders if all images are in one."""
+def open_folder(root, in_chans, classes=None, turn=True, labelled=False):
+    """ImageFiles below `root`; classes: those given, or the first-level folders if all images are in one.
+    labelled: UserError if some are not."""
     paths = list_images(root)
     inside = [os.path.relpath(path, root) for path in paths]
-    if not all(os.sep in name for name in inside):
+    loose = [name for name in inside if os.sep not in name]
+    if loose and labelled and len(loose) < len(inside):
+        raise UserError(f"{root}/{loose[0]} lies beside the folders of classes ({len(loose)} such images): "
+                        "move it into one, or away")
+    if loose:
         return ImageFiles(paths, [-1] * len(paths), None, in_chans, turn)
     folders = [name.split(os.sep)[0] for name in inside]
     classes = classes or sorted(set(folders))
@@ -528,7 +588,7 @@ def open_folder(root, in_chans, classes=None, turn=True):
 
 def open_list(path, in_chans, split, turn):
     """ImageFiles of a text file with one path per line, relative to it or absolute."""
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.rstrip("\r") for line in os.fsdecode(path.read_bytes()).split("\n") if line.strip()]
     if not lines or split not in ("pretrain", "all"):
         raise UserError(f"--data {path}: a list of {len(lines)} paths, for pre-training: no labels")
     paths = [os.path.join(path.parent, line) for line in lines]
@@ -536,19 +596,32 @@ def open_list(path, in_chans, split, turn):
 
 
 def open_npz(path, in_chans, split):
-    """One .npz: `images` uint8 (N, H, W[, C]); `labels`, `split` (N,): 0 or "train", else held out."""
+    """One .npz: `images` uint8 (N, H, W[, C]); `labels`, (N,) or (N, 1), numbers (-1 = none) or words;
+    `split` (N,): 0 or "train", else held out."""
     arrays = dict(np.load(path, allow_pickle=False))
     images = arrays.get("images", np.empty(0))
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.dtype != np.uint8:
         raise UserError(f"{path} has {sorted(arrays)}; expected `images`, uint8 (N, H, W, C)")
     marks = arrays.get("split", np.zeros(len(images), np.int64))
-    held_out = (marks != "train") if marks.dtype.kind in "US" else (marks != 0)
+    labels = arrays.get("labels", np.full(len(images), -1))
+    for name, values in (("split", marks), ("labels", labels)):
+        if values.size != len(images) or len(values) != len(images) or values.dtype.kind not in "iubUS":
+            raise UserError(f"{path}: `{name}` is {values.dtype} {values.shape}; expected a whole number or "
+                            f"a word for each of {len(images)} images")
+    marks, labels = marks.ravel(), labels.ravel()
+    held_out = (marks.astype(str) != "train") if marks.dtype.kind in "US" else (marks != 0)
+    if labels.dtype.kind in "US":
+        classes, labels = np.unique(labels.astype(str), return_inverse=True)
+        classes = classes.tolist()
+    else:
+        labels = labels.astype(np.int64)
+        if len(labels) and not -1 <= labels.min() <= labels.max() < 100_000:
+            raise UserError(f"{path}: `labels` are {labels.min()} to {labels.max()}; expected -1 to 99,999")
+        classes = [str(i) for i in range(labels.max(initial=-1) + 1)] or None
     chosen = np.flatnonzero({"val": held_out, "all": held_out | True}.get(split, ~held_out))
     if not len(chosen):
         raise UserError(f"{path} has no image for {split}: mark them in `split` (N,), 0 = train, 1 = val")
-    labels = arrays.get("labels", np.full(len(images), -1))
-    classes = [str(i) for i in range(int(labels.max()) + 1)] or None
     images = images if len(chosen) == len(images) else images[chosen]  # no copy of all of them
     names = [f"{path.name}[{i}]" for i in chosen]
     return ImageArray(images, names, labels[chosen], classes, in_chans)
@@ -593,16 +666,21 @@ def open_data(cfg, split="pretrain", classes=None):
     try:
         if cfg.data in NAMED_DATA:
             return open_torchvision(cfg.data, cfg.in_chans, split, cfg.download)
-        if root.suffix.lower() in EXTENSIONS:
+        if root.is_file() and root.suffix.lower() in EXTENSIONS:
             raise UserError(f"--data {root} is one image: give its folder")
-        if root.suffix == ".npz":
+        if root.is_file() and root.suffix == ".npz":
             return open_npz(root, cfg.in_chans, split)
         if root.is_file():
             return open_list(root, cfg.in_chans, split, cfg.exif != "ignore")
         part = root / {"all": ".", "val": "val"}.get(split, "train")
+        others = sorted({path.name for path in root.iterdir()} - {"train", "val"})
+        if part.name == "train" and part.is_dir() and others:
+            print0(f"{part} is read; {root} also has {', '.join(others[:8])}{' ...' * (len(others) > 8)}")
+        if split == "train" and not part.is_dir() and (root / "val").is_dir():
+            raise UserError(f"--data {root} has val/ and no train/: expected train/CLASS/*.jpg beside it")
         if split != "val" or part.is_dir():
-            turn = cfg.exif != "ignore"
-            return open_folder(part if part.is_dir() else root, cfg.in_chans, classes, turn)
+            return open_folder(part if part.is_dir() else root, cfg.in_chans, classes, cfg.exif != "ignore",
+                               labelled=split in ("train", "val"))
     except (OSError, RuntimeError, ValueError, IndexError, zipfile.BadZipFile) as error:
         hint = " (--download)" if cfg.data in NAMED_DATA else ""
         raise UserError(f"--data {cfg.data}: {first_line(error)}{hint}") from None
@@ -610,9 +688,14 @@ def open_data(cfg, split="pretrain", classes=None):
 
 
 def resize_to_cover(image, size, interpolation):
-    """Resize (C, H, W), keeping the aspect ratio, until it just covers `size`."""
+    """Resize (C, H, W), keeping the aspect ratio, until it just covers `size`; the other side is rounded
+    down, as in torchvision. Of a strip, which would become huge, the centre is taken, 4 times `size` long."""
     scale = max(size[0] / image.shape[1], size[1] / image.shape[2])
-    new = [max(side, round(scale * old)) for side, old in zip(size, image.shape[1:], strict=True)]
+    image = TF.center_crop(image, [min(old, math.ceil(4 * side / scale))
+                                   for side, old in zip(size, image.shape[1:], strict=True)])
+    _, H, W = image.shape
+    h, w = size
+    new = (h, max(w, h * W // H)) if h * W >= w * H else (max(h, w * H // W), w)
     return TF.resize(image, new, interpolation, antialias=True)
 
 
@@ -668,7 +751,8 @@ class KeyedSamples(torch.utils.data.Dataset):
         for i in range(min(self.tries, len(self.source))):
             here = (index + i) % len(self.source)
             try:
-                return *self.source.read(here), bad
+                with time_limit(60):
+                    return *self.source.read(here), bad
             except Exception as error:  # decoders raise nearly anything
                 bad.append((self.source.name(here), first_line(error)))
         # More bad files than --max_bad allows: the run stops before it uses this blank.
@@ -708,6 +792,14 @@ def split_batch(batch_size, micro_batch, world_size):
     share = batch_size // world_size
     micro_batch = micro_batch or next(m for m in range(min(256, share), 0, -1) if share % m == 0)
     return micro_batch, share // micro_batch
+
+
+def names_digest(source):
+    """(number of images, checksum of their names below what the first and the last share)"""
+    names = [source.name(i) for i in range(len(source))] if isinstance(source, ImageFiles) else []
+    shared = len(os.path.commonprefix([*names[:1], *names[-1:]]))
+    text = "\n".join(name[shared:] for name in names)
+    return len(source), hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest()
 
 
 @functools.lru_cache(maxsize=2)
@@ -758,23 +850,6 @@ class Normalize:
     def undo(self, images):
         """Back to [0, 1]"""
         return (images * self.std + self.mean).clamp(0, 1)
-
-
-def check_data(source, workers):
-    """Read every image as training would; print how many there are of each kind, and what cannot be read."""
-    counts, bad, samples = Counter(), [], KeyedSamples(source, None, seed=0, tries=1)
-
-    def look(index):
-        image, _, errors = samples.read(index)
-        return [Path(source.name(index)).suffix, f"{image.shape[2]}x{image.shape[1]}"], errors
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding runs outside Python's lock
-        for kind, errors in pool.map(look, range(len(source))):
-            counts.update([] if errors else kind)
-            bad += [f"{path}: {why}" for path, why in errors]
-    print0(f"{len(source)} images, {len(source.classes or ())} classes, for example {source.name(0)}")
-    print0("most are: " + ", ".join(f"{word} {n}" for word, n in counts.most_common(16)))
-    print0("\n  ".join([f"unreadable: {len(bad)}", *bad]))
 
 
 # ==== Precision: parameter groups, the learning rate, what a skipped update must restore ====================
@@ -855,7 +930,7 @@ class RunConfig:
     std: tuple[float, ...] | None = None  # likewise
     exif: Literal["auto", "apply", "ignore"] = "auto"  # rotation tags of photographs
     workers: int | None = None  # loader processes per process; default: its share of the cores, at most 8
-    max_bad: float = 0.001  # share of unreadable files (at least one file) above which the run stops
+    max_bad: float = 0.01  # share of files that may be unreadable; five may always, unless it is 0
     check_data: bool = False  # read all images, report, and exit
     out: str | None = None  # folder to write into; default runs/SCRIPT. A file: --draw, --mode features
     resume: bool = False  # continue the run in --out, or start it if there is no checkpoint
@@ -973,21 +1048,76 @@ def new_file(path, suffix):
 def write_atomically(path, save, previous=None):
     """save(open file) next to `path`, then rename over it: a kill or a full disk leaves the old file whole,
     or, between the two renames, at `previous`, the path that it is moved to."""
-    temporary = Path(f"{path}.tmp")
+    temporary, whole = f"{path}.{secrets.token_hex(4)}.tmp", False
+    # torch raises an error wherever we are when a loader worker dies: here it would pass for the disk's.
+    on_child, main = signal.getsignal(signal.SIGCHLD), threading.current_thread() is threading.main_thread()
+    if main:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        whole = True
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        while error.__context__:  # torch reports a full disk as a wrong position in the file
-            error = error.__context__
-        raise UserError(f"cannot write {path} ({first_line(error)})", code=1) from None
+        cause = error  # torch reports a full disk as a wrong position in the file
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if not whole:
+            with suppress(OSError):
+                os.unlink(temporary)
+        if not cause:
+            raise
+        kept = f"; its new content is {temporary}" if whole else ""
+        raise UserError(f"cannot write {path} ({first_line(cause)}){kept}", code=1) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return pid not in (0, os.getpid())
+
+
+def hold_folder(out):
+    """Keep other runs out of `out` until this process ends: their files would mix. UserError names the
+    holder. By a POSIX lock on out/.lock; where there are none, by what that file says. Returns the open file.
+    """
+    path, host = out / ".lock", socket.gethostname()
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+", errors="replace")
+    found = re.match(r"process (\d+) on (\S+) since (\S+)$", file.read())
+    pid, where, since = found.groups() if found else (0, host, "?")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = False
+    except OSError as error:  # held; or there are no locks here, but a process of this host can be looked for
+        held = error.errno in (errno.EACCES, errno.EAGAIN) or where != host or alive(int(pid))
+    if held:
+        raise UserError(f"{out} is in use by process {pid} on {where} since {since}: wait, or end it "
+                        f"(kill {pid}; kill -9 {pid} if it is stopped), or choose another --out; if it has "
+                        f"ended, rm {path}")
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {host} since {time.strftime('%Y-%m-%dT%H:%M:%S')}")
+    file.flush()
+    return file
+
+
+def results(out):
+    """Names in a run's folder but for what a start that failed leaves: what a new run would overwrite."""
+    empty = {path.name for path in (out / "pictures", out / "log.jsonl")
+             if path.exists() and not (any(path.iterdir()) if path.is_dir() else path.stat().st_size)}
+    names = {path.name for path in out.iterdir() if path.suffix != ".tmp"}
+    return sorted(names - empty - {".lock", ".unsaved", "config.json"})
 
 
 def keep_freed_memory():
@@ -999,6 +1129,30 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks only by 2 GB
 
 
+def read_environment():
+    """(rank, world_size) as torchrun sets them; (0, 1) without it. UserError if they are there in part."""
+    least = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 1}
+    given = {name: os.environ.get(name, "") for name in ("MASTER_ADDR", *least)}
+    if not given["RANK"] and not given["WORLD_SIZE"]:
+        return 0, 1
+    wrong = [name for name, low in least.items() if not (given[name].isdecimal() and int(given[name]) >= low)]
+    wrong += [name for name in given if not given[name]]
+    if wrong or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        values = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"the environment has {values}: start with torchrun, which sets all, or unset RANK "
+                        "and WORLD_SIZE to run one process")
+    return int(given["RANK"]), int(given["WORLD_SIZE"])
+
+
+def logged_step(line):
+    """The step of a line that `Run.log` wrote, infinite if a kill cut it; 0 of a line of somebody else's."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        step = math.inf if line.startswith(b'{"step"') else 0
+    return step if isinstance(step, int | float) else 0
+
+
 class Run:
     """One run of one script: its process, folder, log, and place in the data. n: images; steps: updates in
     all; step: updates done; stopping: all processes have agreed to stop. saved: plain values that travel in
@@ -1008,7 +1162,7 @@ class Run:
 
     def __init__(self, cfg, method):
         self.cfg, self.method, self.out = cfg, method, Path(cfg.out or f"runs/{method}")
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size = read_environment()
         self.is_main, self.cuda = self.rank == 0, torch.cuda.is_available()
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.cuda else "cpu")
         self.amp_dtype = amp_dtype(cfg.amp, self.device)
@@ -1017,9 +1171,9 @@ class Run:
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.workers = min(8, share) if cfg.workers is None else cfg.workers
         self.step, self.stop_requested, self.stopping, self.skipped = 0, False, False, ""
-        self.bad_files, self.new_bad_files, self.bad_limit = {}, {}, 1  # {path: reason}
+        self.bad_files, self.new_bad_files, self.bad_limit = {}, {}, 0  # {path: reason}
         self.saved = {"skipped_nonfinite": 0, "skipped_overflow": 0, "in_a_row": 0, "window": []}
-        self.inputs = {}
+        self.inputs, self.launcher = {}, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.updates, self.seconds, self.waited = 0, 0.0, 0.0  # since the last log line
         if not self.cuda:
             keep_freed_memory()
@@ -1039,12 +1193,10 @@ class Run:
             if self.steps < 1:
                 raise UserError(f"--epochs {epochs} of {n} images: less than one update of --batch_size {B}")
         self.join()
-        if self.out.exists() and any(self.out.iterdir()) and not self.cfg.resume:
-            raise UserError(f"{self.out} is not empty: choose another --out, or --resume the run in it")
-        if dist.is_initialized():
-            dist.barrier()  # all have looked before the first one writes
         if self.is_main:
-            (self.out / "pictures").mkdir(parents=True, exist_ok=True)
+            self.open_folder(n)
+        if dist.is_initialized():
+            dist.barrier()
         name = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
         print0(f"torch {torch.__version__}, {self.world_size} x {name}, {self.amp_dtype or torch.float32}, "
                f"{self.workers} loader workers, writing to {self.out}/")
@@ -1052,6 +1204,29 @@ class Run:
             self.catch_signals()
             split = f"{self.world_size} processes x {self.micro_batch} x {self.accum_steps}"
             print0(f"{n} images, {self.steps} updates; batch {B} = {split}; {settings}")
+            warmup = getattr(self.cfg, "warmup_epochs", 0) / epochs
+            if self.steps < 50 or warmup >= 1:
+                print0(f"warning: {self.steps} updates, with a rising learning rate in {warmup:.0%} of them, "
+                       "are too few: more --epochs, a smaller --batch_size or --warmup_epochs")
+
+    def open_folder(self, n):
+        """Make --out, lock it, and refuse to lose what is in it. Until a first checkpoint .unsaved says whose
+        run it is: one with results and no checkpoint has lost that, and would begin anew."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock, unsaved = hold_folder(self.out), self.out / ".unsaved"
+        found, saved = results(self.out), self.checkpoints()
+        ours = unsaved.exists() and unsaved.read_text() == self.method
+        if found and not self.cfg.resume:
+            raise UserError(f"{self.out} is not empty: choose another --out, or --resume the run in it")
+        if found and not saved and not ours:
+            raise UserError(f"--resume: {self.out} has no last.pth, but {', '.join(found[:5])}: choose "
+                            "another --out, or move these away")
+        if (self.out / "last.pth").exists() or not saved:  # else one of these may be the newest
+            for path in self.out.glob("*.tmp"):
+                path.unlink()
+        if n and not saved:
+            unsaved.write_text(self.method)
+        (self.out / "pictures").mkdir(exist_ok=True)
 
     def join(self):
         """Device and, under torchrun, process group."""
@@ -1064,7 +1239,7 @@ class Run:
             if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node; several count their restarts separately
                 # torchrun's store outlives a restart: under the same names, new processes would take the
                 # addresses of dead ones for each other's, and wait.
-                store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+                store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
             backend, device = ("nccl", self.device) if self.cuda else ("gloo", None)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size,
                                     timeout=limit, device_id=device)
@@ -1079,7 +1254,8 @@ class Run:
             self.stop_requested = True
 
         for number in STOP_SIGNALS:
-            signal.signal(number, request_stop)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, request_stop)
 
     def run_stage(self, train, cfg, method):
         """train(cfg, ...) as a part of this run, in a folder of its own; returns whether it was completed."""
@@ -1113,8 +1289,14 @@ class Run:
     # ---- data
 
     def samples(self, source, transform, sample_noise=None, flip=True):
-        """KeyedSamples of `source`. Of its files a share of --max_bad may be unreadable, at least one."""
-        self.bad_limit = max(self.bad_limit, int(self.cfg.max_bad * len(source)))
+        """KeyedSamples of `source`, which must be the same on all processes. A share of --max_bad of its
+        files may be unreadable, and always five unless that is 0."""
+        seen = self.gather(names_digest(source) if self.world_size > 1 else None)
+        if len(set(seen)) > 1:
+            listing = "; ".join(f"process {i}: {n} files, {digest}" for i, (n, digest) in enumerate(seen))
+            raise UserError(f"the processes see other images, by number and names' checksum: {listing}")
+        allowed = max(5, int(self.cfg.max_bad * len(source))) if self.cfg.max_bad else 0
+        self.bad_limit = max(self.bad_limit, min(allowed, len(source) - 1))
         return KeyedSamples(source, transform, self.cfg.seed, self.bad_limit + 1, sample_noise, flip)
 
     def load_batches(self, samples, keys, collate=collate):
@@ -1147,7 +1329,8 @@ class Run:
             print0(f"unreadable, replaced by the next file: {path}: {why}")
         self.bad_files, self.new_bad_files = self.bad_files | found, {}
         if len(self.bad_files) > self.bad_limit:
-            raise UserError(f"more than {self.bad_limit} unreadable files (--max_bad)", code=1)
+            raise UserError(f"more than {self.bad_limit} unreadable files: mend them, or raise --max_bad, "
+                            f"the share that is allowed, now {self.cfg.max_bad:g}", code=1)
 
     # ---- one update
 
@@ -1182,6 +1365,8 @@ class Run:
         values = {**terms, "grad_norm": grad_norm}
         flags = [~terms["loss"].isfinite(), ~grad_norm.isfinite()]
         # full_like: no copy from the host, so no synchronisation
+        if self.launcher and os.getppid() != self.launcher:  # torchrun was killed: nobody watches over us
+            self.stop_requested = True
         flags += [torch.full_like(grad_norm, x) for x in (self.stop_requested, len(self.new_bad_files))]
         own = torch.stack([x.float() for x in (*values.values(), *flags)])
         packed = own.clone()
@@ -1250,8 +1435,11 @@ class Run:
     def log(self, line):
         """Append one JSON object to log.jsonl."""
         if self.is_main:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                print0(f"log.jsonl lacks step {line['step']}: {first_line(error)}")
 
     def write(self, name, text):
         if self.is_main:
@@ -1289,6 +1477,12 @@ class Run:
         """Write the encoder's tensors (whose names in the model have `prefix`) to encoder.pth, and last.pth,
         keeping the one before as previous.pth. meta: what the files say in place of the configuration."""
         self.last_save, meta = time.monotonic(), self.meta(**meta)
+        for state in self.state.values():
+            if isinstance(state, nn.Module) and (bad := not_finite(state.state_dict())):
+                good = next(iter(self.checkpoints()), "none")
+                self.write(f"nonfinite_{self.step}.json", json.dumps({"step": self.step, "weights": bad}))
+                raise UserError(f"the weights have diverged ({bad}) and are not saved; last good checkpoint: "
+                                f"{good}; --resume with --clip_grad 1 or half the learning rate", code=3)
         if encoder:
             self.export("encoder.pth", encoder, meta)
         if self.is_main:
@@ -1298,6 +1492,7 @@ class Run:
                 "meta": meta, "encoder": {name: prefix + name for name in encoder or ()}}
             last, previous = self.out / "last.pth", self.out / "previous.pth"
             write_atomically(last, lambda file: torch.save(content, file), previous)
+            (self.out / ".unsaved").unlink(missing_ok=True)
 
     def checkpoints(self):
         """Paths of what --resume can go on from, newest first."""
@@ -1314,8 +1509,8 @@ class Run:
             raise UserError(f"--resume: the processes are at steps {steps}: all nodes must share --out")
         log = self.out / "log.jsonl"
         if self.is_main and log.exists():  # drop what a killed run logged after its last checkpoint
-            whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            self.write(log.name, "".join(line for line in whole if json.loads(line)["step"] <= self.step))
+            kept = [x + b"\n" for x in log.read_bytes().split(b"\n") if x and logged_step(x) <= self.step]
+            write_atomically(log, lambda file: file.write(b"".join(kept)))
         config = {"script": self.method, **dataclasses.asdict(self.cfg)}
         self.write("config.json", json.dumps(config, indent=1))
 
@@ -1387,17 +1582,30 @@ def save_image_grid(path, rows, titles, caption):
     write_atomically(path, lambda file: canvas.save(file, "png"))
 
 
-def launch(config_type, presets, train, method, open_sources=lambda cfg: [open_data(cfg)]):
+def open_parts(cfg):
+    """{part: source} of what --check_data looks at: the training images, and those held out if there are."""
+    source = open_data(cfg)
+    parts = {"train": source}
+    with suppress(UserError):
+        parts["val"] = open_data(cfg, "val", source.classes)
+    return parts
+
+
+def launch(config_type, presets, train, method, open_sources=open_parts):
     """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line.
-    open_sources(cfg): the sources of images that --check_data looks at."""
+    open_sources(cfg): {part: source} of what --check_data looks at."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # a stream that was closed: the next file to be opened would get its number, and its output
+    os.close(descriptor)
     cfg = parse_config(config_type, presets)
     try:
         run = Run(cfg, method)
         if cfg.check_data:
-            for source in open_sources(cfg):
-                check_data(source, run.workers)
-            return
-        train(cfg, run)
+            from check import check_data  # a script that is copied elsewhere runs without it
+
+            check_data(open_sources(cfg), run)
+        else:
+            train(cfg, run)
     except UserError as error:
         exit_with(method, error)
     except OSError as error:  # a path that cannot be written; after the first update, a disk or folder lost

@@ -16,6 +16,7 @@ from torchvision.models import resnet50
 import common
 import finetune
 import mae_mff
+import weights
 from common import UserError
 
 IMAGES = 3, 3, 32, 32
@@ -115,8 +116,8 @@ def official(path, decoder, size="base", img_size=(224, 224), patch_size=16):
     layers = (common.VIT_SIZES[size][1] - 1,)
     cfg = mae_mff.Config(model=size, img_size=img_size, patch_size=patch_size, fuse_layers=layers)
     model = mae_mff.MaskedAutoencoder(cfg)
-    weights = {"model": model.state_dict(), "args": argparse.Namespace(lr=1)}
-    torch.save(weights if decoder else {"model": model.trunk_state()}, path)
+    full = {"model": model.state_dict(), "args": argparse.Namespace(lr=1)}
+    torch.save(full if decoder else {"model": model.trunk_state()}, path)
     return model
 
 
@@ -131,10 +132,121 @@ def test_official_files_are_known_by_their_tensors(shape, tmp_path):
 
 def test_what_shows_nothing_is_left_to_the_flags_and_what_is_no_state_dict_refused():
     rectangle = common.ViT("nano", (32, 64), 8).state_dict()  # its grid cannot be told
-    assert all(common.network_of(weights) == {} for weights in ({"x": torch.zeros(1)}, rectangle))
-    for content in ({0: torch.zeros(1)}, {"model": torch.zeros(1), 1: 2}):
+    for content in ({"x": torch.zeros(1)}, rectangle):
+        assert common.network_of(weights.adopt(content, "file.pth")) == {}
+    for content in ({0: torch.zeros(1)}, {"model": torch.zeros(1), 1: 2}, {}):
         with pytest.raises(UserError, match="no tensors under names"):
-            common.network_of(content)
+            weights.adopt(content, "file.pth")
+
+
+TINY = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
+        "image_size": 32, "patch_size": 4, "layer_norm_eps": 1e-6}
+
+
+@pytest.mark.parametrize("form", ["folder", "shards", "legacy pickle"])
+def test_transformers_vit_gives_its_logits(tmp_path, form):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**TINY, num_labels=3)).eval()
+    nn.init.normal_(theirs.vit.embeddings.position_embeddings)
+    if form == "legacy pickle":
+        file = tmp_path / "pytorch_model.bin"
+        torch.save(theirs.state_dict(), file, _use_new_zipfile_serialization=False)
+    else:
+        theirs.save_pretrained(tmp_path / "hub", max_shard_size="1MB" if form == "shards" else "1GB")
+        file = tmp_path / "hub"
+    cfg, ours = load(file, "--mode", "linear")
+    assert (cfg.model, cfg.patch_size, cfg.img_size) == ("nano", 4, (32, 32))
+    content, images = common.read_file(file)["model"], torch.randn(IMAGES)
+    logits = nn.functional.linear(ours.features(images), content["head.weight"], content["head.bias"])
+    torch.testing.assert_close(logits, theirs(images).logits, rtol=1e-5, atol=1e-5)
+    if form == "shards":
+        next(file.glob("*00002*")).unlink()
+        with pytest.raises(UserError, match="lacks model-00002"):
+            common.read_file(file)
+
+
+def test_transformers_mae_gives_its_reconstruction(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    names = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+    config = transformers.ViTMAEConfig(**TINY, **{f"decoder_{name}": TINY[name] for name in names})
+    theirs = transformers.ViTMAEForPreTraining(config).eval()
+    theirs.save_pretrained(tmp_path / "mae")
+    cfg = mae_mff.Config(model="nano", img_size=(32, 32), patch_size=4, fuse_layers=(3,), target="raw",
+                         decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4)
+    ours = mae_mff.MaskedAutoencoder(cfg).eval()
+    common.load_weights(ours, tmp_path / "mae", allow_missing=("fuse_",))
+    images, noise = torch.randn(IMAGES), torch.rand(3, 64)
+    found, mask = ours.predict(images, noise)
+    expected = theirs(images, noise=noise)
+    assert torch.equal(mask, expected.mask)
+    torch.testing.assert_close(found, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda own, other: {"student": {f"module.backbone.{k}": v for k, v in other.items()},
+                        "teacher": {f"backbone.{k}": v for k, v in own.items()}, "dino_loss": {}},
+    lambda own, other: {"model": {f"teacher.backbone.{k}": v for k, v in own.items()}
+                        | {f"student.backbone.{k}": v for k, v in other.items()}},
+    lambda own, other: {"state_dict": {f"model.encoder.{k}": v for k, v in own.items()}, "epoch": 3},
+    lambda own, other: {"model_ema": own, "optimizer": {"state": {}}},
+    lambda own, other: {f"module.base_encoder.{k}": v for k, v in own.items()}
+    | {f"module.momentum_encoder.{k}": v for k, v in other.items()},
+], ids=["dino", "dinov2", "lightning", "ema", "moco"])
+def test_the_network_inside_wrappers_is_found_and_named(tmp_path, capsys, wrap):
+    own, other = (common.ViT("nano", (32, 32), 8) for _ in range(2))
+    own.init_weights()
+    torch.save(wrap(own.state_dict(), other.state_dict()), tmp_path / "file.pth")
+    cfg, ours = load(tmp_path / "file.pth")
+    assert cfg.patch_size == 8 and torch.equal(ours.blocks[3].mlp.fc2.weight, own.blocks[3].mlp.fc2.weight)
+    assert "the network is taken from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 300000000\n", "git lfs pull"),
+    (b"\n<!DOCTYPE html>", "web page"), (b"", "empty"), (b"\x1f\x8b\x08", "gunzip"), (b"\x89HDF\r\n", "HDF5"),
+])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_is_no_file_of_weights_is_named_for_what_it_is(tmp_path, content, words, suffix):
+    (tmp_path / f"file.{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        common.read_file(tmp_path / f"file.{suffix}")
+
+
+def test_the_content_decides_not_the_suffix(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    own = common.ViT("nano", (32, 32), 8).state_dict()
+    safetensors.save_file(own, tmp_path / "file.pth")
+    torch.save(own, tmp_path / "file.safetensors")
+    for name in ("file.pth", "file.safetensors"):
+        assert common.read_file(tmp_path / name)["model"].keys() == own.keys()
+    np.savez(tmp_path / "jax.npz", a=np.zeros(3))
+    with pytest.raises(UserError, match="not one of torch.save"):
+        common.read_file(tmp_path / "jax.npz")
+
+
+def test_every_flipped_bit_is_found_or_harmless(tmp_path):
+    own = common.ViT("nano", (32, 32), 8).state_dict()
+    torch.save({"model": own}, tmp_path / "good.pth")
+    data, rng, refused = (tmp_path / "good.pth").read_bytes(), np.random.default_rng(0), 0
+    for place in rng.integers(len(data), size=25):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << rng.integers(8)
+        (tmp_path / "bad.pth").write_bytes(damaged)
+        try:
+            found = common.read_file(tmp_path / "bad.pth")["model"]
+            assert all(torch.equal(found[name], value) for name, value in own.items())
+        except UserError:
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e28])
+def test_weights_that_diverged_are_not_loaded(tmp_path, value):
+    own = common.ViT("nano", (32, 32), 8).state_dict()
+    own["norm.weight"][3] = value
+    torch.save(own, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="norm.weight"):
+        common.load_weights(common.ViT("nano", (32, 32), 8), tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize("name, target", [("mae_visualize_x.pth", "raw"), ("mae_pretrain_x_full.pth", "mae")])
@@ -179,16 +291,15 @@ def test_a_fine_tuned_network_is_read_out_through_its_own_norm(encoders, mode):
 
 def test_prefixes_and_a_namespace_are_no_hindrance(tmp_path):
     model = official(tmp_path / "mae.pth", True, "nano", (32, 32), 8)
-    weights = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"model": weights, "args": argparse.Namespace(a=[1]), "epoch": 3}, tmp_path / "file.pth")
+    wrapped = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"model": wrapped, "args": argparse.Namespace(a=[1]), "epoch": 3}, tmp_path / "file.pth")
     cfg, ours = load(tmp_path / "file.pth")
     assert (cfg.model, cfg.patch_size, cfg.img_size) == ("nano", 8, (32, 32))
     assert torch.equal(ours.blocks[3].mlp.fc2.weight, model.blocks[3].mlp.fc2.weight)
 
 
 def test_files_of_another_network_are_refused(tmp_path):
-    weights = timms().state_dict() | {"blocks.0.ls1.gamma": torch.ones(128)}
-    torch.save(weights, tmp_path / "layer_scale.pth")
+    torch.save(timms().state_dict() | {"blocks.0.ls1.gamma": torch.ones(128)}, tmp_path / "layer_scale.pth")
     with pytest.raises(UserError, match="ls1.gamma"):
         load(tmp_path / "layer_scale.pth")
 
@@ -198,8 +309,8 @@ def test_files_of_another_network_are_refused(tmp_path):
 
 def test_features_are_deterministic_never_masked_and_named(encoders, folder, tmp_path):
     (folder / "class0/nested/06.png").write_bytes(b"no image")
-    weights = encoders / "mae_mff.py/encoder.pth"
-    command = ["finetune.py", "--mode", "features", "--weights", weights, "--data", folder, "--amp", "off"]
+    file = encoders / "mae_mff.py/encoder.pth"
+    command = ["finetune.py", "--mode", "features", "--weights", file, "--data", folder, "--amp", "off"]
     output = run_script([*command, "--out", "deep/feats.npy"], tmp_path)
     assert "39 images x 128" in output and "left out: 1" in output
     run_script([*command, "--out", "two.npy"], tmp_path, processes=2)
@@ -209,7 +320,7 @@ def test_features_are_deterministic_never_masked_and_named(encoders, folder, tmp
     assert "06.png" not in " ".join(names) and names == (tmp_path / "two.txt").read_text().splitlines()
     np.testing.assert_allclose(features, np.load(tmp_path / "two.npy"), rtol=1e-5, atol=1e-5)
     theirs = timms(num_classes=0)
-    theirs.load_state_dict(torch.load(weights, weights_only=True)["model"])
+    theirs.load_state_dict(torch.load(file, weights_only=True)["model"])
     normalize = common.Normalize(common.IMAGENET_MEAN, common.IMAGENET_STD, "cpu")
     for row in (0, 17, 38):  # each row is its own name's image
         image = common.EvalCrop((32, 32))(common.read_image(names[row], 3))
