@@ -1180,9 +1180,9 @@ class Run:
 
     # ---- start
 
-    def start(self, n, settings="", steps=None):
+    def start(self, n, settings="", steps=None, warmup=None):
         """Plan `steps` updates (default: epochs * n / batch_size) for n images, join the other processes,
-        make the folder, catch signals. n None: no training. settings: words to print."""
+        make the folder, catch signals. n None: no training. settings: words to print. warmup: updates."""
         self.n = n
         if n:
             B, epochs = self.cfg.batch_size, self.cfg.epochs
@@ -1204,10 +1204,10 @@ class Run:
             self.catch_signals()
             split = f"{self.world_size} processes x {self.micro_batch} x {self.accum_steps}"
             print0(f"{n} images, {self.steps} updates; batch {B} = {split}; {settings}")
-            warmup = getattr(self.cfg, "warmup_epochs", 0) / epochs
-            if self.steps < 50 or warmup >= 1:
-                print0(f"warning: {self.steps} updates, with a rising learning rate in {warmup:.0%} of them, "
-                       "are too few: more --epochs, a smaller --batch_size or --warmup_epochs")
+            warmup = int(self.cfg.warmup_epochs * n / B) if warmup is None else warmup
+            if self.steps < 50 or warmup >= self.steps:
+                print0(f"warning: {self.steps} updates are few to learn from, with a warm-up of {warmup}: "
+                       "train longer, or with a smaller --batch_size or a shorter warm-up")
 
     def open_folder(self, n):
         """Make --out, lock it, and refuse to lose what is in it. Until a first checkpoint .unsaved says whose
@@ -1221,9 +1221,6 @@ class Run:
         if found and not saved and not ours:
             raise UserError(f"--resume: {self.out} has no last.pth, but {', '.join(found[:5])}: choose "
                             "another --out, or move these away")
-        if (self.out / "last.pth").exists() or not saved:  # else one of these may be the newest
-            for path in self.out.glob("*.tmp"):
-                path.unlink()
         if n and not saved:
             unsaved.write_text(self.method)
         (self.out / "pictures").mkdir(exist_ok=True)
@@ -1492,7 +1489,8 @@ class Run:
                 "meta": meta, "encoder": {name: prefix + name for name in encoder or ()}}
             last, previous = self.out / "last.pth", self.out / "previous.pth"
             write_atomically(last, lambda file: torch.save(content, file), previous)
-            (self.out / ".unsaved").unlink(missing_ok=True)
+            for path in (self.out / ".unsaved", *self.out.glob("*.tmp")):  # of a killed run: it is safe now
+                path.unlink(missing_ok=True)
 
     def checkpoints(self):
         """Paths of what --resume can go on from, newest first."""

@@ -677,7 +677,7 @@ def train(cfg, run):
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
         others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", *model.encoder.unused_names)
         load_weights(model.encoder, cfg.weights, ignore=others, prefix=prefix, content=content)
-    run.start(len(source), f"lr {cfg.lr:.3g}", cfg.iters)
+    run.start(len(source), f"lr {cfg.lr:.3g}", cfg.iters, cfg.warmup_iters)
     if run.cuda and run.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = run.prepare(model)

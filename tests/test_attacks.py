@@ -4,12 +4,17 @@ bad files, full disks. Each attacked run ends where an undisturbed one does, or 
 The slow attacks (100 random kills, 2,000 updates, 200,000 files) are in benchmarks/torture.py.
 """
 
+import errno
 import json
 import math
+import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,8 +22,10 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CIM, SCRIPTS
-from conftest import Started, run_command, run_script, sabotaged
+from conftest import ROOT, Started, run_command, run_script, sabotaged
 from torture import family, log, same, state
+
+import common
 
 KILL, TERM = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGTERM"))
 MAE = SCRIPTS["mae_mff.py"]
@@ -120,10 +127,10 @@ def test_killed_while_writing_a_checkpoint(unbroken, almost, tmp_path, stage):
     attack = sabotaged(tmp_path, almost, "Run.export", arm, "count == 1")
     run_script(attack, tmp_path, expect=-signal.SIGKILL)
     assert (tmp_path / "run/last.pth").exists() == (stage != "old one renamed")
-    assert (tmp_path / "run/last.pth.tmp").exists() == (stage != "new one renamed")
+    assert len(list(tmp_path.glob("run/last.pth.*.tmp"))) == (stage != "new one renamed")
     assert f": step {left}," in run_script(almost, tmp_path)
     assert_same_run(unbroken / "mae_mff.py", tmp_path / "run")
-    assert not (tmp_path / "run/last.pth.tmp").exists()
+    assert not list(tmp_path.glob("run/*.tmp"))
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(unbroken, almost, tmp_path):
@@ -159,18 +166,18 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how, words", [
-    ("truncated", "cannot read"), ("wget log", "is a download log"), ("malicious", "cannot read"),
+    ("truncated", "cannot read"), ("wget log", "download log"), ("malicious", "cannot read"),
     ("another method's", "ddae"), ("another size's", "model tiny"), ("old format", "older"),
 ])
 def test_a_wrong_checkpoint_is_refused_in_one_line_and_the_good_one_named(almost, tmp_path, how, words):
     damage(tmp_path / "run/last.pth", how)
     if how == "old format":  # a whole run of it
         damage(tmp_path / "run/previous.pth", how)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("[!.]*.*")}
     output = run_script(almost, tmp_path, expect=2)
     assert "Traceback" not in output and words in output.splitlines()[-1]
     assert ("run/previous.pth is good" in output) == (how != "old format")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("[!.]*.*")}
 
 
 def test_resume_refuses_other_settings_and_takes_a_younger_flag_for_its_default(almost, tmp_path):
@@ -178,6 +185,177 @@ def test_resume_refuses_other_settings_and_takes_a_younger_flag_for_its_default(
     output = run_script([*almost, "--detach_shallow", "--clip_grad", 1], tmp_path, expect=2)
     assert "clip_grad 0.0" in output.splitlines()[-1] and "detach_shallow False" in output.splitlines()[-1]
     run_script(almost, tmp_path)
+
+
+# ---- one writer, nothing overwritten
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_stopped_holder_is_named(small_npz, tmp_path):
+    command = [*MAE, "--data", small_npz, "--out", "run", "--epochs", 50, "--resume"]
+    first = Started(command, tmp_path)
+    wait_for(lambda: (tmp_path / "run/last.pth").exists())
+    os.kill(first.pid, signal.SIGSTOP)
+    before = (tmp_path / "run/last.pth").read_bytes(), (tmp_path / "run/log.jsonl").read_bytes()
+    output = run_script(command, tmp_path, expect=2)
+    assert f"process {first.pid} on" in output and f"kill -9 {first.pid}" in output and output.count("\n") == 1
+    assert before == ((tmp_path / "run/last.pth").read_bytes(), (tmp_path / "run/log.jsonl").read_bytes())
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    run_script([*command, "--epochs", 2], tmp_path, expect=2)  # not locked any more: the flags differ
+
+
+@pytest.mark.parametrize("holder, refused", [("alive", True), ("dead", False), ("elsewhere", True)])
+def test_where_there_are_no_locks_the_file_tells(tmp_path, monkeypatch, holder, refused):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(common.fcntl, "lockf", no_locks)
+    pid = os.getppid() if holder == "alive" else 2**22 + 1  # above the largest there can be
+    host = "elsewhere" if holder == "elsewhere" else socket.gethostname()
+    (tmp_path / ".lock").write_text(f"process {pid} on {host} since 2026-01-01T00:00:00")
+    if refused:
+        with pytest.raises(common.UserError, match=f"process {pid} on {host}"):
+            common.hold_folder(tmp_path)
+    else:
+        common.hold_folder(tmp_path).close()
+        common.hold_folder(tmp_path).close()  # our own mark of before
+
+
+def test_processes_end_when_their_launcher_was_killed(small_npz, tmp_path):
+    """They save, and then the folder is free again."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script, *flags = map(str, [*MAE, "--data", small_npz, "--epochs", 500, "--out", "run"])
+    command = [*torchrun, ROOT / script, *flags]
+    with open(tmp_path / "output", "wb") as output:
+        launcher = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output,
+                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: (tmp_path / "run/last.pth").exists())
+    pid = int((tmp_path / "run/.lock").read_text().split()[1])
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not alive(pid))
+    assert "stopped after step" in (tmp_path / "output").read_text()
+    assert read(tmp_path / "run/last.pth")["step"] == log(tmp_path / "run")[-1]["step"]
+
+
+def test_a_run_without_its_checkpoint_is_not_begun_anew(almost, tmp_path):
+    for name in ("last.pth", "previous.pth"):
+        (tmp_path / "run" / name).unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("[!.]*.*")}
+    output = run_script(almost, tmp_path, expect=2)
+    assert "has no last.pth, but encoder.pth" in output
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("[!.]*.*")}
+
+
+def test_failed_starts_and_kills_before_the_first_checkpoint_refuse_nothing(unbroken, small_npz, tmp_path):
+    command = [*MAE, "--data", small_npz, "--out", "run"]
+    fails = sabotaged(tmp_path, command, "Run.load", "raise common.UserError('no')")
+    run_script(fails, tmp_path, expect=2)
+    killed = sabotaged(tmp_path, [*command, "--save_minutes", 9], "Run.export", KILL)  # before its last.pth
+    run_script(killed, tmp_path, expect=-signal.SIGKILL)
+    assert (tmp_path / "run/pictures/epoch_0001.png").exists() and (tmp_path / "run/encoder.pth").exists()
+    run_script([*command, "--resume"], tmp_path)
+    assert_same_run(unbroken / "mae_mff.py", tmp_path / "run")
+
+
+def test_a_finished_file_outlives_a_rename_that_fails(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError("the disk is lost")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(common.UserError, match="the disk is lost.*new content is"):
+        common.write_atomically(tmp_path / "x.pth", lambda file: file.write(b"whole"))
+    assert next(tmp_path.glob("x.pth.*.tmp")).read_bytes() == b"whole"
+
+
+def test_the_death_of_a_worker_does_not_pass_for_a_full_disk(tmp_path):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+
+    def dies(*_):
+        raise RuntimeError("a loader worker was killed")
+
+    def write(file):
+        child.start()
+        child.kill()
+        child.join()
+        file.write(b"whole")
+
+    before = signal.signal(signal.SIGCHLD, dies)
+    try:
+        common.write_atomically(tmp_path / "x.pth", write)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert (tmp_path / "x.pth").read_bytes() == b"whole"
+    with pytest.raises(RuntimeError, match="boom"):  # not the disk's
+        common.write_atomically(tmp_path / "y.pth", lambda _: exec("raise RuntimeError('boom')"))
+
+
+# ---- terminals and logs
+
+
+@pytest.mark.parametrize("output", ["full", "closed", "gone"])
+def test_a_run_outlives_its_terminal(unbroken, small_npz, tmp_path, output):
+    where = {"full": ">/dev/full", "closed": ">&-", "gone": "| true"}[output]
+    command = [sys.executable, ROOT / MAE[0], *MAE[1:], "--data", small_npz, "--out", tmp_path / "run"]
+    line = f"set -o pipefail; {shlex.join(map(str, command))} {where}"
+    subprocess.run(["bash", "-c", line], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    assert_same_run(unbroken / "mae_mff.py", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU])
+def test_a_closed_terminal_and_a_limit_on_time_save_and_stop(small_npz, tmp_path, number):
+    command = [*MAE, "--data", small_npz, "--out", "run", "--save_minutes", 9]
+    stop = f"os.kill(os.getpid(), {number:d})"
+    output = run_script(sabotaged(tmp_path, command, "Run.seed", stop, "self.step == 3"), tmp_path)
+    assert "stopped after step 4" in output and read(tmp_path / "run/last.pth")["step"] == 4
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = {number: signal.getsignal(number) for number in common.STOP_SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        common.Run.catch_signals(None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_foreign_lines_of_the_log_stay_and_torn_ones_go(almost, tmp_path):
+    path = tmp_path / "run/log.jsonl"
+    foreign = [b"my note", b'{"step": "x"}', b"[1, 2]", b"\xff\xfe", b'"\xe2\x80\xa8"']
+    own = path.read_bytes().splitlines()[:18]
+    path.write_bytes(b"\n".join([*own, *foreign, b'{"step": 19, "lr": 0.1}', b'{"step": 19, "epo']))
+    run_script(almost, tmp_path)
+    lines = path.read_bytes().splitlines()
+    assert lines[: len(own) + 5] == own + foreign and len(lines) == 20 + 5
+
+
+def test_a_log_that_cannot_be_written_is_reported_and_training_goes_on(small_npz, tmp_path):
+    command = [*MAE, "--data", small_npz, "--out", "run"]
+    block = "os.remove('run/log.jsonl'); os.mkdir('run/log.jsonl')"
+    attack = sabotaged(tmp_path, command, "Run.end_update", block, "self.step == 3")
+    output = run_script(attack, tmp_path)
+    assert "log.jsonl lacks step 4" in output and read(tmp_path / "run/last.pth")["step"] == 20
+
+
+@pytest.mark.parametrize("given", [{"RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "5"}, {"RANK": "one"}])
+def test_an_environment_set_in_part_is_refused(monkeypatch, given):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    if len(given) == 2:
+        given = given | {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(common.UserError, match="RANK="):
+        common.read_environment()
 
 
 # ---- processes
@@ -276,7 +454,24 @@ def test_non_finite_updates_of_one_process_are_skipped_by_all_and_ten_in_a_row_e
     assert last["step"] == 20 and math.isfinite(last["train/loss"]) and last["skipped_nonfinite"] == 10
 
 
+def test_weights_beyond_repair_are_not_saved_as_good(small_npz, tmp_path):
+    command = [*MAE, "--data", small_npz, "--out", "run", "--resume"]
+    diverge = "next(self.state['model'].parameters()).data.fill_(1e28)"
+    attack = sabotaged(tmp_path, command, "Run.end_update", diverge, "self.step == 5")
+    output = run_script(attack, tmp_path, expect=3)
+    assert "last good checkpoint: run/last.pth" in output and "Traceback" not in output
+    assert read(tmp_path / "run/last.pth")["step"] == 4
+    run_script([*command, "--clip_grad", 1], tmp_path)
+
+
 # ---- files
+
+
+def test_processes_that_see_other_images_stop(folder, tmp_path):
+    command = [*MAE, "--data", folder, "--batch_size", 20, "--epochs", 1, "--workers", 0]
+    attack = sabotaged(tmp_path, command, "open_folder", "result.paths[0] = b'/other.png'", "rank == 1")
+    output = run_script(attack, tmp_path, processes=2, expect=2)
+    assert "process 0: 40 files" in output and "process 1: 40 files" in output and "Traceback" not in output
 
 
 def test_unreadable_files_are_named_once_replaced_and_remembered(folder, tmp_path):
@@ -285,9 +480,12 @@ def test_unreadable_files_are_named_once_replaced_and_remembered(folder, tmp_pat
     attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", KILL, "self.step == 4")
     assert run_script(attack, tmp_path, processes=2, expect=-signal.SIGKILL).count("00.png: ") == 1
     assert "00.png" not in run_script([*command, "run", "--resume"], tmp_path)
-    (folder / "class0/nested/02.png").write_bytes(b"x")  # more than --max_bad
+    for i in range(2, 10, 2):  # five may be unreadable
+        (folder / f"class0/nested/{i:02}.png").write_bytes(b"x")
+    assert "08.png" in run_script([*command, "five"], tmp_path)
+    (folder / "class0/nested/10.png").write_bytes(b"x")
     output = run_script([*command, "two"], tmp_path, processes=2, expect=1)
-    assert "02.png" in output and "Traceback" not in output
+    assert "08.png" in output and "--max_bad" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize("lost, words", [("images", "unreadable files"), ("run", "cannot write run/")])
