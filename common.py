@@ -502,8 +502,11 @@ def read_image(path, in_chans, turn=True):
         if decode_jpeg and image.format == "JPEG" and in_chans in (1, 3):
             mode = "RGB" if in_chans == 3 else "GRAY"
             return decode_jpeg(torch.from_numpy(data), mode=mode, apply_exif_orientation=turn)
-        if turn and orientation(image) in TURNS:
-            image = image.transpose(Image.Transpose[TURNS[orientation(image)]])
+        tag = orientation(image)
+        if image.format == "TIFF":  # Pillow turns these itself: turn back if that is not wanted
+            turn, tag = not turn, {6: 8, 8: 6}.get(tag, tag)
+        if turn and tag in TURNS:
+            image = image.transpose(Image.Transpose[TURNS[tag]])
         if in_chans in (1, 3) and image.mode[0] not in "IF":  # these are more than 8 bit
             image = image.convert("RGB" if in_chans == 3 else "L")
         return as_image(np.array(image), in_chans)

@@ -1,0 +1,274 @@
+"""Files as people have them: odd names, types and tags; what is left out is counted; --check_data says it."""
+
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from PIL import Image, PngImagePlugin
+from torchvision.transforms import v2
+
+import common
+from common import UserError, read_image
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+
+
+def open_data(data, split="pretrain", **values):
+    return common.open_data(common.RunConfig(data=str(data), img_size=(32, 32), **values), split)
+
+
+def save(path, image=IMAGE, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, **how)
+
+
+# ---- which files are read
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "ppm"])
+def test_every_format_that_is_named_is_read(tmp_path, suffix):
+    kind = {"jpe": "jpeg", "jfif": "jpeg", "tif": "tiff", "jpg": "jpeg"}.get(suffix, suffix)
+    if kind.upper() not in Image.registered_extensions().values():
+        pytest.skip(f"Pillow was built without {kind}")
+    save(tmp_path / f"a.{suffix}", np.full((40, 56, 3), 85, np.uint8), format=kind)
+    source = open_data(tmp_path)
+    assert len(source) == 1
+    image, _ = source.read(0)
+    assert image.shape == (3, 40, 56) and (image.int() - 85).abs().max() <= 3
+
+
+def test_other_formats_under_an_images_name_run_no_program(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
+    with pytest.raises(OSError, match="cannot identify"):
+        read_image(str(tmp_path / "a.jpg"), 3)
+
+
+def test_pipes_links_to_themselves_and_folders_with_an_images_name(tmp_path):
+    save(tmp_path / "set/a.png")
+    os.mkfifo(tmp_path / "set/pipe.jpg")
+    (tmp_path / "set/loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "set/up").symlink_to("..")
+    save(tmp_path / "set/folder.jpg/b.png")
+    source = open_data(tmp_path / "set")
+    samples = common.KeyedSamples(source, common.EvalCrop((32, 32)), 0, tries=1)
+    bad = [os.path.basename(path) for i in range(len(source)) for path, _ in samples[0, i]["bad"]]
+    assert len(source) == 4 and bad == ["loop.jpg", "pipe.jpg"]
+    (tmp_path / "set").rename(tmp_path / "photos.jpg")  # a folder is a folder, whatever its name
+    assert len(open_data(tmp_path / "photos.jpg")) == 4
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded(tmp_path):
+    save(tmp_path / "a.jpg", progressive=True)
+    assert read_image(str(tmp_path / "a.jpg"), 3).shape == (3, 40, 56)
+    data = (tmp_path / "a.jpg").read_bytes()
+    last = data.rindex(b"\xff\xda")
+    (tmp_path / "b.jpg").write_bytes(data[:last] + data[last:-2] * 300 + data[-2:])
+    with pytest.raises(ValueError, match="scans"):
+        read_image(str(tmp_path / "b.jpg"), 3)
+
+
+def test_a_file_that_takes_too_long_is_named():
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TimeoutError, match="0.1 seconds"), common.time_limit(0.1):
+        time.sleep(5)
+    with common.time_limit(0.1):
+        pass
+    time.sleep(0.2)  # nothing comes after the end
+    assert signal.getsignal(signal.SIGALRM) == before
+
+    class Slow:
+        in_chans, name = 3, str
+
+        def __len__(self):
+            return 1
+
+        def read(self, _):
+            raise TimeoutError("not read within 60 seconds")
+
+    sample = common.KeyedSamples(Slow(), common.EvalCrop((32, 32)), 0, tries=1)[0, 0]
+    assert sample["bad"] == [("0", "not read within 60 seconds")]
+
+
+def test_text_and_tags_do_not_make_sound_pixels_unreadable(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("prompt", "x" * 3_000_000, zip=True)
+    save(tmp_path / "text.png", pnginfo=text)
+    for name, tags in {"short.png": b"Exif\0\0II*\0\x08\0\0\0\xff\xff", "none.webp": b"Exif\0\0nonsense",
+                       "odd.jpg": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\xff\xff\xff\xff\0\0\0\0"}.items():
+        save(tmp_path / name, exif=tags)
+    for path in tmp_path.iterdir():
+        assert read_image(str(path), 3).shape == (3, 40, 56)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotation_tags_are_applied_or_ignored(tmp_path, orientation):
+    tags = Image.Exif()
+    tags[274] = orientation
+    for name in ("a.png", "a.tif"):
+        save(tmp_path / name, exif=tags)
+    save(tmp_path / "a.jpg", exif=tags, quality=100, subsampling=0)
+    # By definition: where the stored first row and first column belong.
+    turned = {1: IMAGE, 2: IMAGE[:, ::-1], 3: IMAGE[::-1, ::-1], 4: IMAGE[::-1], 5: IMAGE.swapaxes(0, 1),
+              6: np.rot90(IMAGE, -1), 7: np.rot90(IMAGE, 2).swapaxes(0, 1), 8: np.rot90(IMAGE)}[orientation]
+    for exif, expected in (("auto", turned), ("apply", turned), ("ignore", IMAGE)):
+        source = open_data(tmp_path, exif=exif)
+        for i in range(3):
+            image, _ = source.read(i)
+            difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected)
+            assert difference.mean() <= (2 if source.name(i).endswith("jpg") else 0)
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("dtype, low, high, good", [
+    (np.int16, -1024, 3071, False), (np.int16, 0, 3071, True), (np.int32, 0, 65535, True),
+    (np.int32, 0, 70000, False), (np.float32, -3, 5, True), (np.float64, 0, np.inf, False),
+    (np.float32, 0, np.nan, False),
+])
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
+def test_one_rule_for_values_of_all_formats(tmp_path, dtype, low, high, good, suffix):
+    array = np.linspace(low, high if np.isfinite(high) else 1, 12).reshape(3, 4).astype(dtype)
+    array[-1, -1] = high
+    path = str(tmp_path / f"a.{suffix}")
+    if suffix == "npy":
+        np.save(path, array)
+    elif dtype == np.float64:
+        pytest.skip("Pillow writes no such TIFF")
+    elif dtype == np.int16:  # Pillow reads signed TIFFs and writes none: SampleFormat 2 in a 16-bit one
+        Image.fromarray(array.view(np.uint16)).save(path, tiffinfo={339: 2})
+    else:
+        Image.fromarray(array).save(path)
+    if not good:
+        with pytest.raises(ValueError, match="values of"):
+            read_image(path, 1)
+    else:
+        expected = array / 65535 if array.dtype.kind == "i" else array
+        np.testing.assert_allclose(read_image(path, 1)[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (25, 40)])
+def test_resizing_has_torchvisions_sizes_and_values(size):
+    for shape in ((375, 500), (333, 500), (97, 41), (30, 31)):
+        image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+        found = common.resize_to_cover(image, size, v2.InterpolationMode.BICUBIC)
+        if size[0] == size[1]:
+            assert torch.equal(found, v2.Resize(size[0], v2.InterpolationMode.BICUBIC)(image))
+        assert (found.shape[1] == size[0] or found.shape[2] == size[1])
+        assert found.shape[1] >= size[0] and found.shape[2] >= size[1]
+
+
+def test_a_strip_is_cropped_before_it_is_enlarged(monkeypatch):
+    sizes, resize = [], common.TF.resize
+
+    def watched(image, size, *more, **named):
+        sizes.append(size)
+        return resize(image, size, *more, **named)
+
+    monkeypatch.setattr(common.TF, "resize", watched)
+    image = torch.randint(0, 256, (3, 3, 40_000), dtype=torch.uint8)
+    assert common.EvalCrop((224, 224))(image).shape == (3, 224, 224)
+    assert [h * w < 6 * 256 * 256 for h, w in sizes] == [True]
+
+
+# ---- labels, lists, folders
+
+
+@pytest.mark.parametrize("labels, classes, first", [
+    (np.array(["dog", "cat", "cat", "dog"]), ["cat", "dog"], 1),
+    (np.array([[1], [0], [0], [1]]), ["0", "1"], 1),
+    (np.array([b"b", b"a", b"a", b"b"]), ["a", "b"], 1), (np.array([2, -1, 0, 0]), ["0", "1", "2"], 2),
+])
+def test_labels_of_an_npz_may_be_words_or_a_column(tmp_path, labels, classes, first):
+    marks = np.array([b"train", b"train", b"val", b"val"])
+    np.savez(tmp_path / "a.npz", images=np.stack([IMAGE] * 4), labels=labels, split=marks)
+    train, val = open_data(tmp_path / "a.npz", "train"), open_data(tmp_path / "a.npz", "val")
+    assert train.classes == val.classes == classes and len(train) == len(val) == 2
+    assert train.read(0)[1] == first
+
+
+@pytest.mark.parametrize("values", [
+    {"labels": np.array([0, 1, 2**40, 0])}, {"labels": np.array([0, -7, 0, 0])},
+    {"labels": np.zeros((4, 3), int)}, {"labels": np.array([0.5, 1, 2, 3])}, {"labels": np.zeros(3, int)},
+    {"split": np.zeros((2, 2), int)}, {"split": np.zeros(5, int)}, {"labels": np.array(3)},
+])
+def test_labels_of_other_kinds_are_refused_in_one_line(tmp_path, values):
+    np.savez(tmp_path / "a.npz", images=np.stack([IMAGE] * 4), **values)
+    with pytest.raises(UserError, match="`(labels|split)`"):
+        open_data(tmp_path / "a.npz", "train")
+
+
+def test_a_list_of_paths_ends_lines_at_newlines_alone(tmp_path):
+    names = ["a\u2028b.png", "c\x0bd.png", os.fsdecode(b"\xff.png"), "e.png"]
+    for name in names:
+        save(tmp_path / name)
+    (tmp_path / "list.txt").write_bytes(b"\r\n".join(os.fsencode(name) for name in names) + b"\n\n")
+    source = open_data(tmp_path / "list.txt")
+    assert [os.path.basename(source.name(i)) for i in range(len(source))] == names
+    assert all(source.read(i)[0].shape == (3, 40, 56) for i in range(4))
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    for name in ("train/a/1.png", "train/a/2.png", "train/b/1.png", "val/a/1.png", "extra/1.png"):
+        save(tmp_path / name)
+    for name in ("train/a/x.heic", "train/a/y.HEIC", "train/b/noext", "train/b/._1.png", "train/classes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert len(open_data(tmp_path, "train")) == 3
+    output = capsys.readouterr().out
+    assert "3 images; left out, by suffix: .heic 2" in output and "also has extra" in output
+    assert all(part in output for part in ("no suffix 1", "hidden 1", ".txt 1"))
+    save(tmp_path / "train/overview.png")
+    with pytest.raises(UserError, match="train/overview.png lies beside"):
+        open_data(tmp_path, "train")
+    assert len(open_data(tmp_path)) == 4  # pre-training needs no classes
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(UserError, match="no train/"):
+        open_data(tmp_path, "train")
+
+
+# ---- --check_data
+
+
+@pytest.fixture
+def messy(tmp_path):
+    tags = Image.Exif()
+    tags[274] = 6
+    for i in range(6):
+        save(tmp_path / f"train/cat/{i}.png")
+    save(tmp_path / "train/dog/turned.jpg", exif=tags)
+    pages = [Image.fromarray(IMAGE), Image.fromarray(255 - IMAGE)]
+    pages[0].save(tmp_path / "train/dog/pages.tif", save_all=True, append_images=pages[1:])
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "train/dog/deep.png")
+    (tmp_path / "train/dog/broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "train/dog/phone.heic").write_bytes(b"x")
+    save(tmp_path / "val/cat/0.png")
+    return tmp_path
+
+
+def test_check_data_says_what_a_person_would_want_to_know(messy):
+    output = run_script(["mae_mff.py", "--data", messy, "--check_data"], messy)
+    for part in ("train: 10 images", ".png 7, .jpg 2, .tif 1", "left out, by suffix: .heic 1",
+                 "several pages or frames, of which the first is read: 1", "largest cat 6, smallest dog 3",
+                 "56x40 7", "40x56 1", "(8 bit, 0 to 255) of 8 images: 0 to 255", "0.4578 to 0.4578",
+                 "orientation 6: 1", "unreadable: 1", "broken.jpg", "val: 1 images",
+                 "classes without an image here: dog"):
+        assert part in output, (part, output)
+    assert not (messy / "runs").exists()
+
+
+@pytest.mark.parametrize("spoil", ["all unreadable", "too many", "a class"])
+def test_check_data_ends_with_2_when_training_could_not_use_it(messy, spoil):
+    for path in (messy / "train").rglob("*.*"):
+        if spoil == "all unreadable" or path.parent.name == "dog" and spoil == "a class":
+            path.write_bytes(b"x")
+    if spoil == "too many":
+        for i in range(5):
+            (messy / f"train/cat/{i}.png").write_bytes(b"x")
+    output = run_script(["mae_mff.py", "--data", messy, "--check_data"], messy, expect=2)
+    assert "Traceback" not in output and output.splitlines()[-1].startswith("mae_mff: train: ")
