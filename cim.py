@@ -158,15 +158,18 @@ def presets(flags):
 def block_order(grid, n):
     """BEiT's blocks, for --mask block: (L,) whose k smallest values hide blocks, for any k <= n.
 
-    Blocks of 16/196 to 60/196 of the grid, aspect .3 to 1/.3 (log-uniform), are laid until n positions are
-    covered. A value is the number of the position's first block, plus its place in the grid as a fraction.
+    Blocks of 16/196 of the grid up to what is still to be covered, aspect .3 to 1/.3 (log-uniform), are laid
+    until that is n positions. A value is the number of the position's first block, plus its place in the grid
+    as a fraction.
     """
     h, w = grid
     place, number = torch.arange(h * w).view(grid) / (h * w), 0
     order = place + h * w  # not covered: last
-    while (order < h * w).sum() < n:
+    while (left_over := n - (order < h * w).sum().item()) > 0:
         area, aspect, top, left = torch.rand(4).tolist()
-        area, aspect = h * w * (16 + 44 * area) / 196, math.exp(math.log(0.3) * (1 - 2 * aspect))
+        smallest = h * w * 16 / 196
+        area = smallest + area * max(0, left_over - smallest)
+        aspect = math.exp(math.log(0.3) * (1 - 2 * aspect))
         height = min(h, max(1, round(math.sqrt(area * aspect))))
         width = min(w, max(1, round(math.sqrt(area / aspect))))
         top, left = int(top * (h - height + 1)), int(left * (w - width + 1))
@@ -195,12 +198,12 @@ def sample(logits, sampling):
 def window_statistics(images, per_channel=False, size=8):
     """Mean and deviation (B, 1 or C, H, W) float32 of the size x size window around each pixel, over all
     channels or each: offsets -3 to +4, reflected at the borders, eps 1e-6."""
-    offset = images.mean((1, 2, 3), keepdim=True)  # E[x^2] - E[x]^2 would cancel too much without
     before = size // 2 - 1
-    x = F.pad(images - offset, (before, size - 1 - before) * 2, mode="reflect")
+    # float64: where an area is nearly flat, E[x^2] - E[x]^2 cancels nearly all digits.
+    x = F.pad(images.double(), (before, size - 1 - before) * 2, mode="reflect")
     moments = [values if per_channel else values.mean(1, keepdim=True) for values in (x, x.square())]
     mean, square = (F.avg_pool2d(moment, size, stride=1) for moment in moments)
-    return mean + offset, ((square - mean.square()).clamp(min=0) + 1e-6).sqrt()
+    return mean.float(), ((square - mean.square()).clamp(min=0) + 1e-6).sqrt().float()
 
 
 def pixel_statistics(images, cfg):
@@ -439,12 +442,15 @@ def save_pictures(path, model, examples):
 
 
 def load_generator(generator, cfg, tokenizer):
-    """--generator_init; UserError if it predicts another tokenizer's tokens, or normalised pixels."""
+    """--generator_init; UserError if it predicts another tokenizer's tokens, or does not say: raw pixels."""
     content = read_file(cfg.generator_init)
     if tokenizer and content.get("inputs", {}).get("tokenizer_sha256") not in (tokenizer.digest, None):
         raise UserError(f"{cfg.generator_init} was trained with another tokenizer than {cfg.tokenizer}")
-    if content.get("config", {}).get("target", "raw") != "raw":
-        raise UserError(f"{cfg.generator_init} predicts normalised pixels: train it with --target raw")
+    raw = content.get("method") == "cim" or content.get("config", {}).get("target") == "raw"
+    raw = raw or getattr(content.get("args"), "norm_pix_loss", True) is False  # in MAE's own files
+    if cfg.generator == "mae" and not raw:
+        raise UserError(f"{cfg.generator_init} does not say that it predicts raw pixels: train it with "
+                        "mae_mff.py --target raw")
     load_weights(generator, cfg.generator_init, prefix="generator.", content=content)
 
 

@@ -66,6 +66,7 @@ from common import (
     patch_grid,
     patches_to_pixels,
     patchify,
+    print0,
     save_image_grid,
     set_lr,
     sincos_pos_embed,
@@ -162,7 +163,7 @@ def presets(flags):
 
 
 def block_mask(grid, n_masked, n_block):
-    """Hide rectangles, BEiT's way, until n_block patches are hidden, then single patches: n_masked in all.
+    """Hide rectangles, BootMAE's way, until n_block patches are hidden, then single patches: n_masked in all.
 
     Returns (h, w) bool, True = hidden. A rectangle's area is uniform between 16/196 of the grid and 60/196,
     or what remains to hide; its aspect is log-uniform between .3 and 1/.3. It is drawn again if it is as high
@@ -406,6 +407,9 @@ def train(cfg, run):
         model.update_teacher(0.0)
     peak_lr = cfg.base_lr * cfg.batch_size / 256
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
+    average = 1 / max(1e-9, 1 - cfg.momentum[0])
+    if cfg.distill and average > run.steps / 3:
+        print0(f"warning: the teacher averages {average:.0f} updates, of {run.steps}: a lower --momentum")
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)

@@ -82,9 +82,9 @@ def read_folder(path):
             raise ValueError(f"it lacks {min(missing)}, which its {index.name} names")
     config = path / "config.json"
     fields = json.loads(config.read_text()) if config.exists() else {}
-    content = {"args": argparse.Namespace(norm_pix_loss=fields.get("norm_pix_loss", False))}
     weights = {name: value for file in files for name, value in read_other(file).items()}
-    return {"model": weights, **content}
+    target = {"norm_pix_loss": fields["norm_pix_loss"]} if "norm_pix_loss" in fields else {}
+    return {"model": weights, "args": argparse.Namespace(**target)}
 
 
 def is_state(value):

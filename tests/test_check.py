@@ -99,9 +99,9 @@ def test_text_and_tags_do_not_make_sound_pixels_unreadable(tmp_path):
     text = PngImagePlugin.PngInfo()
     text.add_text("prompt", "x" * 3_000_000, zip=True)
     save(tmp_path / "text.png", pnginfo=text)
-    for name, tags in {"short.png": b"Exif\0\0II*\0\x08\0\0\0\xff\xff", "none.webp": b"Exif\0\0nonsense",
-                       "odd.jpg": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\xff\xff\xff\xff\0\0\0\0"}.items():
-        save(tmp_path / name, exif=tags)
+    save(tmp_path / "short.png", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    save(tmp_path / "none.webp", exif=b"Exif\0\0nonsense")
+    save(tmp_path / "odd.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\xff\xff\xff\xff\0\0\0\0")
     for path in tmp_path.iterdir():
         assert read_image(str(path), 3).shape == (3, 40, 56)
 

@@ -279,7 +279,8 @@ def test_blocks_are_laid_one_after_another(grid):
     assert box.all() and first.sum() == box.numel()  # a full rectangle
     if grid == (14, 14):
         sizes = [(cim.block_order(grid, 120) < 1).sum().item() for _ in range(300)]
-        assert min(sizes) >= 9 and max(sizes) <= 70 and 30 < sum(sizes) / 300 < 45
+        # BEiT's areas: uniform from 16 to what is to be covered, as far as rounding and the grid allow
+        assert min(sizes) >= 9 and 100 < max(sizes) <= 140 and 55 < sum(sizes) / 300 < 75
 
 
 def test_samples_follow_the_softmax():
@@ -337,6 +338,19 @@ def test_window_normalisation_of_a_constant_image_is_zero():
     for value in (0.0, 1e-3, -2.117903, 1e4):
         mean, deviation = cim.window_statistics(torch.full((1, 3, 32, 32), value))
         assert ((value - mean) / deviation).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.999, -2.1])
+def test_window_statistics_of_nearly_flat_areas_keep_their_digits(offset):
+    """A white page with faint marks, against two local passes in float64."""
+    images = offset + 1e-4 * torch.randn(1, 3, 24, 24)
+    images[..., 8:, 8:] += 1.7  # an edge
+    mean, deviation = cim.window_statistics(images)
+    windows = F.pad(images.double(), (3, 4, 3, 4), mode="reflect").unfold(2, 8, 1).unfold(3, 8, 1)
+    expected = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)
+    variance, average = torch.var_mean(expected, -1, correction=0)
+    torch.testing.assert_close(mean[:, 0], average.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(deviation[:, 0], (variance + 1e-6).sqrt().float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("values", [{}, RESNET], ids=["ViT", "ResNet"])
@@ -535,7 +549,7 @@ def test_generator_first_then_frozen(tmp_path, small_npz, tokenizer_file):
         run_script(["mae_mff.py", *QUICK, "--data", small_npz, *flags], tmp_path)
         flags = ["--generator", "mae", "--generator_init", f"{target}/last.pth", "--out", f"with_{target}"]
         output = run_script([*command, *flags], tmp_path, expect=code)
-        assert ("predicts normalised pixels" in output) == bool(code)
+        assert ("does not say that it predicts raw pixels" in output) == bool(code)
 
 
 def test_statistics_of_batch_norm_survive_a_skipped_update():
