@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torture import log
 
+import augment
 import common
 import finetune
 
@@ -94,18 +95,18 @@ def test_knn_against_a_loop():
 
 def test_randaugment_has_timms_operations():
     """Pixel for pixel; slopes, of which one is computed through its angle, may differ in the last digit."""
-    augment = pytest.importorskip("timm.data.auto_augment")
+    timms = pytest.importorskip("timm.data.auto_augment")
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((80, 60), Image.BICUBIC)
     names = {"color": "ColorIncreasing", "shear_x": "ShearX", "shear_y": "ShearY", "rotate": "Rotate",
              "translate_x": "TranslateXRel", "translate_y": "TranslateYRel", "solarize_add": "SolarizeAdd",
              "invert": "Invert", "autocontrast": "AutoContrast", "equalize": "Equalize"}
-    names = {name: names.get(name, f"{name.title()}Increasing") for name in finetune.OPERATIONS}
-    assert set(names.values()) == set(augment._RAND_INCREASING_TRANSFORMS)
+    names = {name: names.get(name, f"{name.title()}Increasing") for name in augment.OPERATIONS}
+    assert set(names.values()) == set(timms._RAND_INCREASING_TRANSFORMS)
     hparams = {"img_mean": (124, 116, 104), "interpolation": Image.BICUBIC}
-    for name, ours in finetune.OPERATIONS.items():
+    for name, ours in augment.OPERATIONS.items():
         for magnitude in (0.0, 3.3, 9.9):
-            operation = augment.AugmentOp(names[name], 1.0, magnitude, hparams)
+            operation = timms.AugmentOp(names[name], 1.0, magnitude, hparams)
             theirs = [np.asarray(operation(smooth), int) for _ in range(12)]  # both signs, as they are drawn
             mine = [np.asarray(ours(smooth, m * magnitude / 10, [124, 116, 104]), int) for m in (1, -1)]
             distance = np.array([[np.abs(a - b).mean() for b in theirs] for a in mine])
@@ -115,10 +116,10 @@ def test_randaugment_has_timms_operations():
 
 def test_randaugment_draws_two_operations_each_half_of_the_time(monkeypatch):
     drawn, image = [], torch.zeros(3, 8, 8, dtype=torch.uint8)
-    note = dict.fromkeys(finetune.OPERATIONS, lambda image, m, fill: drawn.append(m) or image)
-    monkeypatch.setattr(finetune, "OPERATIONS", note)
+    note = dict.fromkeys(augment.OPERATIONS, lambda image, m, fill: drawn.append(m) or image)
+    monkeypatch.setattr(augment, "OPERATIONS", note)
     for _ in range(2000):
-        assert torch.equal(finetune.RandAugment(7.0, [0, 0, 0])(image), image)
+        assert torch.equal(augment.RandAugment(7.0, [0, 0, 0])(image), image)
     m = 10 * np.array(drawn)
     found = [len(m) / 2000, np.abs(m).mean(), np.abs(m).std(), (m > 0).mean()]
     assert found == pytest.approx([1, 7, 0.5, 0.5], abs=0.05)
@@ -126,7 +127,7 @@ def test_randaugment_draws_two_operations_each_half_of_the_time(monkeypatch):
 
 def test_random_erasing_fills_boxes_of_the_stated_area():
     images = torch.full((500, 3, 64, 48), 9.0)
-    changed = (finetune.random_erasing(images, 0.25) != 9).all(1)
+    changed = (augment.random_erasing(images, 0.25) != 9).all(1)
     share = changed.float().mean((1, 2))
     assert 0.18 < (share > 0).float().mean() < 0.32 and share.max() < 0.36
     for box in changed[share > 0]:
@@ -137,7 +138,7 @@ def test_random_erasing_fills_boxes_of_the_stated_area():
 def test_mixing_keeps_labels_in_proportion_and_bce_equals_a_loop():
     cfg = SimpleNamespace(mixup=0.0, cutmix=1.0, erasing=0.0, loss="bce", smoothing=0.2)
     images, labels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 32, 32), torch.eye(4, dtype=torch.int64)
-    mixed, soft = finetune.erase_and_mix(images.clone(), labels, cfg)
+    mixed, soft = augment.erase_and_mix(images.clone(), labels, cfg)
     shares = torch.stack([(mixed == c).float().mean((1, 2, 3)) for c in range(4)], dim=1)
     torch.testing.assert_close(shares, soft)
     scores = torch.randn(4, 4)
@@ -158,7 +159,7 @@ def test_repeated_keys(repeats, n, batch, processes):
     cfg = SimpleNamespace(repeats=repeats, batch_size=batch, seed=5)
     plan = {"cfg": cfg, "n": n, "steps": steps, "accum_steps": 1, "micro_batch": batch // processes}
     runs = [SimpleNamespace(**plan, step=0, rank=rank, world_size=processes) for rank in range(processes)]
-    updates = [sum(micro, []) for micro in zip(*map(finetune.repeated_keys, runs), strict=True)]
+    updates = [sum(micro, []) for micro in zip(*map(augment.repeated_keys, runs), strict=True)]
     images = -(-batch // repeats)
     for step, update in enumerate(updates):
         for place, (epoch, index) in enumerate(update):
@@ -167,7 +168,7 @@ def test_repeated_keys(repeats, n, batch, processes):
             assert index == common.epoch_order(n, 5, position // n)[position % n]
     assert len(updates) == steps and len({key for update in updates for key in update}) == steps * batch
     runs[0].step = 2
-    assert list(finetune.repeated_keys(runs[0]))[0] == updates[2][: batch // processes]
+    assert list(augment.repeated_keys(runs[0]))[0] == updates[2][: batch // processes]
 
 
 # ---- runs
