@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import augment
 import common
+import evaluate
 import finetune
 
 # Typed from the papers' tables: rate (per 256 images, or fixed), batch, epochs, warm-up, weight decay, layer
@@ -150,9 +151,8 @@ def test_three_steps_with_all_ingredients(name, flags, small_npz, tmp_path, monk
 
     monkeypatch.setattr(common.Run, "catch_signals", lambda self: None)  # pytest keeps its own
     erased, augmented = (calls(augment, name) for name in ("random_erasing", "RandAugment"))
-    names = ("EvalCrop", "loss_of", "update_ema", "drop_path")
-    crops, losses, averaged, resnet = (calls(finetune, name) for name in names)
-    others = calls(common, "drop_path")
+    losses, averaged, resnet = (calls(finetune, name) for name in ("loss_of", "update_ema", "drop_path"))
+    crops, others = calls(evaluate, "EvalCrop"), calls(common, "drop_path")
     cfg = config("--workers", 0, "--amp", "off", "--out", tmp_path / "run", "--data", small_npz, "--weights",
                  "none", "--recipe", name, *flags, "--batch_size", 24, "--epochs", 0.29)
     run = common.Run(cfg, "finetune")
