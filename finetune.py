@@ -397,14 +397,14 @@ def train_step(model, batches, optimizer, scaler, run):
 
 
 def open_sets(cfg):
-    """The images to train and to evaluate on; of --mode features all of --data. --check_data reads them."""
+    """{part: images}: to train and to evaluate on; of --mode features all of --data."""
     if cfg.mode == "features":
-        return [open_data(cfg, "all")]
+        return {"all": open_data(cfg, "all")}
     source = open_data(cfg, "train")
     if not source.classes:
         raise UserError(f"--data {cfg.data} has no labels: expected train/CLASS/*.jpg and val/CLASS/*.jpg, "
                         "or an .npz with `labels`")
-    return [source, open_data(cfg, "val", source.classes)]
+    return {"train": source, "val": open_data(cfg, "val", source.classes)}
 
 
 def evaluations(run):
@@ -417,14 +417,13 @@ def evaluations(run):
 
 def train(cfg, run):
     if cfg.mode == "features":
-        return write_features(load_model(cfg, 0), *open_sets(cfg), run)
-    source, held_out = open_sets(cfg)
+        return write_features(load_model(cfg, 0), *open_sets(cfg).values(), run)
+    source, held_out = open_sets(cfg).values()
     if cfg.mode == "finetune" and split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] < 2:
         raise UserError("mixup, cutmix and BatchNorm need two images per forward pass: raise --micro_batch, "
                         "--batch_size")
     model = load_model(cfg, len(source.classes)).to(run.device)
     lr = f"lr {cfg.peak_lr:.3g}" + (f" = {cfg.base_lr:.3g} x {cfg.batch_size} / 256" if cfg.base_lr else "")
-    lr += ", only rising: --epochs ends in --warmup_epochs" if cfg.warmup_epochs >= cfg.epochs else ""
     settings = f"recipe {cfg.recipe}, {cfg.img_size} px, tested at {cfg.test_size}, {lr}"
     run.start(None if cfg.mode == "knn" else len(source), settings)
 

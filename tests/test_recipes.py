@@ -86,7 +86,7 @@ def test_every_recipe_is_in_the_table_and_on_the_page():
 
 def test_what_wins_flag_file_demo_or_recipe(tmp_path):
     size = {"model": "tiny", "img_size": (32, 48), "patch_size": 8}
-    meta = size | {"in_chans": 1, "mean": (0.5,), "std": (0.5,)}
+    meta = size | {"method": "mae_mff", "in_chans": 1, "mean": (0.5,), "std": (0.5,)}
     content = {"model": common.ViT("tiny", (32, 48), 8, 1).state_dict(), "meta": meta}
     torch.save(content, tmp_path / "encoder.pth")
     file = ["--weights", tmp_path / "encoder.pth"]
