@@ -277,8 +277,9 @@ NANO = ["finetune.py", "--weights", "none", "--model", "nano", "--img_size", 32,
 
 @pytest.mark.parametrize("mode", [["knn"], ["linear", "--augment", "none", "--batch_size", 6, "--epochs", 2]])
 def test_held_out_images_that_cannot_be_read_are_left_out_and_counted(sets, tmp_path, mode):
-    command = [*NANO, "--data", sets, "--mode", *mode, "--max_bad", 0.5, "--out"]
-    (sets / "val/0/1.png").write_bytes(b"no image")
+    command = [*NANO, "--data", sets, "--mode", *mode, "--out"]
+    for bad in ("train/1/8.png", "val/0/1.png"):
+        (sets / bad).write_bytes(b"no image")
     run_script([*command, "one"], tmp_path)
     run_script([*command, "two"], tmp_path, processes=2)
     (sets / "val/0/1.png").unlink()
