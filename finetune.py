@@ -17,10 +17,8 @@ class token after the final LayerNorm (--pool cls, to probe). ResNet: the mean o
 mean of the top level of the last column (units that it does not depend on are left out, so such a file serves
 no dense task); a probe reads the last bottom-up column.
 
-Our choice: random erasing draws one box per image, without retries; mixup and cutmix pair an image with its
-neighbour in the batch; posterize leaves at least one bit; the flip follows RandAugment; the targets of
-`--loss bce` are the mixed, smoothed labels, without a threshold; with --repeats the copies of an image share
-an update, and all images come before one returns (elsewhere a pass sees 1/repeats of them).
+Our choice: the targets of `--loss bce` are the mixed, smoothed labels, without a threshold. augment.py has
+the augmentation, evaluate.py what all modes measure.
 
     python finetune.py --demo --mode linear --weights runs/mae_mff/encoder.pth
     torchrun --nproc_per_node 4 finetune.py --weights encoder.pth
@@ -32,22 +30,19 @@ an update, and all images come before one returns (elsewhere a pass sees 1/repea
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as TF
 
+from augment import erase_and_mix, repeated_keys, training_batches
 from common import (
     NETWORK,
     VIT_SIZES,
-    EvalCrop,
-    RandomResizedCrop,
     ResNet50,
     RunConfig,
     UserError,
@@ -55,12 +50,9 @@ from common import (
     adamw,
     batch_statistics,
     drop_path,
-    epoch_order,
-    eval_keys,
     launch,
     load_weights,
     network_of,
-    new_file,
     open_data,
     parameter_groups,
     patch_grid,
@@ -72,8 +64,8 @@ from common import (
     split_batch,
     warmup_cosine,
     weights_of,
-    write_atomically,
 )
+from evaluate import batches_of_features, eval_batches, evaluate, extract, knn, write_features
 from revcol_v2 import SIZES, RevColV2, cell_grid
 
 MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
@@ -106,7 +98,7 @@ class Config(RunConfig):
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     layer_decay: float = 0.75  # learning rate of a block = that of the next one times this
     clip_grad: float = 0.0  # largest gradient norm; 0 = no clipping
-    ema: float = 0.0  # weight of the old value in the moving average that is evaluated; 0 = none
+    ema: float = 0.0  # moving average that is evaluated: weight of the old value; grows to this; 0 = none
     # augmentation
     augment: Literal["none", "crop", "full"] = "full"  # centre crop; random crop, flip; and RandAugment
     randaug: float = 9.0  # RandAugment: mean of the magnitude, of 10; its deviation is 0.5
@@ -201,6 +193,8 @@ def presets(flags):
 
 def make_head(features, num_classes, cfg):
     """The classifier; for a frozen network after BatchNorm without affine parameters (MAE's protocol)."""
+    if cfg.mode in ("knn", "features"):
+        return nn.Identity()
     linear = nn.Linear(features, num_classes)
     nn.init.trunc_normal_(linear.weight, std=0.02 * cfg.head_init)
     nn.init.zeros_(linear.bias)
@@ -289,14 +283,16 @@ def load_model(cfg, num_classes):
     classifiers = {"ViT": Classifier, "ResNet": ResNetClassifier, "RevColV2": RevColClassifier}
     model = classifiers[family(cfg.model)](cfg, num_classes)
     if cfg.weights != "none":
-        content, heads = read_file(cfg.weights), ("head.", "fc_norm.", "fc.")
+        content = read_file(cfg.weights)
         names = weights_of(content).keys()
         own_norm = "fc_norm.weight" in names and "norm.weight" not in names
         if own_norm and cfg.mode != "finetune" and isinstance(model, Classifier):
-            model.norm_the_mean()  # a fine-tuned network is read out through the norm of its fine-tuning
-            heads = ("head.",)
-        ignore = ("decoder", "mask_token", "fuse_", *heads, *model.unused_names)
-        load_weights(model, cfg.weights, heads, ignore, content=content)
+            model.norm_the_mean()
+            cfg.pool = model.pool
+            print0(f"{cfg.weights} is fine-tuned: read out as then, by its norm of the mean token (pool avg)")
+        ignore = ["decoder", "mask_token", "fuse_", "head.", "fc.", *model.unused_names]
+        ignore += [] if "fc_norm.weight" in model.state_dict() else ["fc_norm."]  # kept if both have it
+        load_weights(model, cfg.weights, ("head.", "fc_norm.", "fc."), ignore, content=content)
     model.requires_grad_(cfg.mode == "finetune")
     model.head.requires_grad_(True)
     return model
@@ -315,7 +311,7 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):
                 g = p.grad
                 if p.ndim > 1:
                     g = g + group["weight_decay"] * p
@@ -324,214 +320,6 @@ class LARS(torch.optim.Optimizer):
                 m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 m.mul_(0.9).add_(g)
                 p.sub_(group["lr"] * m)
-
-
-# ---- augmentation: RandAugment in the loader, the rest on the device ---------------------------------------
-
-
-def affine(angle=0.0, shear=(0.0, 0.0), translate=(0.0, 0.0)):
-    """Operation that turns, slants (about a corner) or shifts; limits: degrees, slopes, shares of sides."""
-
-    def apply(image, m, fill):
-        slant = [math.degrees(math.atan(m * slope)) for slope in shear]
-        shift = [m * share * side for share, side in zip(translate, image.size, strict=True)]
-        corner = [0, 0] if any(shear) else None
-        return TF.affine(image, m * angle, shift, 1.0, slant, InterpolationMode.BICUBIC, fill, corner)
-
-    return apply
-
-
-# image: Pillow's; m: -1 to 1, the sign is ignored where it has no meaning; fill: levels outside the image.
-OPERATIONS = {
-    "autocontrast": lambda image, m, fill: TF.autocontrast(image),
-    "equalize": lambda image, m, fill: TF.equalize(image),
-    "invert": lambda image, m, fill: TF.invert(image),
-    "posterize": lambda image, m, fill: TF.posterize(image, max(1, 4 - int(4 * abs(m)))),
-    "solarize": lambda image, m, fill: TF.solarize(image, 256 - int(256 * abs(m))),
-    "solarize_add": lambda image, m, fill: image.point(lambda x: x + int(110 * abs(m)) if x < 128 else x),
-    "color": lambda image, m, fill: TF.adjust_saturation(image, 1 + 0.9 * m),
-    "contrast": lambda image, m, fill: TF.adjust_contrast(image, 1 + 0.9 * m),
-    "brightness": lambda image, m, fill: TF.adjust_brightness(image, 1 + 0.9 * m),
-    "sharpness": lambda image, m, fill: TF.adjust_sharpness(image, 1 + 0.9 * m),
-    "rotate": affine(angle=30.0),
-    "shear_x": affine(shear=(0.3, 0.0)),
-    "shear_y": affine(shear=(0.0, 0.3)),
-    "translate_x": affine(translate=(0.45, 0.0)),
-    "translate_y": affine(translate=(0.0, 0.45)),
-}
-
-
-class RandAugment:
-    """RandAug (M, 0.5) of the papers (Cubuk et al. 2020; timm's `rand-mM-mstd0.5-inc1`): two operations,
-    drawn with replacement, each applied half of the time, at a magnitude from N(M, 0.5) of 10."""
-
-    def __init__(self, magnitude, fill):
-        self.magnitude, self.fill = magnitude, fill
-
-    def __call__(self, image):
-        """uint8 (C, H, W), one channel or three -> the same"""
-        image = TF.to_pil_image(image)  # bicubic turns need it, and its sharpness is four times as fast
-        for choice in torch.randint(len(OPERATIONS), (2,)).tolist():
-            apply, negative = (torch.rand(2) < 0.5).tolist()
-            m = min(max(self.magnitude + 0.5 * torch.randn(()).item(), 0.0), 10.0) / 10
-            if apply:
-                image = list(OPERATIONS.values())[choice](image, -m if negative else m, self.fill)
-        return TF.pil_to_tensor(image)
-
-
-def train_transform(cfg):
-    """What the loader does to a training image before the flip."""
-    if cfg.augment == "none":
-        return EvalCrop(cfg.img_size, cfg.test_crop)
-    crop = RandomResizedCrop(cfg.img_size, scale=(0.08, 1.0))
-    if cfg.augment == "crop":
-        return crop
-    fill = [round(255 * value) for value in cfg.mean]
-    return v2.Compose([crop, v2.ToDtype(torch.uint8, scale=True), RandAugment(cfg.randaug, fill)])
-
-
-def random_erasing(images, probability):
-    """With this probability per image, fill a box (2 to 33 % of the area, aspect 0.3 to 3.3) by N(0, 1)."""
-    B, _, H, W = images.shape
-    u = torch.rand(5, B, device=images.device)
-    area, aspect = H * W * (0.02 + 0.31 * u[0]), torch.exp((2 * u[1] - 1) * math.log(3.3))
-    h, w = (area * aspect).sqrt().clamp(max=H), (area / aspect).sqrt().clamp(max=W)
-    top, left = u[2] * (H - h), u[3] * (W - w)
-    rows, columns = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
-    inside = ((rows >= top[:, None]) & (rows < (top + h)[:, None]))[:, :, None] & (
-        (columns >= left[:, None]) & (columns < (left + w)[:, None]))[:, None, :]
-    erased = (inside & (u[4] < probability)[:, None, None])[:, None]
-    return torch.where(erased, torch.randn_like(images), images)
-
-
-def erase_and_mix(images, labels, cfg):
-    """Random erasing, then mixup or cutmix, each half of the time, one lambda per micro-batch. labels: (B,),
-    or one-hot (B, classes) if they are to be mixed."""
-    if cfg.erasing:
-        images = random_erasing(images, cfg.erasing)
-    pairs = (v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix)
-    kinds = [kind(alpha=alpha) for kind, alpha in pairs if alpha]
-    return v2.RandomChoice(kinds)(images, labels) if kinds else (images, labels)
-
-
-# ---- batches: (images (B, C, H, W) normalised, labels, sample numbers), on the device ----------------------
-
-
-def repeated_keys(run):
-    """common.training_keys with --repeats copies of each image in an update, each with its own key
-    (epoch * repeats + copy, index), so its own crop. Copies lie batch_size / repeats apart: mixup of
-    neighbours does not mix an image with itself."""
-    repeats, B = run.cfg.repeats, run.cfg.batch_size
-    images = math.ceil(B / repeats)
-    for micro_step in range(run.step * run.accum_steps, run.steps * run.accum_steps):
-        first, keys = (micro_step * run.world_size + run.rank) * run.micro_batch, []
-        for position in range(first, first + run.micro_batch):
-            update, place = divmod(position, B)
-            copy, image = divmod(place, images)
-            epoch, i = divmod(update * images + image, run.n)
-            keys.append((epoch * repeats + copy, int(epoch_order(run.n, run.cfg.seed, epoch)[i])))
-        yield keys
-
-
-def training_batches(source, run):
-    """Augmented micro-batches; labels (B,), one-hot if they are to be mixed."""
-    cfg = run.cfg
-    samples = run.samples(source, train_transform(cfg), flip=cfg.augment != "none")
-    for batch in run.load_batches(samples, repeated_keys(run)):
-        labels = batch["label"].to(run.device, non_blocking=True)
-        if cfg.mixup or cfg.cutmix:
-            labels = F.one_hot(labels, len(source.classes))
-        yield run.normalize(batch["image"]), labels, batch["index"]
-
-
-def eval_batches(source, run):
-    """This process's share of a data set, centre-cropped."""
-    samples = run.samples(source, EvalCrop(run.cfg.test_size, run.cfg.test_crop), flip=False)
-    for batch in run.load_batches(samples, eval_keys(len(source), run)):
-        yield run.normalize(batch["image"]), batch["label"].to(run.device), batch["index"].to(run.device)
-    run.share_bad_files()
-
-
-def batches_of_rows(features, labels, keys):
-    """The same from features that are there already, in place of images."""
-    for batch in keys:
-        numbers = torch.tensor([index for _, index in batch])
-        yield features[numbers], labels[numbers], numbers
-
-
-# ---- evaluation --------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def evaluate(classify, batches, run):
-    """Accuracy of classify (images -> scores (B, classes)) over the batches of all processes, in %."""
-    hits = torch.zeros(3, dtype=torch.float64, device=run.device)
-    for images, labels, _ in batches:
-        with run.autocast():
-            scores = classify(images).float()
-        hit = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-        hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum(), torch.tensor(len(labels), device=run.device)])
-    if run.world_size > 1:
-        dist.all_reduce(hits)
-    top1, top5, n = hits.tolist()
-    return {"eval/top1": round(100 * top1 / n, 3), "eval/top5": round(100 * top5 / n, 3), "eval/n": int(n)}
-
-
-@torch.no_grad()  # not inference mode: a probe trains on what comes out
-def extract(model, source, run):
-    """features (N, D) float32 and labels (N,) of all of `source`, on every process."""
-    model.eval()
-    features = torch.zeros(len(source), model.embed_dim, device=run.device)
-    labels = torch.zeros(len(source), dtype=torch.int64, device=run.device)
-    for images, some_labels, numbers in eval_batches(source, run):
-        with run.autocast():
-            features[numbers] = model.features(images).float()
-        labels[numbers] = some_labels
-    if run.world_size > 1:  # every row was filled by one process and is zero on the others
-        dist.all_reduce(features)
-        dist.all_reduce(labels)
-    return features, labels
-
-
-def knn_scores(queries, features, labels, num_classes, k, temperature):
-    """Weighted vote of the k nearest training features by cosine similarity: (Q, num_classes).
-    queries: (Q, D); features: (N, D), of length 1; labels: (N,)."""
-    with torch.autocast(queries.device.type, enabled=False):
-        cosine = F.normalize(queries.float(), dim=1) @ features.T
-    similarity, nearest = cosine.topk(min(k, len(features)), dim=1)
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # the nearest has 1: nothing overflows
-    votes = F.one_hot(labels[nearest], num_classes) * weights[..., None]
-    return votes.sum(1)
-
-
-def knn(model, source, held_out, run):
-    """--mode knn: the scores of `evaluate`."""
-    run.load()  # nothing to resume; writes config.json
-    k, temperature = run.cfg.k, run.cfg.temperature
-    features, labels = extract(model, source, run)
-    features = F.normalize(features, dim=1)
-
-    def vote(images):
-        return knn_scores(model.features(images), features, labels, len(source.classes), k, temperature)
-
-    return evaluate(vote, eval_batches(held_out, run), run) | {"k": k, "temperature": temperature}
-
-
-def write_features(run):
-    """--mode features: --out (N, D) float32 .npy, and next to it the images' names, one per line. What cannot
-    be read is left out of both."""
-    cfg, source, model = run.cfg, open_data(run.cfg, "all"), load_model(run.cfg, 1)
-    path = new_file(cfg.out or "features.npy", ".npy")
-    names_path = new_file(path.with_suffix(".txt"), ".txt")
-    run.join()
-    features, _ = extract(model.to(run.device), source, run)
-    good = [i for i in range(len(source)) if source.name(i) not in run.bad_files]
-    if run.is_main:
-        names = "".join(f"{source.name(i)}\n" for i in good)
-        write_atomically(path, lambda file: np.save(file, features.cpu().numpy()[good]))
-        write_atomically(names_path, lambda file: file.write(names.encode(errors="surrogateescape")))
-    print0(f"{path}: {len(good)} images x {model.embed_dim} ({cfg.test_size} px, pool {cfg.pool}), names in "
-           f"{names_path}; unreadable ones, left out: {len(source) - len(good)}")
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -547,11 +335,20 @@ def loss_of(scores, labels, cfg):
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema = decay * ema + (1 - decay) * model. BatchNorm's statistics are averages already: copied."""
+def update_ema(ema, model, decay, step):
+    """ema = d * ema + (1 - d) * model, with d = min(decay, (1 + step) / (10 + step)) after `step` updates: a
+    short run's average holds none of its initial weights. BatchNorm's statistics are averages: copied."""
+    decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for average, statistic in zip(batch_statistics(ema), batch_statistics(model), strict=True):
         average.copy_(statistic)
+
+
+def batches_of_rows(features, labels, keys):
+    """A probe's micro-batches from features that are computed once, in place of images."""
+    for batch in keys:
+        numbers = torch.tensor([index for _, index in batch]) % len(labels)  # fewer, if some are unreadable
+        yield features[numbers], labels[numbers], numbers
 
 
 @torch.no_grad()
@@ -592,36 +389,54 @@ def train_step(model, batches, optimizer, scaler, run):
     if finite:
         scaler.step(optimizer)
         if cfg.ema:
-            update_ema(run.state["ema"], model, cfg.ema)
+            update_ema(run.state["ema"], model, cfg.ema, run.step)
     else:
         restore_statistics()
     scaler.update()
     return terms
 
 
-def train(cfg, run):
+def open_sets(cfg):
+    """{part: images}: to train and to evaluate on; of --mode features all of --data."""
     if cfg.mode == "features":
-        return write_features(run)
+        return {"all": open_data(cfg, "all")}
     source = open_data(cfg, "train")
     if not source.classes:
         raise UserError(f"--data {cfg.data} has no labels: expected train/CLASS/*.jpg and val/CLASS/*.jpg, "
                         "or an .npz with `labels`")
-    held_out = open_data(cfg, "val", source.classes)
+    return {"train": source, "val": open_data(cfg, "val", source.classes)}
+
+
+def evaluations(run):
+    """{step: top-1} of log.jsonl: what has been evaluated, up to the checkpoint."""
+    path = run.out / "log.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    found = re.findall(r'^{"step": (\d+), .*"eval/top1": ([\d.]+)', text, re.MULTILINE)
+    return {int(step): float(top1) for step, top1 in found if int(step) <= run.step}
+
+
+def train(cfg, run):
+    if cfg.mode == "features":
+        return write_features(load_model(cfg, 0), *open_sets(cfg).values(), run)
+    source, held_out = open_sets(cfg).values()
     if cfg.mode == "finetune" and split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] < 2:
         raise UserError("mixup, cutmix and BatchNorm need two images per forward pass: raise --micro_batch, "
                         "--batch_size")
     model = load_model(cfg, len(source.classes)).to(run.device)
     lr = f"lr {cfg.peak_lr:.3g}" + (f" = {cfg.base_lr:.3g} x {cfg.batch_size} / 256" if cfg.base_lr else "")
-    lr += ", only rising: --epochs ends in --warmup_epochs" if cfg.warmup_epochs >= cfg.epochs else ""
     settings = f"recipe {cfg.recipe}, {cfg.img_size} px, tested at {cfg.test_size}, {lr}"
     run.start(None if cfg.mode == "knn" else len(source), settings)
 
     def report(result, epoch=0):
+        words = {"top1": "top-1", "top5": "top-5", "macc": "mean per class", "commonest": "commonest class"}
+        shares = {word: result.get(f"eval/{name}") for name, word in words.items()}
+        shares = ", ".join(f"{word} {x:.2f} %" for word, x in shares.items() if x is not None)
+        print0(f"{cfg.mode} of {cfg.weights}: {shares}; {result['eval/n']} images held out, "
+               f"{result['eval/unreadable']} unreadable, {len(source)} training images")
         run.log({"step": run.step, "epoch": epoch, **result, "train_images": len(source)})
-        print0(f"{cfg.mode} of {cfg.weights}: top-1 {result['eval/top1']:.2f} %, top-5 "
-               f"{result['eval/top5']:.2f} % on {result['eval/n']} images, {len(source)} training images")
 
     if cfg.mode == "knn":
+        run.load()  # nothing to resume; writes config.json
         return report(knn(model, source, held_out, run))
     learner, trained, average, rows = model, model, {}, None
     if cfg.mode == "linear":
@@ -636,35 +451,45 @@ def train(cfg, run):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     run.load(model=model, optimizer=optimizer, scaler=scaler, **average)
     batches = training_batches(source, run)
-    if cfg.mode == "linear" and cfg.augment == "none":  # every image's features once, then only the head runs
-        batches = batches_of_rows(*extract(model, source, run), repeated_keys(run))
-        rows = [*batches_of_rows(*extract(model, held_out, run), eval_keys(len(held_out), run))]
+    if cfg.mode == "linear" and cfg.augment == "none":  # features once, then only the head runs
+        features, labels, _ = extract(model, source, run)
+        batches = batches_of_rows(features, labels, repeated_keys(run))
+        rows = batches_of_features(model, held_out, run)
         model.features = lambda features: features
     elif cfg.mode == "linear" and cfg.compile:
         model.features = torch.compile(model.features)
     meta = {"weights": cfg.weights, "recipe": cfg.recipe, "classes": list(source.classes), "pool": cfg.pool,
             "test_size": cfg.test_size, "test_crop": cfg.test_crop}
+    scores = run.gather(evaluations(run))[0]
+
+    def evaluate_if_due():
+        """After the checkpoint, which a kill leaves whole. The line of the log comes last: it says "done"."""
+        due = run.ends_epoch() and (int(run.epoch) % cfg.eval_every == 0 or run.step == run.steps)
+        if not due or run.step in {0, *scores}:
+            return
+        evaluated = average.get("ema", model).eval()
+        run.share_statistics(evaluated)
+        result = evaluate(evaluated, rows or eval_batches(held_out, run), held_out, run)
+        learner.train()
+        if result["eval/top1"] > max(scores.values(), default=-1):
+            run.export("best.pth", evaluated.state_dict(), run.meta(**meta, **result))
+        scores[run.step] = result["eval/top1"]
+        report(result, run.epoch)
 
     model.eval()
     learner.train()
+    evaluate_if_due()  # a run that was killed inside its evaluation
     while run.step < run.steps and not run.stopping:
         lr = warmup_cosine(run.epoch, cfg.peak_lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
         set_lr(optimizer, lr)
         terms = train_step(trained, batches, optimizer, scaler, run)
         run.end_update(terms, lr)
-        if run.ends_epoch() and (int(run.epoch) % cfg.eval_every == 0 or run.step == run.steps):
-            evaluated = average.get("ema", model).eval()
-            run.share_statistics(evaluated)
-            result = evaluate(evaluated, rows or eval_batches(held_out, run), run)
-            learner.train()
-            report(result, run.epoch)
-            if result["eval/top1"] > run.saved.get("best_top1", -1):
-                run.saved["best_top1"] = result["eval/top1"]
-                run.export("best.pth", evaluated.state_dict(), run.meta(**meta, **result))
         if run.save_due():
             run.save(**meta)
-    run.finish(f"best.pth ({run.saved.get('best_top1', math.nan):.2f} % top-1), last.pth, log.jsonl")
+        evaluate_if_due()
+    best = max(scores.values(), default=math.nan)
+    run.finish(f"best.pth ({best:.2f} % top-1), last.pth, log.jsonl")
 
 
 if __name__ == "__main__":
-    launch(Config, presets, train, "finetune")
+    launch(Config, presets, train, "finetune", open_sets)

@@ -1,24 +1,36 @@
-"""finetune.py: LARS, augmentation, losses, kNN and read-outs against slow versions; split runs."""
+"""finetune.py, augment.py, evaluate.py: LARS, augmentation, losses, scores, kNN and read-outs against slow
+versions; split and killed runs; files that cannot be read."""
 
+import json
 import math
+import os
+import random
+import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script
+from conftest import run_script, sabotaged
 from PIL import Image
 from torch import nn
-from torture import log
+from torture import log, same, state
 
+import augment
 import common
+import evaluate
 import finetune
 
 
-def load(*flags, classes=10):
+def config(*flags):
     flags = ["--weights", "none", "--model", "nano", "--img_size", "32", "--patch_size", "8", *flags]
-    return finetune.load_model(common.parse_config(finetune.Config, finetune.presets, flags), classes)
+    return common.parse_config(finetune.Config, finetune.presets, flags)
+
+
+def load(*flags):
+    return finetune.load_model(config(*flags), 10)
 
 
 def test_lars_against_its_formula():
@@ -39,6 +51,9 @@ def test_lars_against_its_formula():
     p.data.zero_(), optimizer.state.clear(), optimizer.param_groups[0].update(weight_decay=0.0)
     optimizer.step()  # a norm of zero: no trust factor
     torch.testing.assert_close(p.detach(), -0.5 * p.grad)
+    p.grad, before = None, p.detach().clone()  # no gradient: skipped, whatever its momentum
+    optimizer.step()
+    assert torch.equal(p.detach(), before)
 
 
 def test_layer_ids_and_scales():
@@ -80,7 +95,7 @@ def test_drop_path_of_a_resnet():
 
 def test_knn_against_a_loop():
     queries, features, labels = torch.randn(7, 5), torch.randn(30, 5), torch.arange(30) % 4
-    scores = finetune.knn_scores(queries, F.normalize(features, dim=1), labels, 4, k=6, temperature=0.1)
+    scores = evaluate.knn_scores(queries, F.normalize(features, dim=1), labels, 4, k=6, temperature=0.1)
     for q in range(7):
         cosine = [F.cosine_similarity(queries[q], features[j], dim=0).item() for j in range(30)]
         expected = [0.0] * 4
@@ -94,18 +109,18 @@ def test_knn_against_a_loop():
 
 def test_randaugment_has_timms_operations():
     """Pixel for pixel; slopes, of which one is computed through its angle, may differ in the last digit."""
-    augment = pytest.importorskip("timm.data.auto_augment")
+    timms = pytest.importorskip("timm.data.auto_augment")
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((80, 60), Image.BICUBIC)
     names = {"color": "ColorIncreasing", "shear_x": "ShearX", "shear_y": "ShearY", "rotate": "Rotate",
              "translate_x": "TranslateXRel", "translate_y": "TranslateYRel", "solarize_add": "SolarizeAdd",
              "invert": "Invert", "autocontrast": "AutoContrast", "equalize": "Equalize"}
-    names = {name: names.get(name, f"{name.title()}Increasing") for name in finetune.OPERATIONS}
-    assert set(names.values()) == set(augment._RAND_INCREASING_TRANSFORMS)
+    names = {name: names.get(name, f"{name.title()}Increasing") for name in augment.OPERATIONS}
+    assert set(names.values()) == set(timms._RAND_INCREASING_TRANSFORMS)
     hparams = {"img_mean": (124, 116, 104), "interpolation": Image.BICUBIC}
-    for name, ours in finetune.OPERATIONS.items():
+    for name, ours in augment.OPERATIONS.items():
         for magnitude in (0.0, 3.3, 9.9):
-            operation = augment.AugmentOp(names[name], 1.0, magnitude, hparams)
+            operation = timms.AugmentOp(names[name], 1.0, magnitude, hparams)
             theirs = [np.asarray(operation(smooth), int) for _ in range(12)]  # both signs, as they are drawn
             mine = [np.asarray(ours(smooth, m * magnitude / 10, [124, 116, 104]), int) for m in (1, -1)]
             distance = np.array([[np.abs(a - b).mean() for b in theirs] for a in mine])
@@ -115,29 +130,52 @@ def test_randaugment_has_timms_operations():
 
 def test_randaugment_draws_two_operations_each_half_of_the_time(monkeypatch):
     drawn, image = [], torch.zeros(3, 8, 8, dtype=torch.uint8)
-    note = dict.fromkeys(finetune.OPERATIONS, lambda image, m, fill: drawn.append(m) or image)
-    monkeypatch.setattr(finetune, "OPERATIONS", note)
+    note = dict.fromkeys(augment.OPERATIONS, lambda image, m, fill: drawn.append(m) or image)
+    monkeypatch.setattr(augment, "OPERATIONS", note)
     for _ in range(2000):
-        assert torch.equal(finetune.RandAugment(7.0, [0, 0, 0])(image), image)
+        assert torch.equal(augment.RandAugment(7.0, [0, 0, 0])(image), image)
     m = 10 * np.array(drawn)
     found = [len(m) / 2000, np.abs(m).mean(), np.abs(m).std(), (m > 0).mean()]
     assert found == pytest.approx([1, 7, 0.5, 0.5], abs=0.05)
 
 
-def test_random_erasing_fills_boxes_of_the_stated_area():
-    images = torch.full((500, 3, 64, 48), 9.0)
-    changed = (finetune.random_erasing(images, 0.25) != 9).all(1)
-    share = changed.float().mean((1, 2))
-    assert 0.18 < (share > 0).float().mean() < 0.32 and share.max() < 0.36
-    for box in changed[share > 0]:
-        rows, columns = box.any(1).nonzero(), box.any(0).nonzero()
-        assert box.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+def test_random_erasing_is_timms():
+    """Sides of its boxes, on an image so flat that many draws do not fit."""
+    timms = pytest.importorskip("timm.data.random_erasing")
+    random.seed(0)
+    images, found = torch.full((10000, 1, 12, 80), 9.0), []
+    theirs = timms.RandomErasing(probability=1.0, mode="pixel", device="cpu")
+    for erased in (augment.random_erasing(images, 1.0), theirs(images.clone())):
+        changed = (erased != 9).all(1)
+        h, w = changed.any(2).sum(1).double(), changed.any(1).sum(1).double()
+        assert torch.equal(h * w, changed.sum((1, 2)).double())  # a box
+        sides = torch.stack([h, w, h * w])
+        found.append([*sides.mean(1), *sides.std(1), *sides.amax(1), (h == 0).double().mean()])
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=0.03, atol=0.03)
+    changed = augment.random_erasing(torch.full((3000, 3, 40, 40), 9.0), 0.25) != 9
+    assert changed.any((1, 2, 3)).float().mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_probes_crop_is_maes():
+    """One box, sides cut to the image's: its mean area by integration, of a photograph and of a panorama."""
+    u = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+    crop = augment.train_transform(config("--mode", "linear"))
+    for height, width in ((375, 500), (100, 1000)):
+        area = (0.08 + 0.92 * u[:, None]) * height * width
+        aspect = (3 / 4) * (16 / 9) ** u[None]
+        h, w = (area / aspect).sqrt().clamp(max=height), (area * aspect).sqrt().clamp(max=width)
+        expected = ((h * w).mean() / (height * width)).item()
+        assert height == 100 or expected == pytest.approx(0.519, abs=1e-3)  # as counted from MAE's code
+        boxes = [crop.box(height, width) for _ in range(4000)]
+        found = np.mean([h * w for _, _, h, w in boxes]) / (height * width)
+        assert found == pytest.approx(expected, abs=0.01)
+        assert all(0 <= y <= height - h and 0 <= x <= width - w for y, x, h, w in boxes)
 
 
 def test_mixing_keeps_labels_in_proportion_and_bce_equals_a_loop():
     cfg = SimpleNamespace(mixup=0.0, cutmix=1.0, erasing=0.0, loss="bce", smoothing=0.2)
     images, labels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 32, 32), torch.eye(4, dtype=torch.int64)
-    mixed, soft = finetune.erase_and_mix(images.clone(), labels, cfg)
+    mixed, soft = augment.erase_and_mix(images.clone(), labels, cfg)
     shares = torch.stack([(mixed == c).float().mean((1, 2, 3)) for c in range(4)], dim=1)
     torch.testing.assert_close(shares, soft)
     scores = torch.randn(4, 4)
@@ -158,7 +196,7 @@ def test_repeated_keys(repeats, n, batch, processes):
     cfg = SimpleNamespace(repeats=repeats, batch_size=batch, seed=5)
     plan = {"cfg": cfg, "n": n, "steps": steps, "accum_steps": 1, "micro_batch": batch // processes}
     runs = [SimpleNamespace(**plan, step=0, rank=rank, world_size=processes) for rank in range(processes)]
-    updates = [sum(micro, []) for micro in zip(*map(finetune.repeated_keys, runs), strict=True)]
+    updates = [sum(micro, []) for micro in zip(*map(augment.repeated_keys, runs), strict=True)]
     images = -(-batch // repeats)
     for step, update in enumerate(updates):
         for place, (epoch, index) in enumerate(update):
@@ -167,7 +205,7 @@ def test_repeated_keys(repeats, n, batch, processes):
             assert index == common.epoch_order(n, 5, position // n)[position % n]
     assert len(updates) == steps and len({key for update in updates for key in update}) == steps * batch
     runs[0].step = 2
-    assert list(finetune.repeated_keys(runs[0]))[0] == updates[2][: batch // processes]
+    assert list(augment.repeated_keys(runs[0]))[0] == updates[2][: batch // processes]
 
 
 # ---- runs
@@ -187,10 +225,130 @@ def test_a_probe_does_not_depend_on_how_it_is_split(augment, processes, micro_ba
     assert len(whole) == 6 and whole == pytest.approx(split, rel=1e-5)
 
 
-def test_ema_is_the_average_of_the_updates():
+def test_ema_forgets_its_start_and_reaches_its_decay():
     ema, model = (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(2))
     model[1].running_mean.fill_(3.0)
-    expected = 0.9 * ema[0].weight.data + 0.1 * model[0].weight.data
-    finetune.update_ema(ema, model, 0.9)
-    torch.testing.assert_close(ema[0].weight.data, expected)
+    nn.init.zeros_(ema[0].weight), nn.init.ones_(model[0].weight)
+    for step in range(5):
+        finetune.update_ema(ema, model, 0.9999, step)
+    start = 5 * 4 * 3 * 2 / (10 * 11 * 12 * 13 * 14)  # the product of (1 + n) / (10 + n)
+    torch.testing.assert_close(1 - ema[0].weight.data, torch.full((2, 2), start))
+    finetune.update_ema(ema, model, 0.9, 1000)
+    torch.testing.assert_close(1 - ema[0].weight.data, torch.full((2, 2), 0.9 * start))
     assert torch.equal(ema[1].running_mean, model[1].running_mean)
+
+
+@pytest.mark.parametrize("classes", [7, 4])
+def test_scores_against_a_loop(classes):
+    """Unbalanced classes, of which one has no image; two images could not be read."""
+    labels = torch.tensor([0] * 30 + [1] * 6 + [3] * 4)
+    scores = torch.randn(40, classes) + F.one_hot(labels, classes)
+    run = SimpleNamespace(device="cpu", world_size=1, autocast=nullcontext)
+    source = common.ImageFiles([""] * 42, [0] * 42, range(classes), 3)
+    batches = [(scores[i::3], labels[i::3], None) for i in range(3)]
+    found = evaluate.evaluate(lambda images: images, batches, source, run)
+    rank = [sum(x > row[label] for x in row).item() for row, label in zip(scores, labels, strict=True)]
+    shares = [np.mean([rank[i] == 0 for i in range(40) if labels[i] == c]) for c in (0, 1, 3)]
+    expected = {"top1": np.mean([r == 0 for r in rank]), "macc": np.mean(shares), "commonest": 0.75}
+    expected |= {"top5": np.mean([r < 5 for r in rank])} if classes > 5 else {}
+    expected = {f"eval/{name}": pytest.approx(100 * share, abs=1e-3) for name, share in expected.items()}
+    assert found == expected | {"eval/n": 40, "eval/unreadable": 2}
+
+
+# ---- what cannot be read, or is cut short
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Folder of train/ and val/ with 2 x 9 and 3 + 6 images."""
+    rng = np.random.default_rng(0)
+    for part, counts in (("train", (9, 9)), ("val", (3, 6))):
+        for label, n in enumerate(counts):
+            (tmp_path / f"sets/{part}/{label}").mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 100 + 100 * label, (40, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / f"sets/{part}/{label}/{i}.png")
+    return tmp_path / "sets"
+
+
+NANO = ["finetune.py", "--weights", "none", "--model", "nano", "--img_size", 32, "--patch_size", 8, "--amp",
+        "off", "--workers", 0]
+
+
+@pytest.mark.parametrize("mode", [["knn"], ["linear", "--augment", "none", "--batch_size", 6, "--epochs", 2]])
+def test_held_out_images_that_cannot_be_read_are_left_out_and_counted(sets, tmp_path, mode):
+    command = [*NANO, "--data", sets, "--mode", *mode, "--out"]
+    for bad in ("train/1/8.png", "val/0/1.png"):
+        (sets / bad).write_bytes(b"no image")
+    run_script([*command, "one"], tmp_path)
+    run_script([*command, "two"], tmp_path, processes=2)
+    (sets / "val/0/1.png").unlink()
+    run_script([*command, "without"], tmp_path)
+    one, two, without = (log(tmp_path / out)[-1] for out in ("one", "two", "without"))
+    assert (one["eval/n"], one["eval/unreadable"], one["eval/commonest"]) == (8, 1, 75)
+    assert one == two == without | {"eval/unreadable": 1}
+
+
+def test_check_data_reads_what_is_held_out_too(sets, tmp_path):
+    (sets / "val/1/5.png").write_bytes(b"no image")
+    assert "val/1/5.png" in run_script([*NANO, "--data", sets, "--check_data"], tmp_path)
+    (sets / "val").rename(sets / "test")
+    run_script([*NANO, "--data", sets, "--check_data"], tmp_path, expect=2)
+
+
+def test_killed_in_an_evaluation_it_is_made_up_for_and_nothing_lost(small_npz, tmp_path):
+    """In that of the second pass, and twice in the last."""
+    command = [*NANO, "--data", small_npz, "--epochs", 3, "--batch_size", 50, "--log_every", 1, "--ema", 0.9]
+    run_script([*command, "--out", "whole"], tmp_path)
+    for evaluation, step in ((2, 10), (2, 15), (1, 15)):
+        attack = sabotaged(tmp_path, [*command, "--out", "run", "--resume"], "Run.share_statistics",
+                           "os.kill(os.getpid(), signal.SIGKILL)", f"count == {evaluation}")
+        run_script(attack, tmp_path, expect=-signal.SIGKILL)
+        lines = log(tmp_path / "run")
+        assert torch.load(tmp_path / "run/last.pth", weights_only=True)["step"] == lines[-1]["step"] == step
+        assert "eval/top1" not in lines[-1]
+    run_script([*command, "--out", "run", "--resume"], tmp_path)
+    whole, run = (state(tmp_path / out) for out in ("whole", "run"))
+    assert whole.keys() == run.keys() and [name for name in whole if not same(whole[name], run[name])] == []
+
+
+@pytest.mark.parametrize("mode", ["knn", "features"])
+def test_features_that_are_not_finite_are_refused(sets, tmp_path, mode):
+    model = common.ViT("nano", (32, 32), 8)
+    for layer in (model.norm, model.blocks[3].norm2, *model.blocks[3].mlp.children()):
+        layer.weight.data.fill_(9e14)  # finite, but what is computed with it is not
+    torch.save(model.state_dict(), tmp_path / "encoder.pth")
+    command = ["finetune.py", "--mode", mode, "--weights", "encoder.pth", "--data", sets, "--amp", "off"]
+    output = run_script([*command, "--workers", 0, *["--out", "x.npy"] * (mode == "features")], tmp_path,
+                        expect=2)
+    assert "not finite" in output.splitlines()[-1] and "top-1" not in output
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_every_file_name_is_one_line_of_the_list(tmp_path):
+    folder = tmp_path / '"photos"'
+    folder.mkdir()
+    names = ["two\nlines.png", "a \u2028 b \x85.png", os.fsdecode(b"latin \xe9.png"), "\u00e9 1.png"]
+    for name in names:
+        Image.new("RGB", (32, 32)).save(folder / name)
+    run_script([*NANO, "--mode", "features", "--data", folder.name, "--out", "f.npy"], tmp_path)
+    lines = (tmp_path / "f.txt").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) if line.startswith('"') else line for line in lines]
+    assert sorted(found) == sorted(f"{folder.name}/{name}" for name in names)
+    run_script([*NANO, "--mode", "features", "--data", folder, "--out", "g.npy"], tmp_path)
+    assert f"{folder}/{names[-1]}\n" in (tmp_path / "g.txt").read_text(encoding="utf-8")  # as it is
+
+
+@pytest.mark.parametrize("size, patch_size, modes", [
+    ("nano", 8, ["finetune", "linear", "knn", "features"]), ("revcol_nano", 4, ["finetune"])])
+def test_a_fine_tuned_file_keeps_its_norm_and_tells_its_pool(tmp_path, capsys, size, patch_size, modes):
+    flags = ["--model", size, "--patch_size", str(patch_size)]
+    model = load(*flags)
+    nn.init.normal_(model.fc_norm.weight)
+    torch.save(model.state_dict(), tmp_path / "best.pth")
+    for mode in modes:
+        cfg = config(*flags, "--weights", str(tmp_path / "best.pth"), "--mode", mode)
+        again = finetune.load_model(cfg, 10)
+        assert torch.equal(again.fc_norm.weight, model.fc_norm.weight) and cfg.pool == "avg"
+    missing = "head" if modes == ["finetune"] else "none"  # kNN and features have no head to miss
+    assert f"missing: {missing}" in capsys.readouterr().out.splitlines()[-1]

@@ -19,7 +19,9 @@ IMPORTS = {
     "common": {"shapes"},
     **dict.fromkeys(("mae_mff", "ddae", "vision_electra", "revcol_v2", "convert_dalle"), {"common"}),
     "cim": {"common", "convert_dalle"},
-    "finetune": {"common", "revcol_v2"},
+    "augment": {"common"},
+    "evaluate": {"common"},
+    "finetune": {"common", "revcol_v2", "augment", "evaluate"},
     "transfer_data": {"common", "shapes"},
     "transfer_seg_det": {"common", "revcol_v2", "transfer_data"},
 }

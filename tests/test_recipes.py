@@ -8,7 +8,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+import augment
 import common
+import evaluate
 import finetune
 
 # Typed from the papers' tables: rate (per 256 images, or fixed), batch, epochs, warm-up, weight decay, layer
@@ -32,7 +34,8 @@ PAPERS = {
                        RSB | {"img_size": (160, 160)}),
     "cim_resnet_300": (FIXED, 12e-3, 2048, 300, 5, 0.02, 1, 0, 7, 0, 0.1, 1.0, RSB | {"repeats": 3}),
     "cim_resnet_600": (FIXED, 12e-3, 2048, 600, 5, 0.01, 1, 0.05, 7, 0.1, 0.2, 1.0, RSB | {"repeats": 3}),
-    "ve": (B256, 6.25e-4, 160, 100, 20, 0.05, 0.9, 0.1, 9, 0.1, 0.8, 1.0, {}),
+    "ve": (B256, 1.25e-3 / 2, 160 * 4, 100, 20, 0.05, 0.9, 0.1, 9, 0.1, 0.8, 1.0,
+           {"clip_grad": 5.0, "min_lr": 3.125e-7}),
     "revcol_in22k": (B256, 2.5e-4, 4096, 90, 5, 0.05, 0.8, 0.1, 9, 0.1, 0.8, 1.0, REVCOL),
     "revcol_in22k_l": (B256, 2.5e-4, 4096, 90, 5, 0.05, 0.8, 0.2, 9, 0.1, 0.8, 1.0, REVCOL_L),
     "revcol_in1k_b": (B256, 5e-4, 1024, 100, 5, 0.05, 0.75, 0.1, 9, 0.1, 0.8, 1.0, AVERAGED),
@@ -43,7 +46,8 @@ PAPERS = {
                        REVCOL | SCRATCH),
     "revcol_scratch_l": (B256, 1e-4, 4096, 200, 20, 0.3, 1, 0.2, 9, 0.1, 0.8, 1.0,
                          REVCOL_L | SCRATCH),
-    "cifar_transfer": (B256, 1e-3, 256, 100, 5, 0.05, 0.75, 0.1, 9, 0.1, 0.8, 1.0, {"img_size": (224, 224)}),
+    "cifar_transfer": (B256, 7.5e-6 / 2, 768, 1000, 5, 0.05, 1, 0.1, 9, 0.1, 0.8, 1.0,
+                       {"img_size": (224, 224), "repeats": 3, "erasing": 0.0}),
     "linear_mae": (B256, 0.1, 16384, 90, 10, 0, 0.75, 0, 9, 0, 0, 0,
                    {"mode": "linear", "augment": "crop", "min_lr": 0.0, "head_init": 0.5, "erasing": 0.0}),
 }
@@ -84,7 +88,7 @@ def test_every_recipe_is_in_the_table_and_on_the_page():
 
 def test_what_wins_flag_file_demo_or_recipe(tmp_path):
     size = {"model": "tiny", "img_size": (32, 48), "patch_size": 8}
-    meta = size | {"in_chans": 1, "mean": (0.5,), "std": (0.5,)}
+    meta = size | {"method": "mae_mff", "in_chans": 1, "mean": (0.5,), "std": (0.5,)}
     content = {"model": common.ViT("tiny", (32, 48), 8, 1).state_dict(), "meta": meta}
     torch.save(content, tmp_path / "encoder.pth")
     file = ["--weights", tmp_path / "encoder.pth"]
@@ -148,9 +152,9 @@ def test_three_steps_with_all_ingredients(name, flags, small_npz, tmp_path, monk
         return spy.call_args_list
 
     monkeypatch.setattr(common.Run, "catch_signals", lambda self: None)  # pytest keeps its own
-    names = ("random_erasing", "RandAugment", "EvalCrop", "loss_of", "update_ema", "drop_path")
-    erased, augmented, crops, losses, averaged, resnet = (calls(finetune, name) for name in names)
-    others = calls(common, "drop_path")
+    erased, augmented = (calls(augment, name) for name in ("random_erasing", "RandAugment"))
+    losses, averaged, resnet = (calls(finetune, name) for name in ("loss_of", "update_ema", "drop_path"))
+    crops, others = calls(evaluate, "EvalCrop"), calls(common, "drop_path")
     cfg = config("--workers", 0, "--amp", "off", "--out", tmp_path / "run", "--data", small_npz, "--weights",
                  "none", "--recipe", name, *flags, "--batch_size", 24, "--epochs", 0.29)
     run = common.Run(cfg, "finetune")
