@@ -625,6 +625,8 @@ def open_npz(path, in_chans, split):
     chosen = np.flatnonzero({"val": held_out, "all": held_out | True}.get(split, ~held_out))
     if not len(chosen):
         raise UserError(f"{path} has no image for {split}: mark them in `split` (N,), 0 = train, 1 = val")
+    if classes and split in ("train", "val") and labels[chosen].min() < 0:
+        raise UserError(f"{path}: `labels` are -1, none, of {(labels[chosen] < 0).sum()} images for {split}")
     images = images if len(chosen) == len(images) else images[chosen]  # no copy of all of them
     names = [f"{path.name}[{i}]" for i in chosen]
     return ImageArray(images, names, labels[chosen], classes, in_chans)
@@ -797,6 +799,7 @@ def split_batch(batch_size, micro_batch, world_size):
     return micro_batch, share // micro_batch
 
 
+@functools.lru_cache(maxsize=4)
 def names_digest(source):
     """(number of images, checksum of their names below what the first and the last share)"""
     names = [source.name(i) for i in range(len(source))] if isinstance(source, ImageFiles) else []
@@ -1326,7 +1329,7 @@ class Run:
         """On all processes, when one has met a new one: name each once; UserError above the limit."""
         found = {path: why for files in self.gather(self.new_bad_files) for path, why in files.items()}
         for path, why in sorted(found.items()):
-            print0(f"unreadable, replaced by the next file: {path}: {why}")
+            print0(f"unreadable: {path}: {why}")
         self.bad_files, self.new_bad_files = self.bad_files | found, {}
         if len(self.bad_files) > self.bad_limit:
             raise UserError(f"more than {self.bad_limit} unreadable files: mend them, or raise --max_bad, "

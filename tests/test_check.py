@@ -183,7 +183,7 @@ def test_a_strip_is_cropped_before_it_is_enlarged(monkeypatch):
 @pytest.mark.parametrize("labels, classes, first", [
     (np.array(["dog", "cat", "cat", "dog"]), ["cat", "dog"], 1),
     (np.array([[1], [0], [0], [1]]), ["0", "1"], 1),
-    (np.array([b"b", b"a", b"a", b"b"]), ["a", "b"], 1), (np.array([2, -1, 0, 0]), ["0", "1", "2"], 2),
+    (np.array([b"b", b"a", b"a", b"b"]), ["a", "b"], 1), (np.array([2, 1, 0, 0]), ["0", "1", "2"], 2),
 ])
 def test_labels_of_an_npz_may_be_words_or_a_column(tmp_path, labels, classes, first):
     marks = np.array([b"train", b"train", b"val", b"val"])
@@ -194,7 +194,8 @@ def test_labels_of_an_npz_may_be_words_or_a_column(tmp_path, labels, classes, fi
 
 
 @pytest.mark.parametrize("values", [
-    {"labels": np.array([0, 1, 2**40, 0])}, {"labels": np.array([0, -7, 0, 0])},
+    {"labels": np.array([0, 1, -1, 0])}, {"labels": np.array([0, 1, 2**40, 0])},
+    {"labels": np.array([0, -7, 0, 0])},
     {"labels": np.zeros((4, 3), int)}, {"labels": np.array([0.5, 1, 2, 3])}, {"labels": np.zeros(3, int)},
     {"split": np.zeros((2, 2), int)}, {"split": np.zeros(5, int)}, {"labels": np.array(3)},
 ])
