@@ -1246,7 +1246,7 @@ class Run:
             backend, device = ("nccl", self.device) if self.cuda else ("gloo", None)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size,
                                     timeout=limit, device_id=device)
-        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)  # kill -USR2: where does it hang?
+        faulthandler.register(signal.SIGUSR2, file=2)  # kill -USR2: where does it hang?
 
     def catch_signals(self):
         """From now on this run is the one that SIGTERM, SIGINT and SIGUSR1 stop."""
