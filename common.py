@@ -1210,7 +1210,7 @@ class Run:
             self.catch_signals()
             split = f"{self.world_size} processes x {self.micro_batch} x {self.accum_steps}"
             print0(f"{n} images, {self.steps} updates; batch {B} = {split}; {settings}")
-            warmup = int(self.cfg.warmup_epochs * n / B) if warmup is None else warmup
+            warmup = int(getattr(self.cfg, "warmup_epochs", 0) * n / B) if warmup is None else warmup
             if self.steps < 50 or warmup >= self.steps:
                 print0(f"warning: {self.steps} updates are few to learn from, with a warm-up of {warmup}: "
                        "train longer, or with a smaller --batch_size or a shorter warm-up")
@@ -1517,6 +1517,13 @@ class Run:
             write_atomically(log, lambda file: file.write(b"".join(kept)))
         config = {"script": self.method, **dataclasses.asdict(self.cfg)}
         self.write("config.json", json.dumps(config, indent=1))
+
+    def evaluations(self):
+        """{step: line} of the log's lines with scores, on all processes: what a resumed run does not owe."""
+        path = self.out / "log.jsonl"
+        lines = path.read_bytes().split(b"\n") if self.is_main and path.exists() else ()
+        lines = [json.loads(line) for line in lines if 0 < logged_step(line) < math.inf]
+        return self.gather({line["step"]: line for line in lines if any("eval/" in key for key in line)})[0]
 
     def restore(self, path, *others):
         try:

@@ -30,7 +30,6 @@ the augmentation, evaluate.py what all modes measure.
 
 import copy
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -407,14 +406,6 @@ def open_sets(cfg):
     return {"train": source, "val": open_data(cfg, "val", source.classes)}
 
 
-def evaluations(run):
-    """{step: top-1} of log.jsonl: what has been evaluated, up to the checkpoint."""
-    path = run.out / "log.jsonl"
-    text = path.read_text(errors="replace") if path.exists() else ""
-    found = re.findall(r'^{"step": (\d+), .*"eval/top1": ([\d.]+)', text, re.MULTILINE)
-    return {int(step): float(top1) for step, top1 in found if int(step) <= run.step}
-
-
 def train(cfg, run):
     if cfg.mode == "features":
         return write_features(load_model(cfg, 0), *open_sets(cfg).values(), run)
@@ -460,7 +451,7 @@ def train(cfg, run):
         model.features = torch.compile(model.features)
     meta = {"weights": cfg.weights, "recipe": cfg.recipe, "classes": list(source.classes), "pool": cfg.pool,
             "test_size": cfg.test_size, "test_crop": cfg.test_crop}
-    scores = run.gather(evaluations(run))[0]
+    scores = {step: line["eval/top1"] for step, line in run.evaluations().items()}
 
     def evaluate_if_due():
         """After the checkpoint, which a kill leaves whole. The line of the log comes last: it says "done"."""

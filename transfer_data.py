@@ -7,7 +7,11 @@ tensors: torchvision resizes its tv_tensors.Mask by a rule that moves masks by u
 
 import colorsys
 import json
-from contextlib import redirect_stdout
+import math
+import re
+import textwrap
+from collections import Counter
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +25,13 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import (
+    FORMATS,
     ImageFiles,
     UserError,
     collate,
     data_path,
     list_images,
+    orientation,
     print0,
     read_image,
     stable_seed,
@@ -37,6 +43,7 @@ SPLITS = {"train": ("training", "train", "train2017"), "val": ("validation", "va
 
 
 # ---- sources: len(), name(i), read(i) -> image (C, H, W), target; classes, in_chans, det -------------------
+# And for --check_data: count(target), {class, or -1 where nothing is labelled: number}, of which `unit`.
 
 
 def open_scenes(cfg, split):
@@ -46,7 +53,7 @@ def open_scenes(cfg, split):
     root, layout = data_path(cfg.data), "ADE20K" if cfg.task == "seg" else "COCO"
     if root is None or not root.is_dir():
         raise UserError(f"--data {cfg.data} is no folder: expected one laid out as {layout}, or shapes")
-    return (LabelMaps if cfg.task == "seg" else CocoScenes)(root, split, cfg.in_chans, cfg.zero_is_ignore)
+    return (LabelMaps if cfg.task == "seg" else CocoScenes)(root, split, cfg)
 
 
 def image_folder(root, split):
@@ -57,46 +64,131 @@ def image_folder(root, split):
     return found[0]
 
 
+def count_pixels(target):
+    counts = torch.bincount(target.flatten(), minlength=IGNORE + 1).tolist()
+    return Counter({-1 if kind == IGNORE else kind: n for kind, n in enumerate(counts) if n})
+
+
+def count_objects(target):
+    return Counter((target["labels"] - 1).tolist())
+
+
+def labels_fit_stored(exif, paths, label_size, name):
+    """Whether labels are drawn on pixels as stored, not as EXIF turns them. exif: "ignore", "apply", or
+    "auto": judged by up to 2,000 images that a tag turns by 90 degrees. label_size(i) -> (height, width)."""
+    if exif != "auto":
+        return exif == "ignore"
+    fits = {"stored": 0, "turned": 0}
+    for i in np.linspace(0, len(paths), min(len(paths), 2000), endpoint=False, dtype=int):
+        with suppress(OSError, ValueError), Image.open(paths[i], formats=FORMATS) as image:
+            (w, h), size = image.size, None
+            if orientation(image) >= 5 and w != h and image.format != "TIFF":  # Pillow turns TIFF itself
+                size = label_size(i)
+            fits["stored"] += size == (h, w)
+            fits["turned"] += size == (w, h)
+    if fits["stored"]:
+        print0(f"{name}: the labels of {fits['stored']} rotated photographs fit the pixels as stored, of "
+               f"{fits['turned']} as turned: all are read as {max(fits, key=fits.get)} (see --exif)")
+    return fits["stored"] > fits["turned"]
+
+
+def sizes_differ(what, labels, image):
+    """ValueError unless two (height, width) are equal."""
+    labels, image = tuple(labels), tuple(image)
+    if labels != image:
+        hint = "; if it has a rotation tag: --exif ignore, or apply" if labels[::-1] == image else ""
+        raise ValueError(f"{what} {labels[0]} x {labels[1]} pixels, the image {image[0]} x {image[1]}{hint}")
+
+
 class LabelMaps(ImageFiles):
     """images/SPLIT/**/NAME.jpg with annotations/SPLIT/**/NAME.png, one channel of class numbers, and a name
     per line in classes.txt (or ADE20K's objectInfo150.txt). zero_is_ignore: 0 stands for no class, 1 for the
-    first."""
+    first. With lines `name r g b` maps are colours; that of the name `ignored` does not count. Where there
+    are two classes and the training maps hold 0 and 255 alone, 255 is the second."""
 
-    det = False
+    det, unit, count = False, "pixels", staticmethod(count_pixels)
 
-    def __init__(self, root, split, in_chans, zero_is_ignore):
-        self.images, self.zero_is_ignore = image_folder(root, split), zero_is_ignore
+    def __init__(self, root, split, cfg):
+        self.images, self.zero_is_ignore = image_folder(root, split), cfg.zero_is_ignore
         paths = list_images(self.images)
         missing = [path for path in paths if not self.map_of(path).exists()]
         if missing:
             raise UserError(f"{len(missing)} of {len(paths)} images in {self.images} have no label map: "
                             f"expected {self.map_of(missing[0])}, for one")
+        stored = labels_fit_stored(cfg.exif, paths, lambda i: self.map_size(paths[i]), self.images)
+        super().__init__(paths, [-1] * len(paths), self.read_classes(root), cfg.in_chans, turn=not stored)
+        self.foreground = not self.colours and self.holds_0_and_255(root)
+
+    def read_classes(self, root):
+        """Names of the classes; sets `colours`, {r << 16 | g << 8 | b: label} or None."""
         lists = [path for name in ("classes.txt", "objectInfo150.txt") if (path := root / name).exists()]
         if not lists:
             raise UserError(f"--data {root} has no classes.txt: expected a name per line, in the maps' order")
         lines = lists[0].read_text("utf-8-sig", errors="replace").splitlines()
-        classes, most = [line.strip() for line in lines if line.strip()], IGNORE - zero_is_ignore
+        names, most = [line.strip() for line in lines if line.strip()], IGNORE - self.zero_is_ignore
         if lists[0].name == "objectInfo150.txt":
-            classes = [line.split("\t")[-1] for line in classes[1:]]
-            if not zero_is_ignore:
+            names = [line.split("\t")[-1] for line in names[1:]]
+            if not self.zero_is_ignore:
                 raise UserError(f"--data {root} is ADE20K, whose numbers begin with 1: add --zero_is_ignore")
-        if len(classes) > most:
-            raise UserError(f"{lists[0]} has {len(classes)} classes, more than {most}")
-        super().__init__(paths, [-1] * len(paths), classes, in_chans)
+        coloured = [re.fullmatch(r"(.*\S)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)", name) for name in names]
+        self.colours = None
+        if any(coloured):
+            if not all(coloured) or self.zero_is_ignore:
+                raise UserError(f"{lists[0]}: expected `name r g b` in every line or in none, and a line "
+                                "`ignored r g b` in place of --zero_is_ignore")
+            codes = [int(match[2]) << 16 | int(match[3]) << 8 | int(match[4]) for match in coloured]
+            every = [match[1] for match in coloured]
+            names = [name for name in dict.fromkeys(every) if name != "ignored"]
+            self.colours = {code: names.index(name) if name in names else IGNORE
+                            for name, code in zip(every, codes, strict=True)}
+        if not 0 < len(names) <= most:
+            raise UserError(f"{lists[0]} has {len(names)} classes, expected 1 to {most}")
+        return names
 
     def map_of(self, path):
         annotations = self.images.parent.parent / "annotations"
         return annotations / Path(path).relative_to(self.images.parent).with_suffix(".png")
 
+    def map_size(self, path):
+        with Image.open(self.map_of(path), formats=FORMATS) as image:
+            return image.height, image.width
+
+    def holds_0_and_255(self, root):
+        """Looks at up to 100 maps of the training images, for the held-out ones too."""
+        maps = sorted((root / "annotations" / image_folder(root, "train").name).rglob("*.png"))
+        values = set()
+        for i in np.linspace(0, len(maps), min(len(maps), 100), endpoint=False, dtype=int):
+            with suppress(OSError, ValueError), Image.open(maps[i], formats=FORMATS) as image:
+                values |= set(np.unique(np.array(image)).tolist())
+        if values - {0, 255} or 255 not in values:
+            return False
+        if len(self.classes) != 2 or self.zero_is_ignore:
+            raise UserError(f"the label maps of {root} hold 0 and 255 alone: expected two lines in "
+                            "classes.txt, for 0 and for 255, and no --zero_is_ignore")
+        print0(f"{self.images}: the label maps hold 0 and 255 alone: 255 is read as {self.classes[1]}")
+        return True
+
     def read(self, index):
         image, _ = super().read(index)
-        with Image.open(self.map_of(self.name(index))) as file:
-            labels = torch.from_numpy(np.array(file).astype(np.int64))
-        if labels.shape != image.shape[1:]:
-            raise ValueError(f"the label map is {tuple(labels.shape)}, the image {tuple(image.shape[1:])}; "
-                             "expected the same height and width, one channel")
+        with Image.open(self.map_of(self.name(index)), formats=FORMATS) as file:
+            array = np.array(file.convert("RGB") if self.colours else file)
+        if array.ndim != (3 if self.colours else 2):
+            raise ValueError(f"the label map has the shape {array.shape}, expected one channel of class "
+                             "numbers; for colours: lines `name r g b` in classes.txt")
+        sizes_differ("the label map has", array.shape[:2], image.shape[1:])
         n = len(self.classes)
-        unknown = labels[(labels >= n + self.zero_is_ignore) & (labels != IGNORE)]
+        if self.colours:
+            codes, places = np.unique(array.astype(np.int64) @ (65536, 256, 1), return_inverse=True)
+            if unknown := [code for code in codes.tolist() if code not in self.colours]:
+                r, g, b = unknown[0].to_bytes(3, "big")
+                raise ValueError(f"the label map has the colour {r} {g} {b}, which classes.txt does not list "
+                                 "(`ignored r g b` for one that does not count)")
+            labels = np.array([self.colours[code] for code in codes.tolist()], np.uint8)
+            return image, torch.from_numpy(labels[places.reshape(array.shape[:2])])
+        labels = torch.from_numpy(array.astype(np.int64))
+        if self.foreground:
+            labels = torch.where(labels == 255, 1, torch.where(labels == 1, n, labels))  # 1 is unknown here
+        unknown = labels[((labels >= n + self.zero_is_ignore) | (labels < 0)) & (labels != IGNORE)]
         if len(unknown):
             hint = "" if self.zero_is_ignore else " from 0 on; list the background, or --zero_is_ignore"
             raise ValueError(f"the label map has number {unknown.max()}, {n} classes are listed{hint}")
@@ -105,47 +197,151 @@ class LabelMaps(ImageFiles):
         return image, labels.to(torch.uint8)
 
 
+# ---- COCO's annotations: nothing of them reaches pycocotools' C code unseen
+
+
+def whole(value, low, high):
+    """An int of low to high; digits in text count, as converters from XML write them."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{value!r}, expected a whole number of {low} to {high}")
+    return value
+
+
+def bounded(values, least, bound):
+    """ValueError unless a list has `least` numbers or more, all within -bound to bound."""
+    text = f"{str(values)[:60]}, expected {least} numbers, of {-bound} to {bound}"
+    if not isinstance(values, list) or len(values) < least:
+        raise ValueError(text)
+    try:
+        inside = math.isfinite(sum(values)) and -bound <= min(values) and max(values) <= bound
+    except (TypeError, OverflowError):
+        inside = False
+    if not inside:
+        raise ValueError(text)
+    return values
+
+
+def run_lengths(text):
+    """COCO's compressed run lengths -> list. A character holds five bits of a number, the lowest first, and
+    whether more follow; from the fourth on, numbers are differences from the last but one."""
+    runs, value, shift = [], 0, 0
+    for code in text.encode():
+        code -= 48
+        if not 0 <= code < 64 or shift > 30:
+            raise ValueError(f"counts {text[:40]!r} are no compressed run lengths")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code >> 4 & 1) << shift  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
+def check_mask(shape, height, width):
+    """A `segmentation` that can be decoded, its polygons of fewer than three corners dropped, or None."""
+    if not shape:
+        return None
+    if isinstance(shape, list):
+        if not all(isinstance(polygon, list) for polygon in shape):
+            raise ValueError("segmentation is no list of polygons [[x1, y1, x2, y2, ...], ...]")
+        shape = [polygon for polygon in shape if len(polygon) >= 6]
+        for polygon in shape:
+            bounded(polygon, 6, 2 * max(height, width))
+            if len(polygon) % 2:
+                raise ValueError(f"a polygon has {len(polygon)} numbers, expected x and y of each corner")
+        return shape or None
+    if not isinstance(shape, dict) or not isinstance(shape.get("counts"), list | str):
+        raise ValueError(f"segmentation {str(shape)[:60]}: expected polygons, or run lengths: counts, size")
+    sizes_differ("the run lengths are those of", tuple(shape["size"]), (height, width))
+    counts = shape["counts"]
+    runs = run_lengths(counts) if isinstance(counts, str) else counts
+    if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
+        raise ValueError(f"run lengths of {height * width} pixels in all are expected, none negative")
+    return shape
+
+
+def check_annotation(entry, height, width):
+    """COCO's entry with iscrowd of 0 or 1 and an area; None if its box is under a pixel or it has no mask."""
+    *_, w, h = bounded(entry["bbox"], 4, 2 * max(height, width))
+    if len(entry["bbox"]) != 4:
+        raise ValueError(f"bbox {entry['bbox']}, expected x, y, width, height")
+    crowd = whole(entry.get("iscrowd") or 0, 0, 1)
+    area = w * h if entry.get("area") is None else entry["area"]
+    if not isinstance(area, int | float) or not 0 <= area <= 2**40:
+        raise ValueError(f"area {area!r}, expected a number")
+    shape = check_mask(entry.get("segmentation"), height, width)
+    if not shape or min(w, h) < 1 and not crowd:
+        return None
+    return entry | {"segmentation": shape, "iscrowd": crowd, "area": area}
+
+
 class CocoScenes:
     """images/SPLIT/ with annotations/instances_SPLIT.json in COCO's format. Crowds are no training targets
-    and count neither for nor against a detector. Boxes under a pixel or without a mask are dropped."""
+    and count neither for nor against a detector. Boxes under a pixel or without a mask are left out."""
 
-    det = True
+    det, unit, count = True, "objects", staticmethod(count_objects)
 
-    def __init__(self, root, split, in_chans, _=False):
-        self.folder, self.in_chans, self.dropped = image_folder(root, split), in_chans, 0
-        self.path, place = root / f"annotations/instances_{self.folder.name}.json", "its top level"
+    def __init__(self, root, split, cfg):
+        self.folder, self.in_chans, place = image_folder(root, split), cfg.in_chans, "its top level"
+        self.path, left_out = root / f"annotations/instances_{self.folder.name}.json", Counter()
+        on_disk = set(list_images(self.folder))
         try:
-            content = json.loads(self.path.read_bytes())
+            content, records = json.loads(self.path.read_bytes()), {}
             categories = sorted(content["categories"], key=lambda category: category["id"])
-            self.classes, self.categories = [c["name"] for c in categories], [c["id"] for c in categories]
-            records = {x["id"]: [x["file_name"], x["height"], x["width"], []] for x in content["images"]}
-            for entry in content["annotations"]:
-                place = f"annotation {entry.get('id')}"
-                (_, _, w, h), shape, crowd = entry["bbox"], entry["segmentation"], entry.get("iscrowd")
-                if isinstance(shape, list):
-                    shape = [polygon for polygon in shape if len(polygon) >= 6]
-                if not shape or min(w, h) < 1 and not crowd:
-                    self.dropped += 1
-                    continue
-                if entry["category_id"] not in self.categories or entry["image_id"] not in records:
-                    ids = f"category {entry['category_id']}, or no image {entry['image_id']}"
-                    raise ValueError(f"no {ids}, is listed")
-                entry |= {"segmentation": shape, "iscrowd": int(bool(crowd))}
-                entry["area"] = w * h if entry.get("area") is None else entry["area"]
-                records[entry["image_id"]][3].append(entry)
+            self.classes = [str(c["name"]) for c in categories]
+            self.categories = [whole(c["id"], 0, 2**53) for c in categories]
+            if not 0 < len(self.classes) == len(set(self.categories)) <= 100_000:
+                raise ValueError(f"{len(self.classes)} categories, some ids twice")
+            for image in content["images"]:
+                place = f"image {image.get('id')!r}"
+                if image["id"] in records:
+                    raise ValueError("an image of this id is listed before")
+                if records and type(image["id"]) is not type(next(iter(records))):
+                    raise ValueError("numbers and text as ids of images")
+                sides = [whole(image[side], 1, 2**15) for side in ("height", "width")]
+                records[image["id"]] = [str(image["file_name"]), *sides, []]
+            kinds = set(self.categories)
+            for number, entry in enumerate(content["annotations"], start=1):
+                place = f"annotation {entry.get('id')!r}, the {number}."
+                kind, image = whole(entry["category_id"], 0, 2**53), entry["image_id"]
+                if kind not in kinds or image not in records:
+                    raise ValueError(f"no category {kind}, or no image {image!r}, is listed")
+                _, height, width, objects = records[image]
+                good = check_annotation(entry, height, width)
+                if good is None:
+                    left_out["boxes under a pixel or without a mask"] += 1
+                else:
+                    objects.append(good | {"category_id": kind})
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path} is not in COCO's format, see {place}: {error!r}") from None
-        if all(entry["iscrowd"] for record in records.values() for entry in record[3]):
-            raise UserError(f"{self.path} has no object to learn: {self.dropped} of its annotations are "
-                            "degenerate, the others iscrowd")
-        if self.dropped:
-            print0(f"{self.path}: {self.dropped} degenerate boxes (under a pixel, or no mask) are dropped")
+        except KeyError as error:
+            raise UserError(f"{self.path}, {place}: {error} is missing") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{self.path}, {place}: {error}") from None
+        listed = {str(self.folder / record[0]) for record in records.values()}
+        left_out["images that are not in the folder"] = len(listed - on_disk)
+        left_out["images in the folder that are not listed"] = len(on_disk - listed)
+        records = {i: record for i, record in records.items() if str(self.folder / record[0]) in on_disk}
+        objects = [entry for *_, found in records.values() for entry in found]
+        left = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
+        if all(entry["iscrowd"] for entry in objects):
+            raise UserError(f"{self.path} has no object to learn: {len(objects)} are iscrowd; left out: "
+                            f"{left or 'nothing'} (boxes alone: write each as a polygon of its four corners)")
+        if left:
+            print0(f"{self.path}: left out: {left}")
         # One buffer: loader workers would copy a million Python objects as their reference counts change.
         self.ids = sorted(records)
+        self.most = max(len(record[3]) for record in records.values())
         packed = [json.dumps(records[i]).encode() for i in self.ids]
         self.buffer, self.ends = b"".join(packed), np.cumsum([0, *map(len, packed)])
+        paths = [self.folder / records[i][0] for i in self.ids]
+        sizes = [tuple(records[i][1:3]) for i in self.ids]
+        self.turn = not labels_fit_stored(cfg.exif, paths, lambda i: sizes[i], self.folder)
 
     def __len__(self):
         return len(self.ids)
@@ -159,10 +355,8 @@ class CocoScenes:
 
     def read(self, index):
         _, height, width, objects = self.record(index)
-        image = read_image(self.name(index), self.in_chans)
-        if image.shape[1:] != (height, width):
-            size = f"{image.shape[1]} x {image.shape[2]}"
-            raise ValueError(f"{height} x {width} pixels in {self.path.name}, {size} in the file")
+        image = read_image(self.name(index), self.in_chans, self.turn)
+        sizes_differ(f"{self.path.name} has", (height, width), image.shape[1:])
         if max(height, width) > 32 * min(height, width):
             raise ValueError(f"{height} x {width} pixels: longer than 32 times its width")
         return image, coco_target(height, width, objects, self.categories)
@@ -174,6 +368,8 @@ class DrawnScenes(Shapes):
     def __init__(self, cfg, split):
         super().__init__(cfg.img_size, cfg.in_chans, split, n={"train": 4000, "val": 200}[split])
         self.det = cfg.task == "det"
+        self.unit, self.count = ("objects", count_objects) if self.det else ("pixels", count_pixels)
+        self.most = 4
         self.classes = self.classes if self.det else ["background", *self.classes]
         self.ids, self.categories = range(len(self)), range(1, len(self.classes) + 1)
 
@@ -200,11 +396,7 @@ def decode_mask(shape, height, width):
     """COCO's segmentation (polygons, or run lengths, compressed or not) -> uint8 (height, width)"""
     compressed = isinstance(shape, dict) and not isinstance(shape["counts"], list)
     runs = shape if compressed else rle.frPyObjects(shape, height, width)
-    mask = rle.decode(rle.merge(runs) if isinstance(runs, list) else runs)
-    if mask.shape != (height, width):
-        size = f"{mask.shape[0]} x {mask.shape[1]}"
-        raise ValueError(f"the run lengths of a mask are those of {size} pixels, not {height} x {width}")
-    return mask
+    return rle.decode(rle.merge(runs) if isinstance(runs, list) else runs)
 
 
 def coco_target(height, width, objects, categories):
@@ -367,16 +559,19 @@ SHOWN = 288  # pixels of a side
 
 
 def colour_of(number):
-    """A colour per class: hues by the golden ratio, in three strengths, so that neighbours differ."""
-    strength = ((0.4, 0.75), (1.0, 0.95), (0.6, 1.0))[number % 3]
-    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb((0.6 + number * 0.618034) % 1, *strength))
+    """A colour per class from 1 on: hues in steps of the plastic number, in five strengths; 0 (ignored):
+    black."""
+    saturation, value = ((1.0, 0.95), (0.45, 1.0), (1.0, 0.55), (0.7, 0.8), (0.3, 0.65))[number % 5]
+    hue = (0.6 + number * 0.754878) % 1
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value)) if number else (0, 0, 0)
 
 
 def regions(labels, image):
-    """A label map as a target of detection for `image`: a mask per class, no boxes."""
-    labels = nearest(labels[None], image.shape[1:])[0]
-    kinds = labels[labels != IGNORE].unique().long()
-    return {"boxes": torch.zeros(0, 4), "labels": kinds + 1, "masks": labels == kinds[:, None, None]}
+    """A label map as a target of detection for `image`: a mask per class, no boxes; 0 is "ignored"."""
+    labels = nearest(labels[None], image.shape[1:])[0].long() + 1
+    labels = torch.where(labels == IGNORE + 1, 0, labels)
+    kinds = labels.unique()
+    return {"boxes": torch.zeros(0, 4), "labels": kinds, "masks": labels == kinds[:, None, None]}
 
 
 def show(image, target=None):
@@ -400,8 +595,12 @@ def legend(targets, classes):
     """(3, SHOWN, SHOWN): names and colours of the classes in these targets, of the first ones if many."""
     canvas = Image.new("RGB", (SHOWN, SHOWN), "white")
     pen, line = ImageDraw.Draw(canvas), 16
-    kinds = dict.fromkeys(kind for target in targets for kind in target["labels"].tolist())
-    for top, kind in zip(range(0, SHOWN, line), kinds, strict=False):
-        pen.rectangle((4, top + 2, 16, top + 14), fill=colour_of(kind))
-        pen.text((24, top + 2), classes[kind - 1], fill="black")
+    kinds = list(dict.fromkeys(kind for target in targets for kind in target["labels"].tolist()))
+    names = ["ignored (does not count)", *classes]
+    rows = [(kind, part) for kind in kinds for part in textwrap.wrap(names[kind], 42) or [""]]
+    rows = rows if len(rows) <= SHOWN // line else [*rows[: SHOWN // line - 1], (None, "and more classes")]
+    for i, (kind, part) in enumerate(rows):
+        if kind is not None:
+            pen.rectangle((4, i * line + 2, 16, i * line + 14), fill=colour_of(kind))
+        pen.text((24, i * line + 2), part, fill="black")
     return TF.pil_to_tensor(canvas)

@@ -2,7 +2,7 @@
 
 --task seg   a class for every pixel; mIoU, mAcc and aAcc over all held-out images
     --head uper    UperNet (Xiao et al., ECCV 2018) with an auxiliary FCN on the third map, weight 0.4. Maps:
-                   a ViT's at 1/4, 1/2, 3/4, 4/4 of its depth, at 4, 2, 1, 1/2 times its grid; others' own
+                   a ViT's at 1/3, 1/2, 2/3, 3/3 of its depth, at 4, 2, 1, 1/2 times its grid; others' own
     --head linear  one linear layer on a ViT's normalised last map; --head fcn: FCN on a ResNet-50 with its
                    last two stages dilated (both: CIM sec. 3.2)
 --task det   boxes and masks; AP by pycocotools
@@ -91,6 +91,8 @@ class Config(RunConfig):
     recompute: bool = False  # ViT, RevColV2: compute activations again in the backward pass
     channels: int | None = None  # width of the decoder; default: UperNet on a ViT 768, else 512; det 256
     rois: int = 512  # detection: boxes per image that the heads learn from
+    rpn_convs: int = 2  # detection: convolutions before the proposals; ViTDet's 2, MIMDet's 1
+    max_detections: int = 100  # detection: most boxes per image, found and counted
     # data; from here on the defaults are those of --task seg, and det has its own in DEFAULTS
     data: str = "data/ade20k"  # folder laid out as ADE20K (seg) or COCO (det), or shapes
     img_size: tuple[int, int] = (512, 512)  # pixels of a training crop, H or H,W; detection: one number
@@ -187,7 +189,8 @@ class ViTEncoder(ViT):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path)
         det, self.recompute, self.unused_names = cfg.task == "det", cfg.recompute, []
         quarters = [self.depth * i // 4 for i in (1, 2, 3, 4)]  # numbers of blocks, from 1
-        self.taps = quarters if cfg.head == "uper" and not det else quarters[-1:]
+        uper = [round(self.depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]  # BEiT's, MAE's
+        self.taps = uper if cfg.head == "uper" and not det else [self.depth]
         self.channels, self.strides = [self.embed_dim] * len(self.taps), [self.patch_size] * len(self.taps)
         for number, block in enumerate(self.blocks, start=1):
             if det and cfg.window and number not in quarters:
@@ -418,12 +421,14 @@ def seg_scores(matrix, classes):
 
 # ---- detection ---------------------------------------------------------------------------------------------
 
+norm = functools.partial(LayerNorm2d, eps=1e-6)  # detectron2's
+
 
 def simple_pyramid(D, width):
     """ViTDet's: modules that each turn a map (B, D, h, w) into one at 4, 2, 1 or 1/2 times its grid."""
-    scales = zip(four_scales(D, D // 2, D // 4, LayerNorm2d), (D // 4, D // 2, D, D), strict=True)
-    levels = (nn.Sequential(scale, nn.Conv2d(c, width, 1, bias=False), LayerNorm2d(width),
-                            nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width))
+    scales = zip(four_scales(D, D // 2, D // 4, norm), (D // 4, D // 2, D, D), strict=True)
+    levels = (nn.Sequential(scale, nn.Conv2d(c, width, 1, bias=False), norm(width),
+                            nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width))
               for scale, c in scales)
     return nn.ModuleDict({"levels": nn.ModuleList(levels)})
 
@@ -468,8 +473,8 @@ def in_float32(output):
 
 
 class Detector(nn.Module):
-    """torchvision's Mask R-CNN with ViTDet's heads (proposals: two convolutions; boxes: four and a linear
-    layer; masks: four; LayerNorm). It resizes images to fit --img_size, and fills them up to that square
+    """torchvision's Mask R-CNN with ViTDet's heads (proposals: --rpn_convs; boxes: four convolutions and a
+    linear layer; masks: four; LayerNorm). It resizes images to fit --img_size, fills them up to that square
     with 0."""
 
     def __init__(self, cfg, classes):
@@ -481,11 +486,12 @@ class Detector(nn.Module):
             backbone, min_size=side, max_size=side, size_divisible=side,
             _skip_resize=True,  # in training: crops have the size
             image_mean=[0.0] * cfg.in_chans, image_std=[1.0] * cfg.in_chans,  # run.normalize has done it
-            rpn_anchor_generator=anchors, rpn_head=RPNHead(width, 3, conv_depth=2),
+            rpn_anchor_generator=anchors, rpn_head=RPNHead(width, 3, cfg.rpn_convs),
             rpn_post_nms_top_n_train=1000, box_batch_size_per_image=cfg.rois,
+            box_detections_per_img=cfg.max_detections,
             box_roi_pool=roi_align(7, backbone.strides), mask_roi_pool=roi_align(14, backbone.strides),
-            box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer=LayerNorm2d),
-            mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=LayerNorm2d),
+            box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer=norm),
+            mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm),
             box_predictor=FastRCNNPredictor(1024, classes + 1),
             mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
         heads = self.model.roi_heads
@@ -517,22 +523,22 @@ def coco_results(image_id, output, categories):
             for (x1, y1, x2, y2), kind, score, mask in results]
 
 
-def average_precision(truth, results, image_ids):
+def average_precision(truth, results, image_ids, most=100):
     """Per cent, by pycocotools: AP over the overlaps 0.5 to 0.95, and AP at 0.5, of boxes and of masks in
-    these images. No results: 0."""
+    these images, of the `most` best detections of each. No results: 0."""
     scores = {}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
-        stats = [0.0, 0.0]
+        precision = np.full((10, 1), -1.0)
         if results:
             with redirect_stdout(None):
                 evaluation = COCOeval(truth, truth.loadRes(results), kind)
-                evaluation.params.imgIds = sorted(image_ids)
+                evaluation.params.imgIds, evaluation.params.maxDets = sorted(image_ids), [most]
                 evaluation.evaluate()
                 evaluation.accumulate()
-                evaluation.summarize()
-            stats = evaluation.stats
-        ap, ap50 = (max(0.0, 100 * float(x)) for x in stats[:2])  # -1: nothing to find
-        scores |= {f"eval/{name}_ap": ap, f"eval/{name}_ap50": ap50}
+            precision = evaluation.eval["precision"][..., 0, 0]  # (overlaps, recalls, classes), all areas
+        for key, part in ((f"eval/{name}_ap", precision), (f"eval/{name}_ap50", precision[0])):
+            part = part[part > -1]  # what there is to find
+            scores[key] = 100 * float(part.mean()) if part.size else 0.0
     return scores
 
 
@@ -564,7 +570,8 @@ def evaluate(model, samples, truth, run):
     if run.cfg.task == "seg":
         scores = seg_scores(matrix.cpu(), source.classes)
     else:
-        scores = average_precision(truth, *(sum(lists, []) for lists in zip(*found, strict=True)))
+        results, seen = (sum(lists, []) for lists in zip(*found, strict=True))
+        scores = average_precision(truth, results, seen, run.cfg.max_detections)
     return {name: round(value, 3) for name, value in scores.items()}
 
 
@@ -654,15 +661,15 @@ def train_step(model, batches, optimizer, scaler, run):
 
 
 def open_both(cfg):
-    """Training and held-out images; UserError if their classes differ."""
+    """{"train": images, "val": held-out ones}; UserError if their classes differ."""
     source, held_out = data.open_scenes(cfg, "train"), data.open_scenes(cfg, "val")
     if held_out.classes != source.classes:
         raise UserError(f"--data {cfg.data}: the categories of the two annotation files differ")
-    return source, held_out
+    return {"train": source, "val": held_out}
 
 
 def train(cfg, run):
-    source, held_out = open_both(cfg)
+    source, held_out = open_both(cfg).values()
     classes = source.classes
     truth = data.coco_truth(held_out) if cfg.task == "det" and run.is_main else None
     processes = run.world_size if run.cuda else 1  # whose images SyncBatchNorm averages over
@@ -678,6 +685,9 @@ def train(cfg, run):
         others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", *model.encoder.unused_names)
         load_weights(model.encoder, cfg.weights, ignore=others, prefix=prefix, content=content)
     run.start(len(source), f"lr {cfg.lr:.3g}", cfg.iters, cfg.warmup_iters)
+    if cfg.task == "det" and held_out.most > cfg.max_detections:
+        print0(f"an image to evaluate has {held_out.most} objects, more than --max_detections "
+               f"{cfg.max_detections}")
     if run.cuda and run.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = run.prepare(model)
@@ -689,29 +699,36 @@ def train(cfg, run):
     batches, samples = training_batches(source, run), data.Scenes(run.samples(held_out, data.Fit(cfg)))
     meta = {"task": cfg.task, "head": cfg.head, "classes": list(classes)}
 
+    evaluated = run.evaluations().keys()
+
+    def evaluate_if_due():
+        """After the checkpoint, which a kill leaves whole. The line of the log comes last: it says "done"."""
+        due = run.step % cfg.eval_every == 0 or run.step == run.steps
+        if not due or run.step in {0, *evaluated}:
+            return
+        model.eval()
+        run.share_statistics(model)
+        scores = evaluate(model, samples, truth, run)
+        if run.is_main:
+            if cfg.pictures:
+                save_pictures(run.out / f"pictures/step_{run.step:07}.png", model, samples, run)
+            means = ", ".join(f"{k[5:]} {v:.2f}" for k, v in scores.items() if k.count("/") == 1)
+            print0(f"step {run.step}, {len(held_out)} held-out images: {means}")
+            run.log({"step": run.step, "epoch": run.epoch, **scores})
+        model.train()
+
     model.train()
+    evaluate_if_due()  # a run that was killed inside its evaluation
     while run.step < run.steps and not run.stopping:
         lr = learning_rate(run.step, cfg, run.steps)
         set_lr(optimizer, lr)
         terms = train_step(ddp, batches, optimizer, scaler, run)
         run.end_update(terms, lr)
-        save_due = run.stopping or time.monotonic() - run.last_save > 60 * cfg.save_minutes
-        if run.step % cfg.eval_every == 0 or run.step == run.steps:
-            if run.stopping:
-                run.save(**meta)  # a whole evaluation may take more time than is left
-            model.eval()
-            run.share_statistics(model)
-            scores = evaluate(model, samples, truth, run)
-            if run.is_main:
-                run.log({"step": run.step, "epoch": run.epoch, **scores})
-                means = ", ".join(f"{k[5:]} {v:.2f}" for k, v in scores.items() if k.count("/") == 1)
-                print0(f"step {run.step}, {len(held_out)} held-out images: {means}")
-                if cfg.pictures:
-                    save_pictures(run.out / f"pictures/step_{run.step:07}.png", model, samples, run)
-            model.train()
-            save_due = True
-        if save_due:
+        seconds = time.monotonic() - run.last_save
+        due = run.step % cfg.eval_every == 0 or run.step == run.steps
+        if due or run.stopping or seconds > 60 * cfg.save_minutes:
             run.save(**meta)
+        evaluate_if_due()
     if run.step == run.steps:
         run.export("model.pth", model.state_dict(), run.meta(**meta))
     run.finish("model.pth, last.pth, log.jsonl, pictures/")

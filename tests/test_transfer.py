@@ -15,7 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_script, sabotaged
-from PIL import Image
+from malformed import MALFORMED, write_set
+from PIL import Image, ImageCms
+from pycocotools import mask as rle
 from torch import nn
 from torchvision.models import resnet50
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -30,6 +32,9 @@ SMALL = ["transfer_seg_det.py", "--demo", "--amp", "off", "--workers", 0, "--war
          "--log_every", 2, "--save_minutes", 0, "--weights", "none", "--pictures", 2, "--eval_every", 2]
 SEG = [*SMALL, "--channels", 16, "--batch_size", 4, "--iters", 4]
 DET = [*SMALL, "--task", "det", "--channels", 8, "--rois", 8, "--batch_size", 2, "--iters", 4]
+
+
+RGB = types.SimpleNamespace(in_chans=3, zero_is_ignore=False, exif="auto")
 
 
 def config(*words):
@@ -122,10 +127,13 @@ def test_window_attention_equals_a_loop_over_windows(grid, side):
     torch.testing.assert_close(windowed(x), expected[:, :h, :w].flatten(1, 2))
 
 
-def test_quarters_windows_and_sizes_of_maps():
-    for size, quarters in (("tiny", [3, 6, 9, 12]), ("nano", [1, 2, 3, 4])):
-        assert transfer.ViTEncoder(small("seg", "--model", size)).taps == quarters
-        encoder = transfer.ViTEncoder(small("det", "--model", size))
+def test_taps_windows_and_sizes_of_maps():
+    """UperNet's blocks are BEiT's and MAE's, numbered from 1; global attention is ViTDet's, at quarters."""
+    for size, taps, quarters in (("tiny", [4, 6, 8, 12], [3, 6, 9, 12]), ("nano", [1, 2, 3, 4], [1, 2, 3, 4]),
+                                 ("large", [8, 12, 16, 24], [6, 12, 18, 24])):
+        with torch.device("meta"):
+            assert transfer.ViTEncoder(small("seg", "--model", size)).taps == taps
+            encoder = transfer.ViTEncoder(small("det", "--model", size))
         kinds = [type(block.attn) is transfer.WindowAttention for block in encoder.blocks]
         assert encoder.taps == quarters[-1:] and kinds == [i + 1 not in quarters for i in range(len(kinds))]
     for model, sizes in (("nano", [(6, 10)] * 4), ("revcol_nano", [(24, 40), (12, 20), (6, 10), (3, 5)])):
@@ -312,17 +320,17 @@ def coco_folder(folder, size, boxes):
     for split in ("train", "val"):
         Image.fromarray(np.zeros((*size, 3), np.uint8)).save(folder / f"images/{split}/1.png")
         (folder / f"annotations/instances_{split}.json").write_text(json.dumps(content))
-    return data.CocoScenes(folder, "val", 3)
+    return data.CocoScenes(folder, "val", RGB)
 
 
 def test_perfect_detections_have_an_ap_of_100(scenes):
-    for source in (data.CocoScenes(scenes / "coco", "val", 3), data.DrawnScenes(small("det"), "val")):
+    for source in (data.CocoScenes(scenes / "coco", "val", RGB), data.DrawnScenes(small("det"), "val")):
         truth, results, n = data.coco_truth(source), [], min(len(source), 20)
         for i in range(n):
             results += results_of(source.ids[i], source.read(i)[1], source.categories)
         scores = transfer.average_precision(truth, results, source.ids[:n])
         assert len(scores) == 4 and [*scores.values()] == pytest.approx([100] * 4)
-    source = data.CocoScenes(scenes / "coco", "val", 3)  # what could not be read does not count
+    source = data.CocoScenes(scenes / "coco", "val", RGB)  # what could not be read does not count
     results = [x for i in (2, 3) for x in results_of(source.ids[i], source.read(i)[1], source.categories)]
     truth = data.coco_truth(source)
     for images, least, most in ((source.ids[2:4], 99.9, 100.1), (source.ids, 0, 99)):
@@ -465,8 +473,8 @@ def test_test_images_have_the_short_side_of_training():
 
 def test_sources_agree_on_the_same_drawings(scenes):
     drawn = data.Shapes((40, 48), 3, "train")
-    ade = data.LabelMaps(scenes / "ade", "train", 3, False)
-    coco = data.CocoScenes(scenes / "coco", "train", 3)
+    ade = data.LabelMaps(scenes / "ade", "train", RGB)
+    coco = data.CocoScenes(scenes / "coco", "train", RGB)
     assert ade.classes[1:] == coco.classes == drawn.classes
     assert coco.categories == [5 + 3 * i for i in range(10)]
     for i in range(12):
@@ -484,7 +492,8 @@ def test_sources_agree_on_the_same_drawings(scenes):
             for n, mask, (x1, y1, x2, y2) in zip(seen, target["masks"], target["boxes"].long(), strict=True):
                 assert (mask.numpy() == (instances == n + 1)).all() and mask[y1:y2, x1:x2].sum() == mask.sum()
                 assert all(edge.any() for edge in (mask[y1], mask[y2 - 1], mask[:, x1], mask[:, x2 - 1]))
-    kept, shifted = (data.LabelMaps(scenes / "ade", "val", 3, flag).read(0)[1] for flag in (False, True))
+    settings = (types.SimpleNamespace(**vars(RGB) | {"zero_is_ignore": flag}) for flag in (False, True))
+    kept, shifted = (data.LabelMaps(scenes / "ade", "val", cfg).read(0)[1] for cfg in settings)
     assert torch.equal(shifted[kept > 0], kept[kept > 0] - 1) and (shifted[kept == 0] == data.IGNORE).all()
 
 
@@ -497,16 +506,179 @@ def test_annotations_as_labelling_tools_write_them(tmp_path, capsys):
     content["annotations"][1]["segmentation"] = [[1, 2, 3, 4]]
     content["annotations"][2] |= {"area": None, "segmentation": [[7.3, 7, 20, 9.6, 12, 20]]}
     path.write_text(json.dumps(content))
-    source = data.CocoScenes(tmp_path, "val", 3)
-    assert source.dropped == 3 and "3 degenerate boxes" in capsys.readouterr().out
+    source = data.CocoScenes(tmp_path, "val", RGB)
+    assert "left out: 3 boxes under a pixel or without a mask" in capsys.readouterr().out
     truth, results = data.coco_truth(source), results_of(1, source.read(0)[1], [1])
     for mask, entry in zip(source.read(0)[1]["masks"], truth.loadAnns([1, 2]), strict=True):
         assert (mask.numpy() == truth.annToMask(entry)).all() and mask.any()
     assert transfer.average_precision(truth, results, [1])["eval/mask_ap"] == pytest.approx(100)
-    content["annotations"][0]["segmentation"]["size"] = [32, 128]
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="those of 32 x 128 pixels, not 64 x 64"):
-        data.CocoScenes(tmp_path, "val", 3).read(0)
+
+
+def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        mask = (rng.random(rng.integers(1, 60, 2)) < rng.random()).astype(np.uint8)
+        text = rle.encode(np.asfortranarray(mask))["counts"].decode()
+        assert data.run_lengths(text) == run_lengths(mask)
+    for text in ("\x00", "o" * 100, "é"):
+        with pytest.raises(ValueError, match="no compressed run lengths"):
+            data.run_lengths(text)
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_annotations_end_in_one_line_or_are_counted(tmp_path, capsys, name):
+    root = write_set(tmp_path / "set", MALFORMED[name])
+    cfg = small("det", "--data", root)
+    if name.startswith("counted:"):
+        source = data.open_scenes(cfg, "train")
+        assert "left out: " in capsys.readouterr().out and len(source.read(0)[1]["boxes"]) == 1
+        return
+    with pytest.raises(common.UserError, match="instances_train.json") as end:
+        data.open_scenes(cfg, "train")
+    assert "\n" not in str(end.value) and len(str(end.value)) < 400
+
+
+@pytest.mark.parametrize("change", [
+    lambda entry, image: image.update(height="48", width="64"),
+    lambda entry, image: entry.update(area=None, iscrowd="0", category_id="1"),
+])
+def test_sizes_as_text_and_missing_areas_are_read(tmp_path, change):
+    def spoil(content):
+        change(content["annotations"][0], content["images"][0])
+
+    source = data.open_scenes(small("det", "--data", write_set(tmp_path, spoil)), "train")
+    assert len(source.read(0)[1]["boxes"]) == 2 and data.coco_truth(source).getAnnIds()
+
+
+# ---- label maps of other kinds, rotated photographs
+
+
+def label_folder(root, maps, classes, **tags):
+    """images/{train,val}/N.jpg of noise, with label maps; tags: of the JPEGs."""
+    for split in ("train", "val"):
+        for i, array in enumerate(maps):
+            for kind in ("images", "annotations"):
+                (root / kind / split).mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(i).integers(0, 256, (*array.shape[:2], 3), dtype=np.uint8)
+            Image.fromarray(noise).save(root / f"images/{split}/{i}.jpg", **tags)
+            Image.fromarray(array).save(root / f"annotations/{split}/{i}.png")
+    (root / "classes.txt").write_text(classes)
+    return small("seg", "--data", root)
+
+
+def test_masks_of_0_and_255_are_two_classes(tmp_path, capsys):
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:, 10:] = 255
+    source = data.open_scenes(label_folder(tmp_path, [mask, mask * 0], "ground\nthing"), "val")
+    assert "255 is read as thing" in capsys.readouterr().out
+    assert torch.equal(source.read(0)[1], torch.from_numpy(mask // 255)) and source.read(1)[1].sum() == 0
+    (tmp_path / "classes.txt").write_text("thing")
+    with pytest.raises(common.UserError, match="two lines"):
+        data.open_scenes(small("seg", "--data", tmp_path), "train")
+    mask[0, 0] = 1  # then 255 is "ignored", as everywhere
+    source = data.open_scenes(label_folder(tmp_path, [mask], "ground\nthing"), "train")
+    assert source.count(source.read(0)[1]) == {0: 20 * 30 - 15 * 20 - 1, 1: 1, -1: 15 * 20}
+
+
+def test_colours_are_read_by_the_list(tmp_path):
+    colours = np.array([[128, 64, 128], [224, 224, 192], [0, 0, 0], [70, 70, 70]], np.uint8)
+    places = np.random.default_rng(0).integers(0, 4, (20, 30))
+    palette = Image.fromarray(places.astype(np.uint8))
+    palette.putpalette(colours.flatten().tolist())
+    lines = "road 128 64 128\nignored 224,224,192\nthe ground  0 0 0\nroad 70 70 70\n"
+    cfg = label_folder(tmp_path, [colours[places]], lines)
+    palette.save(tmp_path / "annotations/val/0.png")
+    expected = torch.tensor([0, data.IGNORE, 1, 0])[places]
+    for split in ("train", "val"):
+        source = data.open_scenes(cfg, split)
+        assert source.classes == ["road", "the ground"] and torch.equal(source.read(0)[1].long(), expected)
+    (tmp_path / "classes.txt").write_text(lines.replace("70 70 70", "1 2 3"))
+    with pytest.raises(ValueError, match="the colour 70 70 70, which"):
+        data.open_scenes(cfg, "train").read(0)
+    (tmp_path / "classes.txt").write_text("road\nthe ground 0 0 0")
+    with pytest.raises(common.UserError, match="in every line or in none"):
+        data.open_scenes(cfg, "train")
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_labels_on_stored_pixels_of_rotated_photographs(tmp_path, capsys, orientation):
+    """Sizes tell it for quarter turns; a half turn is for --exif to say."""
+    tags = Image.Exif()
+    tags[274] = orientation
+    mask = np.zeros((20, 30), np.uint8)
+    mask[2:9, 3:20] = 1
+    cfg = label_folder(tmp_path, [mask], "ground\nthing", exif=tags)
+    stored = np.array(Image.open(tmp_path / "images/train/0.jpg"))
+
+    def is_stored(exif):
+        cfg.exif = exif
+        image, labels = data.open_scenes(cfg, "train").read(0)
+        assert torch.equal(labels, torch.from_numpy(mask))
+        return np.abs(image.permute(1, 2, 0).numpy().astype(int) - stored).max() < 10
+
+    assert is_stored("ignore") and is_stored("auto") == (orientation == 6)
+    assert ("as stored" in capsys.readouterr().out) == (orientation == 6)
+    if orientation == 6:
+        with pytest.raises(ValueError, match="--exif ignore"):
+            is_stored("apply")
+    else:
+        assert not is_stored("apply")
+    objects = write_set(tmp_path / "boxes", lambda content: None, exif=tags)
+    source = data.open_scenes(small("det", "--data", objects), "train")
+    assert source.turn == (orientation == 3) and source.read(0)[0].shape == (3, 48, 64)
+
+
+def test_legends_name_what_is_ignored_and_all_of_long_names():
+    labels = torch.tensor([[0, 1, data.IGNORE, 2]], dtype=torch.uint8).repeat(4, 1)
+    found = data.regions(labels, torch.zeros(3, 4, 4))
+    assert found["labels"].tolist() == [0, 1, 2, 3] and found["masks"].sum(0).eq(1).all()
+    short, long = (data.legend([found], ["a", name, "c"]) for name in ("b", "word " * 20))
+    last = [(picture[0] < 255).any(1).nonzero().max().item() for picture in (short, long)]
+    assert last[1] == last[0] + 32  # three lines of text
+    colours = Image.fromarray(np.array([[data.colour_of(i) for i in range(1, 21)]], np.uint8))
+    to_lab = ImageCms.buildTransform(*map(ImageCms.createProfile, ("sRGB", "LAB")), "RGB", "LAB")
+    lab = np.array(ImageCms.applyTransform(colours, to_lab), np.uint8)[0].astype(float)
+    lab[:, 0] *= 100 / 255
+    lab[:, 1:] = (lab[:, 1:] + 128) % 256
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > 15
+
+
+def test_check_data_of_label_maps_and_boxes(tmp_path):
+    mask = np.full((20, 30), 255, np.uint8)
+    mask[5:, 10:] = 1
+    label_folder(tmp_path / "seg", [mask], "ground\nthing\nnever")
+    command = ["transfer_seg_det.py", "--check_data", "--workers", 0, "--data"]
+    output = run_script([*command, "seg"], tmp_path, expect=2)
+    assert "without a label, which do not count: 300 (50.0%)" in output and "thing 300 (50.0%)" in output
+    assert "train: 2 classes without pixels, such as ground" in output.splitlines()[-1]
+    write_set(tmp_path / "det", lambda content: None)
+    output = run_script([*command, "det", "--task", "det"], tmp_path)
+    assert "train: 2 images" in output and "val: 2 images" in output and "thing 2 (50.0%)" in output
+
+
+def test_max_detections_bounds_network_and_score():
+    """150 perfect detections of 150 cells: AP 100 if all count, 2/3 of the recall if 100 do."""
+    corners = [[10 * (i % 15), 10 * (i // 15), 10 * (i % 15) + 8, 10 * (i // 15) + 8] for i in range(150)]
+    target = target_of(corners, [1] * 150, (100, 150))
+    objects = [{"image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [x, y, 8, 8], "area": 64,
+                "segmentation": [[x, y, x + 8, y, x + 8, y + 8, x, y + 8]]} for x, y, *_ in corners]
+    source = data.DrawnScenes(small("det"), "val")
+    source.n, source.ids, source.record = 1, [1], lambda _: ["", 100, 150, objects]
+    truth, results = data.coco_truth(source), results_of(1, target, [1], [1 - i / 200 for i in range(150)])
+    for most, ap in ((150, 100), (100, 67 / 101 * 100)):  # 101 recalls, 0 to .66 of them reached
+        assert transfer.average_precision(truth, results, [1], most)["eval/box_ap"] == pytest.approx(ap)
+    model = transfer.Detector(small("det", "--max_detections", 7), 3).eval()
+    model.model.roi_heads.score_thresh = 0.0
+    assert len(model.predict(torch.randn(1, 3, 64, 64))["boxes"]) == 7
+
+
+def test_detections_norms_and_proposals_are_detectron2s():
+    model = transfer.Detector(small("det", "--rpn_convs", 1), 3)
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+    assert len(model.model.rpn.head.conv) == 1
+    for recipe, convs in (("mff", 1), ("ve", 1), ("revcol", 2), (None, 2)):
+        words = ["--recipe", recipe] if recipe else []
+        assert config("--task", "det", "--weights", "none", *words).rpn_convs == convs
 
 
 def edit(path, old, new):
@@ -524,11 +696,11 @@ WRONG = [  # task, what happens to the folder, what is named
     ("seg", lambda f: (f / "classes.txt").write_text("a\nb"), r"number \d+, 2 classes are listed"),
     ("seg", lambda f: shutil.copytree(f / "images", f / "annotations", dirs_exist_ok=True), "40, 48, 3"),
     ("det", lambda f: (f / COCO).unlink(), "instances_train2017.json"),
-    ("det", lambda f: (f / COCO).write_text("{"), "see its top level"),
-    ("det", lambda f: edit(f / COCO, '"bbox"', '"box"'), "see annotation 1: .*bbox"),
+    ("det", lambda f: (f / COCO).write_text("{"), "its top level"),
+    ("det", lambda f: edit(f / COCO, '"bbox"', '"box"'), "annotation 1, .*bbox.* is missing"),
     ("det", lambda f: edit(f / COCO, 'crowd": 0', 'crowd": 1'), "has no object to learn"),
     ("det", lambda f: edit(f / COCO, 'category_id": 5,', 'category_id": 6,'), "no category 6, or"),
-    ("det", lambda f: edit(f / COCO, 'height": 40', 'height": 41'), "41 x 48 .* 40 x 48"),
+    ("det", lambda f: edit(f / COCO, 'height": 40', 'height": 41'), "40 x 48 pixels, the image 41 x 48"),
     ("det", lambda f: edit(f / COCO, '"disc"', '"disk"'), "categories .* differ"),
 ]
 
@@ -538,7 +710,7 @@ def test_wrong_data_is_refused(scenes, tmp_path, task, spoil, words):
     shutil.copytree(scenes / {"seg": "ade", "det": "coco"}[task], tmp_path / "data")
     spoil(tmp_path / "data")
     with pytest.raises((common.UserError, ValueError), match=words):
-        source, _ = transfer.open_both(small(task, "--data", tmp_path / "data"))
+        source, _ = transfer.open_both(small(task, "--data", tmp_path / "data")).values()
         [source.read(i) for i in range(len(source))]
 
 
@@ -547,12 +719,13 @@ def test_unreadable_images_are_named_and_do_not_count(scenes, tmp_path):
     shutil.copytree(scenes / "ade", tmp_path / "ade")
     (tmp_path / "coco/images/val2017/3.png").write_bytes(b"no image")
     output = run_script([*DET, "--data", "coco", "--iters", 1, "--pictures", 0, "--out", "run"], tmp_path)
-    assert output.count("unreadable, replaced by the next file") == 1 and "3.png" in output
+    assert output.count("unreadable: ") == 1 and "3.png" in output
     for image in (tmp_path / "ade/images/training").iterdir():
         image.write_bytes(b"no image")
     output = run_script([*SEG, "--data", "ade", "--head", "linear", "--out", "none"], tmp_path, expect=1)
     assert "Traceback" not in output and "--max_bad" in output
-    assert "unreadable: 12\n" in run_script([*SEG, "--data", "ade", "--check_data"], tmp_path)
+    output = run_script([*SEG, "--data", "ade", "--check_data"], tmp_path, expect=2)
+    assert "train: 12 unreadable files" in output.splitlines()[-1]
 
 
 # ---- recipes, schedules, flags
@@ -638,10 +811,13 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(scenes, tmp_path, task, 
     command = [*(SEG if task == "seg" else DET), "--data", "data", "--model", model, "--resnet_width", 8]
     run_script([*command, "--out", "whole"], tmp_path)
     kill = "os.kill(os.getpid(), signal.SIGKILL)"
-    attack = sabotaged(tmp_path, [*command, "--out", "run"], "Run.end_update", kill, "count == 3")
-    run_script(attack, tmp_path, expect=-signal.SIGKILL)
     resume = [*command, "--out", "run", "--resume"]
-    assert "resumed from run/last.pth: step 2" in run_script(resume, tmp_path)
+    # The second dies inside the last evaluation.
+    for method, when, step in (("end_update", "count == 3", 2), ("share_bad_files", "self.step == 4", 4)):
+        attack = sabotaged(tmp_path, resume, f"Run.{method}", kill, when)
+        run_script(attack, tmp_path, expect=-signal.SIGKILL)
+        assert torch.load(tmp_path / "run/last.pth", weights_only=True)["step"] == step
+    assert "resumed from run/last.pth: step 4" in run_script(resume, tmp_path)
     assert same(state(tmp_path / "whole"), state(tmp_path / "run"))
     pictures = {path.name for path in (tmp_path / "run/pictures").iterdir()}
     assert pictures == {f"step_000000{step}.png" for step in (2, 4)}
