@@ -746,6 +746,7 @@ PAPERS = {  # what the papers' text prints
     "revcol_seg": {"iters": 160_000, "lr": 4e-5, "batch_size": 16, "layer_decay": 0.65, "drop_path": 0.1},
     "revcol_det": {"epochs": 50.0, "batch_size": 32, "lr": 1e-4, "jitter": (0.1, 2.0), "drop_path": 0.2,
                    "layer_decay": 0.9},
+    "revcol_l_det": {"epochs": 50.0, "drop_path": 0.3, "layer_decay": 0.9},
 }
 
 
