@@ -616,7 +616,7 @@ def open_data(cfg, split="pretrain", classes=None):
             return open_folder(part if part.is_dir() else root, cfg.in_chans, classes, cfg.exif != "ignore",
                                labelled=split in ("train", "val"))
     except ImportError:
-        raise UserError(f"--data {cfg.data} is no folder, and sources.py for other data is not here") from None
+        raise UserError(f"--data {cfg.data} is no folder; other data need sources.py here") from None
     except (OSError, RuntimeError, ValueError, IndexError, zipfile.BadZipFile) as error:
         raise UserError(f"--data {cfg.data}: {first_line(error)}") from None
     raise UserError(f"--data {root} has no val/: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it")
