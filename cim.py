@@ -139,10 +139,10 @@ class Config(RunConfig):
             raise ValueError("--tokenizer FILE is needed: `python convert_dalle.py --help` shows how")
 
 
-# Grey: tokens of few updates are poor in colour. Raw pixels: drawn shapes are flat, normalised only noise.
+# Grey: tokens of few updates are poor in colour.
 DEMO = {"data": "shapes", "img_size": (25, 25), "in_chans": 1, "model": "nano", "patch_size": 5,
-        "resnet_width": 16, "generator_depth": 2, "initial": "mae", "num_masked": (18, 19), "epochs": 1.0,
-        "pixel_norm": "none", "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0.1, "log_every": 25}
+        "resnet_width": 16, "generator_depth": 2, "initial": "mae", "num_masked": (13, 15), "epochs": 0.75,
+        "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0.1, "log_every": 25}
 DEMO_MAE = {"generator_depth": 4, "num_masked": None}  # half of them
 DEMO_RESNET = {"img_size": (64, 64), "patch_size": 8, "num_masked": (38, 42)}
 

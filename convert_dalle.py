@@ -206,7 +206,7 @@ class Config(RunConfig):
 
 
 DEMO = {"data": "shapes", "img_size": (32, 32), "in_chans": 1, "patch_size": 4, "vocab_size": 64,
-        "tokenizer_width": 8, "kl_weight": 2.0, "epochs": 0.2, "batch_size": 8, "lr": 1e-2,
+        "tokenizer_width": 8, "kl_weight": 5.0, "epochs": 0.2, "batch_size": 8, "lr": 1e-2,
         "warmup_epochs": 0.03, "log_every": 25}
 
 
