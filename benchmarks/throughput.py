@@ -160,6 +160,8 @@ def make_update(script, batch_size, amp="off", compiled=False, **values):
     noise = torch.rand(batch_size, positions)
     if script is ddae:
         noise = torch.stack([ddae.sample_mask(cfg) for _ in images])
+    if DEVICE.type == "cuda":  # as the loader hands them over
+        images, noise = images.pin_memory(), noise.pin_memory()
 
     def batches():
         while True:
