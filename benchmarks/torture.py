@@ -22,6 +22,7 @@ files        200,000 small image files in 200 folders: time and memory to index 
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -110,15 +111,23 @@ def commands(folder):
             for name in GOLDEN}
 
 
-def kill_one(name, command, folder, wanted, seed):
-    """Row of the table: runs of one script, killed `wanted` times in all."""
+def undisturbed(command, folder):
+    """Seconds of a run that is left alone, in folder/whole."""
     from conftest import Started  # forks from a process that has imported torch: a start takes no seconds
 
-    moments, done, runs, doing = random.Random(seed), 0, 0, dict.fromkeys(("start", "file", "evaluation"), 0)
     begin = time.monotonic()
-    code, _ = Started([*command, "--out", str(folder / "whole")], folder).wait(3000)
-    length, differ = time.monotonic() - begin, [] if code == 0 else ["whole"]
-    expected = state(folder / "whole")
+    code, output = Started([*command, "--out", str(folder / "whole")], folder).wait(3000)
+    if code:
+        sys.exit(f"the undisturbed run failed: {output}")
+    return time.monotonic() - begin
+
+
+def kill_one(name, command, folder, wanted, length, seed):
+    """Row of the table: runs of one script, killed `wanted` times in all."""
+    from conftest import Started
+
+    moments, done, runs, doing = random.Random(seed), 0, 0, dict.fromkeys(("start", "file", "evaluation"), 0)
+    differ, expected = [], state(folder / "whole")
     while done < wanted and not differ:
         out, flags = folder / f"run{runs}", [*command, "--resume", *SETTINGS[runs % len(SETTINGS)]]
         runs += 1
@@ -154,10 +163,13 @@ def kills(folder, wanted, seed):
     jobs = commands(folder)
     for name in jobs:
         (folder / name).mkdir()
-    share = -(-wanted // len(jobs))
     with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(lambda job: kill_one(*job[1], folder / job[1][0], share, seed + job[0]),
-                             enumerate(jobs.items())))
+        seconds = list(pool.map(lambda name: undisturbed(jobs[name], folder / name), jobs))
+        # Slow scripts get fewer, but not less than a third of an equal share.
+        weights = [max(1 / x, sum(1 / y for y in seconds) / len(jobs) / 3) for x in seconds]
+        rows = list(pool.map(
+            lambda i, job: kill_one(*job, folder / job[0], math.ceil(wanted * weights[i] / sum(weights)),
+                                    seconds[i], seed + i), range(len(jobs)), jobs.items()))
     lost = sum(not good for _, _, good in rows)
     return ["| script | runs | kills | before a checkpoint | writing a file | in an evaluation | weights, "
             "optimizer, log |", "|---|---|---|---|---|---|---|", *[row for row, _, _ in rows], "",
