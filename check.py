@@ -85,9 +85,8 @@ def check_part(part, source, run):
         problems.append("nothing is labelled")
     print0("\n    ".join([f"  unreadable: {len(bad)}", *(f"{path}: {why}" for path, why in bad[:20]),
                           *[f"and {len(bad) - 20} more"] * (len(bad) > 20)]))
-    run.samples(source, None)  # sets the limit
-    if len(bad) > run.bad_limit:
-        problems.append(f"{len(bad)} unreadable files, more than the {run.bad_limit} of --max_bad")
+    if len(bad) > run.bad_allowed(len(source)):
+        problems.append(f"{len(bad)} unreadable files, more than --max_bad allows")
     return [f"{part}: {problem}" for problem in problems]
 
 

@@ -1221,15 +1221,17 @@ class Run:
 
     # ---- data
 
+    def bad_allowed(self, n):
+        """How many of n files may be unreadable: the share --max_bad, and always five unless that is 0."""
+        return min(max(5, int(self.cfg.max_bad * n)) if self.cfg.max_bad else 0, n - 1)
+
     def samples(self, source, transform, sample_noise=None, flip=True):
-        """KeyedSamples of `source`, which must be the same on all processes. A share of --max_bad of its
-        files may be unreadable, and always five unless that is 0."""
+        """KeyedSamples of `source`, which must be the same on all processes."""
         seen = self.gather(names_digest(source) if self.world_size > 1 else None)
         if len(set(seen)) > 1:
             listing = "; ".join(f"process {i}: {n} files, {digest}" for i, (n, digest) in enumerate(seen))
             raise UserError(f"the processes see other images, by number and names' checksum: {listing}")
-        allowed = max(5, int(self.cfg.max_bad * len(source))) if self.cfg.max_bad else 0
-        self.bad_limit = max(self.bad_limit, min(allowed, len(source) - 1))
+        self.bad_limit = max(self.bad_limit, self.bad_allowed(len(source)))
         return KeyedSamples(source, transform, self.cfg.seed, self.bad_limit + 1, sample_noise, flip)
 
     def load_batches(self, samples, keys, collate=collate):
@@ -1544,7 +1546,8 @@ def launch(config_type, presets, train, method, open_sources=open_parts):
         if cfg.check_data:
             from check import check_data  # a script that is copied elsewhere runs without it
 
-            check_data(open_sources(cfg), run)
+            if run.is_main:
+                check_data(open_sources(cfg), run)
         else:
             train(cfg, run)
     except UserError as error:

@@ -253,7 +253,8 @@ def messy(tmp_path):
 
 
 def test_check_data_says_what_a_person_would_want_to_know(messy):
-    output = run_script(["mae_mff.py", "--data", messy, "--check_data"], messy)
+    output = run_script(["mae_mff.py", "--data", messy, "--check_data"], messy, processes=2)
+    assert output.count("unreadable: 1") == 1  # one process looks
     for part in ("train: 10 images", "suffixes: .png 7, .jpg 2, .tif 1", "left out, by suffix: .heic 1",
                  "several pages or frames, of which the first is read: 1", "cat 6 (66.7%), dog 3 (33.3%)",
                  "56x40 7", "40x56 1", "(8 bit, 0 to 255) of 8 images: 0 to 255", "0.4578 to 0.4578",
