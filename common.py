@@ -732,7 +732,7 @@ def split_batch(batch_size, micro_batch, world_size):
 @functools.lru_cache(maxsize=4)
 def names_digest(source):
     """(number of images, checksum of their names below what the first and the last share)"""
-    names = [source.name(i) for i in range(len(source))] if isinstance(source, ImageFiles) else []
+    names = [source.name(i) for i in range(len(source))]
     shared = len(os.path.commonprefix([*names[:1], *names[-1:]]))
     text = "\n".join(name[shared:] for name in names)
     return len(source), hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest()
