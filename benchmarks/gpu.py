@@ -5,7 +5,7 @@ checks   Twenty updates of every script in float32, bf16 and fp16, three at a ti
          that was left alone. The tests that need a GPU.
 speed    One update of every method, ViT-B/16 at 224 px in bf16, from pinned 8-bit images to the optimizer:
          images/s, share of the speed of a large matrix product (MFU; FLOPs counted, attention included), peak
-         memory. MAE's also in fp16, compiled, at another micro-batch; transformers' ViTMAE in the same run.
+         memory; eager and compiled. MAE's also in fp16, at another micro-batch; transformers' ViTMAE beside it.
 
     python benchmarks/gpu.py                  on a CPU: a rehearsal at tiny size
 """
@@ -111,17 +111,18 @@ def speed():
             continue
         batch = max(1, BATCH // HEAVY.get(name, 1))
         flops = count_flops(make_update(script, small, "bf16", model=SIZE, **values(SIZE))[1]) / small
-        update = make_update(script, batch, "bf16", model=SIZE, **values(SIZE))[1]
-        rows.append([name, "bf16", batch, f"{flops / 1e9:.0f}", *measure(update, batch, flops * batch, peak)])
-        print(rows[-1], flush=True)
+        for compiled in (False, True) if CUDA else (False,):
+            what = "bf16, compiled" if compiled else "bf16"
+            update = make_update(script, batch, "bf16", compiled, model=SIZE, **values(SIZE))[1]
+            cells = measure(update, batch, flops * batch, peak)
+            rows.append([name, what, batch, f"{flops / 1e9:.0f}", *cells])
+            print(rows[-1], flush=True)
         if name == "MAE":
             mae = flops
     values = METHODS["MAE"][1](SIZE)
-    kinds = [("bf16", BATCH // 4, False), ("fp16", BATCH, False), ("bf16", BATCH, True)] if CUDA else []
-    for amp, batch, compiled in kinds:
-        update = make_update(mae_mff, batch, amp, compiled, model=SIZE, **values)[1]
-        what = f"{amp}, compiled" if compiled else amp
-        rows.append(["MAE", what, batch, f"{mae / 1e9:.0f}", *measure(update, batch, mae * batch, peak)])
+    for amp, batch in (("bf16", BATCH // 4), ("fp16", BATCH)) if CUDA else ():
+        update = make_update(mae_mff, batch, amp, model=SIZE, **values)[1]
+        rows.append(["MAE", amp, batch, f"{mae / 1e9:.0f}", *measure(update, batch, mae * batch, peak)])
         print(rows[-1], flush=True)
     images = torch.randint(0, 256, (BATCH, 3, 224, 224), dtype=torch.uint8)
     for compiled in (False, True) if CUDA else (False,):
