@@ -5,7 +5,7 @@ checks   Twenty updates of every script in float32, bf16 and fp16, three at a ti
          that was left alone. The tests that need a GPU.
 speed    One update of every method, ViT-B/16 at 224 px in bf16, from pinned 8-bit images to the optimizer:
          images/s, share of the speed of a large matrix product (MFU; FLOPs counted, attention included), peak
-         memory; eager and compiled. MAE's also in fp16, at another micro-batch; transformers' ViTMAE beside it.
+         memory; eager and compiled. MAE's also in fp16 and at another micro-batch; transformers' ViTMAE.
 
     python benchmarks/gpu.py                  on a CPU: a rehearsal at tiny size
 """
