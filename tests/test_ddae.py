@@ -280,3 +280,9 @@ def test_pictures_of_any_shape(flags, tmp_path):
     ddae.save_pictures(tmp_path / "x.png", model, batch(model, 2), run)
     with Image.open(tmp_path / "x.png") as picture:  # nine columns, two rows
         assert picture.width > 9 * 128 and picture.height > 2 * 128 * 32 // model.cfg.img_size[1]
+
+
+def test_a_run_that_cannot_learn_says_so(tmp_path):
+    """12 updates; the teacher of momentum .99 averages 100."""
+    output = run_script(["ddae.py", "--demo", "--epochs", 0.02, "--pictures", 0, "--workers", 0], tmp_path)
+    assert "warning: 12 updates are few" in output and "the teacher averages 100 updates, of 12" in output
