@@ -322,6 +322,12 @@ def fill_from_visible(values, mask, grid):
     return score.masked_fill(mask[:, None].bool(), -torch.inf).softmax(-1) @ values
 
 
+def load_pickled(path):
+    """Content of a torch.save file. Opened here: torch would judge a path by its suffix."""
+    with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+
+
 def read_file(path, load=None):
     """Content of a file of weights (tensors, plain values and MAE's Namespace: nothing else is unpickled), or
     what load(path) reads. Files from elsewhere, and transformers' folders, are turned into the form of ours.
@@ -330,20 +336,20 @@ def read_file(path, load=None):
     if not path.exists():
         raise UserError(f"{path} does not exist")
     try:
-        if path.is_file() and zipfile.is_zipfile(path):  # torch.load does not look at the checksums
-            archive = zipfile.ZipFile(path)
-            if broken := archive.testzip():
-                raise ValueError(f"{broken} in it is damaged")
-            if not load and not any(name.endswith("/data.pkl") for name in archive.namelist()):
-                raise ValueError("it is a zip archive, but not one of torch.save")
+        archive = zipfile.ZipFile(path) if path.is_file() and zipfile.is_zipfile(path) else None
+        if archive and (broken := archive.testzip()):  # torch.load does not look at the checksums
+            raise ValueError(f"{broken} in it is damaged")
         if load:
             return load(path)
-        from weights import adopt, load_pickled, read_other  # a script that is copied elsewhere runs without
-
-        content = load_pickled(path) if zipfile.is_zipfile(path) else read_other(path)
+        if archive and not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            raise ValueError("it is a zip archive, but not one of torch.save")
+        content = load_pickled(path) if archive else {}
         meta = content.get("meta")
-        ours = "encoder" in content or isinstance(meta, dict) and "method" in meta
-        return content if ours else adopt(content, path)
+        if "encoder" in content or isinstance(meta, dict) and "method" in meta:  # ours
+            return content
+        from weights import adopt, read_other  # a script that is copied elsewhere runs without it
+
+        return adopt(content if archive else read_other(path), path)
     except ImportError as error:
         raise UserError(f"reading {path} needs {error.name}: install it, or copy {error.name}.py") from None
     except UserError:

@@ -12,7 +12,7 @@ import re
 
 import torch
 
-from common import VIT_SIZES, UserError, print0
+from common import VIT_SIZES, UserError, load_pickled, print0
 
 # transformers' names of ViT and ViTMAE, in the order they are replaced; those of version 5 behind the "|".
 RENAMED = (
@@ -63,12 +63,6 @@ def read_other(path):
 
         return load_file(path)
     return load_pickled(path)
-
-
-def load_pickled(path):
-    # An open file: torch would judge a path by its suffix.
-    with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def read_folder(path):

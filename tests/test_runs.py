@@ -83,10 +83,11 @@ def test_checkpoint_and_encoder_file_give_the_same_on_one_and_three_processes(un
 def test_scripts_copied_alone_run_anywhere(folder, tmp_path):
     for name in ("mae_mff.py", "common.py"):
         shutil.copy(ROOT / name, tmp_path)
-    flags = ["--data", folder, "--batch_size", 20, "--epochs", 1, "--out", "run"]
-    subprocess.run([sys.executable, *map(str, [*MAE, *flags])], cwd=tmp_path, check=True, timeout=120,
-                   env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
-    assert (tmp_path / "run/encoder.pth").exists()
+    command = [sys.executable, *map(str, [*MAE, "--data", folder, "--batch_size", 20, "--epochs", 1])]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for flags in (["run"], ["run", "--resume"], ["next", "--init", "run/encoder.pth"]):
+        subprocess.run([*command, "--out", *flags], cwd=tmp_path, check=True, timeout=120, env=alone)
+    assert (tmp_path / "next/encoder.pth").exists()
 
 
 def test_own_images_of_any_channels_and_shape_and_a_start_from_weights_of_another(tmp_path, folder):
