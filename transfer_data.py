@@ -116,11 +116,15 @@ class LabelMaps(ImageFiles):
             raise UserError(f"{len(missing)} of {len(paths)} images in {self.images} have no label map: "
                             f"expected {self.map_of(missing[0])}, for one")
         stored = labels_fit_stored(cfg.exif, paths, lambda i: self.map_size(paths[i]), self.images)
-        super().__init__(paths, [-1] * len(paths), self.read_classes(root), cfg.in_chans, turn=not stored)
-        self.foreground = not self.colours and self.holds_0_and_255(root)
+        classes, self.colours = self.read_classes(root)
+        super().__init__(paths, [-1] * len(paths), classes, cfg.in_chans, turn=not stored)
+        codes = self.colours or self.numbers(root)
+        # By number, or by colour; the last place is that of all others.
+        self.label_of = np.full((2**24 if self.colours else 2**8) + 1, -1, np.int16)
+        self.label_of[list(codes)] = list(codes.values())
 
     def read_classes(self, root):
-        """Names of the classes; sets `colours`, {r << 16 | g << 8 | b: label} or None."""
+        """Names of the classes, and {r << 16 | g << 8 | b: label} or None."""
         lists = [path for name in ("classes.txt", "objectInfo150.txt") if (path := root / name).exists()]
         if not lists:
             raise UserError(f"--data {root} has no classes.txt: expected a name per line, in the maps' order")
@@ -131,7 +135,7 @@ class LabelMaps(ImageFiles):
             if not self.zero_is_ignore:
                 raise UserError(f"--data {root} is ADE20K, whose numbers begin with 1: add --zero_is_ignore")
         coloured = [re.fullmatch(r"(.*\S)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)", name) for name in names]
-        self.colours = None
+        colours = None
         if any(coloured):
             if not all(coloured) or self.zero_is_ignore:
                 raise UserError(f"{lists[0]}: expected `name r g b` in every line or in none, and a line "
@@ -139,11 +143,18 @@ class LabelMaps(ImageFiles):
             codes = [int(match[2]) << 16 | int(match[3]) << 8 | int(match[4]) for match in coloured]
             every = [match[1] for match in coloured]
             names = [name for name in dict.fromkeys(every) if name != "ignored"]
-            self.colours = {code: names.index(name) if name in names else IGNORE
-                            for name, code in zip(every, codes, strict=True)}
+            colours = {code: names.index(name) if name in names else IGNORE
+                       for name, code in zip(every, codes, strict=True)}
         if not 0 < len(names) <= most:
             raise UserError(f"{lists[0]} has {len(names)} classes, expected 1 to {most}")
-        return names
+        return names, colours
+
+    def numbers(self, root):
+        """{number in a map: label}"""
+        if self.holds_0_and_255(root):
+            return {0: 0, 255: 1}
+        classes = {int(self.zero_is_ignore) + i: i for i in range(len(self.classes))}
+        return {0: IGNORE, 255: IGNORE, **classes}
 
     def map_of(self, path):
         annotations = self.images.parent.parent / "annotations"
@@ -160,7 +171,9 @@ class LabelMaps(ImageFiles):
         for i in np.linspace(0, len(maps), min(len(maps), 100), endpoint=False, dtype=int):
             with suppress(OSError, ValueError), Image.open(maps[i], formats=FORMATS) as image:
                 values |= set(np.unique(np.array(image)).tolist())
-        if values - {0, 255} or 255 not in values:
+            if values - {0, 255}:
+                return False
+        if 255 not in values:
             return False
         if len(self.classes) != 2 or self.zero_is_ignore:
             raise UserError(f"the label maps of {root} hold 0 and 255 alone: expected two lines in "
@@ -176,25 +189,18 @@ class LabelMaps(ImageFiles):
             raise ValueError(f"the label map has the shape {array.shape}, expected one channel of class "
                              "numbers; for colours: lines `name r g b` in classes.txt")
         sizes_differ("the label map has", array.shape[:2], image.shape[1:])
-        n = len(self.classes)
-        if self.colours:
-            codes, places = np.unique(array.astype(np.int64) @ (65536, 256, 1), return_inverse=True)
-            if unknown := [code for code in codes.tolist() if code not in self.colours]:
-                r, g, b = unknown[0].to_bytes(3, "big")
+        codes = array.astype(np.int32)
+        codes = codes @ (65536, 256, 1) if self.colours else codes
+        labels = self.label_of[codes.clip(-1, len(self.label_of) - 1)]
+        if (labels < 0).any():
+            code = int(codes[labels < 0].max())
+            if self.colours:
+                r, g, b = code.to_bytes(3, "big")
                 raise ValueError(f"the label map has the colour {r} {g} {b}, which classes.txt does not list "
                                  "(`ignored r g b` for one that does not count)")
-            labels = np.array([self.colours[code] for code in codes.tolist()], np.uint8)
-            return image, torch.from_numpy(labels[places.reshape(array.shape[:2])])
-        labels = torch.from_numpy(array.astype(np.int64))
-        if self.foreground:
-            labels = torch.where(labels == 255, 1, torch.where(labels == 1, n, labels))  # 1 is unknown here
-        unknown = labels[((labels >= n + self.zero_is_ignore) | (labels < 0)) & (labels != IGNORE)]
-        if len(unknown):
             hint = "" if self.zero_is_ignore else " from 0 on; list the background, or --zero_is_ignore"
-            raise ValueError(f"the label map has number {unknown.max()}, {n} classes are listed{hint}")
-        if self.zero_is_ignore:
-            labels = torch.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1)
-        return image, labels.to(torch.uint8)
+            raise ValueError(f"the label map has number {code}, {len(self.classes)} classes are listed{hint}")
+        return image, torch.from_numpy(labels.astype(np.uint8))
 
 
 # ---- COCO's annotations: nothing of them reaches pycocotools' C code unseen

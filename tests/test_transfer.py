@@ -572,6 +572,9 @@ def test_masks_of_0_and_255_are_two_classes(tmp_path, capsys):
     source = data.open_scenes(label_folder(tmp_path, [mask, mask * 0], "ground\nthing"), "val")
     assert "255 is read as thing" in capsys.readouterr().out
     assert torch.equal(source.read(0)[1], torch.from_numpy(mask // 255)) and source.read(1)[1].sum() == 0
+    Image.fromarray(mask // 255).save(tmp_path / "annotations/val/1.png")
+    with pytest.raises(ValueError, match="number 1, 2 classes"):
+        source.read(1)
     (tmp_path / "classes.txt").write_text("thing")
     with pytest.raises(common.UserError, match="two lines"):
         data.open_scenes(small("seg", "--data", tmp_path), "train")
