@@ -4,7 +4,6 @@ A set of images whose targets are more than a class has `unit` and `count(target
 nothing is labelled: number}, as label maps and boxes do.
 """
 
-import io
 from collections import Counter
 from pathlib import Path
 
@@ -34,7 +33,7 @@ class Looks(torch.utils.data.Dataset):
                   "low": image.min().item(), "high": image.max().item(),
                   "kind": "8 bit, 0 to 255" if image.dtype == torch.uint8 else "other, 16 bit as 0 to 1"}
         if path.is_file() and path.suffix.lower() != ".npy":  # not one of an array, or drawn
-            with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as header:
+            with Image.open(path, formats=FORMATS) as header:
                 facts |= {"turn": orientation(header), "pages": getattr(header, "is_animated", False)}
         return facts
 

@@ -385,8 +385,8 @@ def not_finite(weights):
     training can repair; None if all is good."""
     floats = {name: value for name, value in weights.items() if value.is_floating_point() and value.numel()}
     largest = torch.stack([value.abs().max().float() for value in floats.values()]).tolist() if floats else []
-    bad = [name for name, value in zip(floats, largest, strict=True) if not value < 1e15]
-    return f"{bad[0]} has values of {largest[list(floats).index(bad[0])]:.3g}" if bad else None
+    bad = ((name, value) for name, value in zip(floats, largest, strict=True) if not value < 1e15)
+    return next((f"{name} has values of {value:.3g}" for name, value in bad), None)
 
 
 def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=None):
@@ -501,9 +501,10 @@ def read_image(path, in_chans, turn=True):
         return as_image(np.load(path, allow_pickle=False), in_chans)
     data = np.fromfile(path, np.uint8)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header; refuses decompression bombs
-        scans = np.count_nonzero((data[:-1] == 0xFF) & (data[1:] == 0xDA))  # markers of their starts
-        if image.format in ("JPEG", "MPO") and scans > 100:
-            raise ValueError("a JPEG of more than 100 scans, which would take minutes")
+        if image.format in ("JPEG", "MPO"):
+            scans = np.count_nonzero((data[:-1] == 0xFF) & (data[1:] == 0xDA))  # markers of their starts
+            if scans > 100:
+                raise ValueError("a JPEG of more than 100 scans, which would take minutes")
         if decode_jpeg and image.format == "JPEG" and in_chans in (1, 3):
             mode = "RGB" if in_chans == 3 else "GRAY"
             return decode_jpeg(torch.from_numpy(data), mode=mode, apply_exif_orientation=turn)
@@ -1078,9 +1079,8 @@ def read_environment():
     given = {name: os.environ.get(name, "") for name in ("MASTER_ADDR", *least)}
     if not given["RANK"] and not given["WORLD_SIZE"]:
         return 0, 1
-    wrong = [name for name, low in least.items() if not (given[name].isdecimal() and int(given[name]) >= low)]
-    wrong += [name for name in given if not given[name]]
-    if wrong or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+    whole = all(given[name].isdecimal() and int(given[name]) >= low for name, low in least.items())
+    if not (given["MASTER_ADDR"] and whole and int(given["RANK"]) < int(given["WORLD_SIZE"])):
         values = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UserError(f"the environment has {values}: start with torchrun, which sets all, or unset RANK "
                         "and WORLD_SIZE to run one process")
@@ -1137,7 +1137,7 @@ class Run:
                 raise UserError(f"--epochs {epochs} of {n} images: less than one update of --batch_size {B}")
         self.join()
         if self.is_main:
-            self.open_folder(n)
+            self.claim_folder(n)
         if dist.is_initialized():
             dist.barrier()
         name = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
@@ -1152,7 +1152,7 @@ class Run:
                 print0(f"warning: {self.steps} updates are few to learn from, with a warm-up of {warmup}: "
                        "train longer, or with a smaller --batch_size or a shorter warm-up")
 
-    def open_folder(self, n):
+    def claim_folder(self, n):
         """Make --out, lock it, and refuse to lose what is in it. Until a first checkpoint .unsaved says whose
         run it is: one with results and no checkpoint has lost that, and would begin anew."""
         self.out.mkdir(parents=True, exist_ok=True)

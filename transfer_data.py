@@ -329,10 +329,11 @@ class CocoScenes:
             raise UserError(f"{self.path}, {place}: {error} is missing") from None
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.path}, {place}: {error}") from None
-        listed = {str(self.folder / record[0]) for record in records.values()}
+        paths = {i: str(self.folder / record[0]) for i, record in records.items()}
+        listed = set(paths.values())
         left_out["images that are not in the folder"] = len(listed - on_disk)
         left_out["images in the folder that are not listed"] = len(on_disk - listed)
-        records = {i: record for i, record in records.items() if str(self.folder / record[0]) in on_disk}
+        records = {i: record for i, record in records.items() if paths[i] in on_disk}
         objects = [entry for *_, found in records.values() for entry in found]
         left = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
         if all(entry["iscrowd"] for entry in objects):
@@ -345,9 +346,8 @@ class CocoScenes:
         self.most = max(len(record[3]) for record in records.values())
         packed = [json.dumps(records[i]).encode() for i in self.ids]
         self.buffer, self.ends = b"".join(packed), np.cumsum([0, *map(len, packed)])
-        paths = [self.folder / records[i][0] for i in self.ids]
-        sizes = [tuple(records[i][1:3]) for i in self.ids]
-        self.turn = not labels_fit_stored(cfg.exif, paths, lambda i: sizes[i], self.folder)
+        self.turn = not labels_fit_stored(cfg.exif, [paths[i] for i in self.ids],
+                                          lambda i: tuple(records[self.ids[i]][1:3]), self.folder)
 
     def __len__(self):
         return len(self.ids)

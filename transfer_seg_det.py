@@ -701,10 +701,12 @@ def train(cfg, run):
 
     evaluated = run.evaluations().keys()
 
+    def evaluation_due():
+        return run.step % cfg.eval_every == 0 or run.step == run.steps
+
     def evaluate_if_due():
         """After the checkpoint, which a kill leaves whole. The line of the log comes last: it says "done"."""
-        due = run.step % cfg.eval_every == 0 or run.step == run.steps
-        if not due or run.step in {0, *evaluated}:
+        if not evaluation_due() or run.step in {0, *evaluated}:
             return
         model.eval()
         run.share_statistics(model)
@@ -725,8 +727,7 @@ def train(cfg, run):
         terms = train_step(ddp, batches, optimizer, scaler, run)
         run.end_update(terms, lr)
         seconds = time.monotonic() - run.last_save
-        due = run.step % cfg.eval_every == 0 or run.step == run.steps
-        if due or run.stopping or seconds > 60 * cfg.save_minutes:
+        if evaluation_due() or run.stopping or seconds > 60 * cfg.save_minutes:
             run.save(**meta)
         evaluate_if_due()
     if run.step == run.steps:

@@ -53,11 +53,12 @@ def read_other(path):
         raise ValueError(f"it is a Git LFS pointer to a file of {size:.0f} MB: git lfs pull fetches that")
     if head.lstrip().startswith(b"<") or head.startswith(b"--"):
         raise ValueError("it is a web page or a download log: fetch it again (wget -O, not -o)")
-    kinds = {b"": "it is empty", b"\x1f\x8b": "it is compressed: gunzip it",
-             b"\x89HDF": "it is HDF5, as Keras writes"}
-    for start, what in kinds.items():
-        if head.startswith(start) if start else not head:
-            raise ValueError(what)
+    if not head:
+        raise ValueError("it is empty")
+    if head.startswith(b"\x1f\x8b"):
+        raise ValueError("it is compressed: gunzip it")
+    if head.startswith(b"\x89HDF"):
+        raise ValueError("it is HDF5, as Keras writes")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         from safetensors.torch import load_file  # optional: only files from elsewhere need it
 
