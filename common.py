@@ -499,8 +499,10 @@ def read_image(path, in_chans, turn=True):
         raise ValueError("no regular file, or one of more than 2 GB")
     if path.lower().endswith(".npy"):
         return as_image(np.load(path, allow_pickle=False), in_chans)
-    data = np.fromfile(path, np.uint8)
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header; refuses decompression bombs
+    with open(path, "rb", buffering=0) as file:
+        file.readinto(buffer := bytearray(status.st_size))
+    with Image.open(io.BytesIO(buffer), formats=FORMATS) as image:  # the header; refuses decompression bombs
+        data = np.frombuffer(buffer, np.uint8)
         if image.format in ("JPEG", "MPO"):
             scans = np.count_nonzero((data[:-1] == 0xFF) & (data[1:] == 0xDA))  # markers of their starts
             if scans > 100:
@@ -508,14 +510,19 @@ def read_image(path, in_chans, turn=True):
         if decode_jpeg and image.format == "JPEG" and in_chans in (1, 3):
             mode = "RGB" if in_chans == 3 else "GRAY"
             return decode_jpeg(torch.from_numpy(data), mode=mode, apply_exif_orientation=turn)
-        tag = orientation(image)
-        if image.format == "TIFF":  # Pillow turns these itself: turn back if that is not wanted
-            turn, tag = not turn, {6: 8, 8: 6}.get(tag, tag)
-        if turn and tag in TURNS:
-            image = image.transpose(Image.Transpose[TURNS[tag]])
-        if in_chans in (1, 3) and image.mode[0] not in "IF":  # these are more than 8 bit
-            image = image.convert("RGB" if in_chans == 3 else "L")
-        return as_image(np.array(image), in_chans)
+        return decode_with_pillow(image, in_chans, turn)
+
+
+@time_limit(60)
+def decode_with_pillow(image, in_chans, turn):
+    tag = orientation(image)
+    if image.format == "TIFF":  # Pillow turns these itself: turn back if that is not wanted
+        turn, tag = not turn, {6: 8, 8: 6}.get(tag, tag)
+    if turn and tag in TURNS:
+        image = image.transpose(Image.Transpose[TURNS[tag]])
+    if in_chans in (1, 3) and image.mode[0] not in "IF":  # these are more than 8 bit
+        image = image.convert("RGB" if in_chans == 3 else "L")
+    return as_image(np.array(image), in_chans)
 
 
 class ImageFiles:
@@ -583,8 +590,8 @@ def open_folder(root, in_chans, classes=None, turn=True, labelled=False):
     inside = [os.path.relpath(path, root) for path in paths]
     loose = [name for name in inside if os.sep not in name]
     if loose and labelled and len(loose) < len(inside):
-        raise UserError(f"{root}/{loose[0]} lies beside the folders of classes ({len(loose)} such images): "
-                        "move it into one, or away")
+        raise UserError(f"{root}/{loose[0]} is in no class's folder ({len(loose)} such images): "
+                        "move it into one, or remove it")
     if loose:
         return ImageFiles(paths, [-1] * len(paths), None, in_chans, turn)
     folders = [name.split(os.sep)[0] for name in inside]
@@ -619,7 +626,7 @@ def open_data(cfg, split="pretrain", classes=None):
         if part.name == "train" and part.is_dir() and others:
             print0(f"{part} is read; {root} also has {', '.join(others[:8])}{' ...' * (len(others) > 8)}")
         if split == "train" and not part.is_dir() and (root / "val").is_dir():
-            raise UserError(f"--data {root} has val/ and no train/: expected train/CLASS/*.jpg beside it")
+            raise UserError(f"--data {root} has val/ but no train/: expected train/CLASS/*.jpg as well")
         if split != "val" or part.is_dir():
             return open_folder(part if part.is_dir() else root, cfg.in_chans, classes, cfg.exif != "ignore",
                                labelled=split in ("train", "val"))
@@ -694,8 +701,7 @@ class KeyedSamples(torch.utils.data.Dataset):
         for i in range(min(self.tries, len(self.source))):
             here = (index + i) % len(self.source)
             try:
-                with time_limit(60):
-                    return *self.source.read(here), bad
+                return *self.source.read(here), bad
             except Exception as error:  # decoders raise nearly anything
                 bad.append((self.source.name(here), first_line(error)))
         # More bad files than --max_bad allows: the run stops before it uses this blank.
@@ -1271,7 +1277,7 @@ class Run:
             print0(f"unreadable: {path}: {why}")
         self.bad_files, self.new_bad_files = self.bad_files | found, {}
         if len(self.bad_files) > self.bad_limit:
-            raise UserError(f"more than {self.bad_limit} unreadable files: mend them, or raise --max_bad, "
+            raise UserError(f"more than {self.bad_limit} unreadable files: repair or remove them, or raise --max_bad, "
                             f"the share that is allowed, now {self.cfg.max_bad:g}", code=1)
 
     # ---- one update

@@ -1,4 +1,4 @@
-"""What --data takes beside a folder of images: a list of paths, an .npz, torchvision's data sets."""
+"""What --data takes other than a folder of images: a list of paths, an .npz, torchvision's data sets."""
 
 import os
 

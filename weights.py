@@ -132,7 +132,7 @@ def adopt(content, path):
     if prefix or place not in (None, "model", "state_dict", "model_state_dict"):
         rest = [name for name in PLACES if name != place and is_state(content.get(name))] + prefixes[1:]
         tell(f"{path}: the network is taken from {place or 'the file'}{f' ({prefix})' if prefix else ''}; "
-             f"beside it: {', '.join(rest) or 'nothing'}")
+             f"the file also holds: {', '.join(rest) or 'nothing'}")
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     plain = {name: value for name, value in content.items() if not is_state(value) and name != "meta"}
     return {**plain, "model": weights, "meta": network_shown(weights)}

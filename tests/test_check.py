@@ -225,7 +225,7 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     assert "3 images; left out, by suffix: .heic 2" in output and "also has extra" in output
     assert all(part in output for part in ("no suffix 1", "hidden 1", ".txt 1"))
     save(tmp_path / "train/overview.png")
-    with pytest.raises(UserError, match="train/overview.png lies beside"):
+    with pytest.raises(UserError, match="train/overview.png is in no class's folder"):
         open_data(tmp_path, "train")
     assert len(open_data(tmp_path)) == 4  # pre-training needs no classes
     shutil.rmtree(tmp_path / "train")
