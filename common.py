@@ -1277,8 +1277,8 @@ class Run:
             print0(f"unreadable: {path}: {why}")
         self.bad_files, self.new_bad_files = self.bad_files | found, {}
         if len(self.bad_files) > self.bad_limit:
-            raise UserError(f"more than {self.bad_limit} unreadable files: repair or remove them, or raise --max_bad, "
-                            f"the share that is allowed, now {self.cfg.max_bad:g}", code=1)
+            raise UserError(f"more than {self.bad_limit} unreadable files: repair or remove them, or raise "
+                            f"--max_bad, the share that is allowed, now {self.cfg.max_bad:g}", code=1)
 
     # ---- one update
 

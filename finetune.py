@@ -6,6 +6,7 @@ linear    frozen network, BatchNorm without affine parameters, linear layer, LAR
           2). The head sees the whole batch at once: micro-batches and processes do not change the result.
           `--augment none` computes all features once: the probe then takes seconds.
 knn       frozen network, vote of the k nearest training features.
+layers    linear and knn on every block's features: where in the network they are best.
 features  what these two see of each image: `--out feats.npy` (N, D) float32, and feats.txt, the names.
 
 `--weights` takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's
@@ -73,7 +74,7 @@ MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 @dataclass
 class Config(RunConfig):
     # model
-    mode: Literal["finetune", "linear", "knn", "features"] | None = None  # default: the recipe's, or finetune
+    mode: Literal["finetune", "linear", "knn", "layers", "features"] | None = None  # default: the recipe's, or finetune
     recipe: str | None = None  # a paper's settings: the flags in recipes/NAME.txt
     weights: str | None = None  # file of weights, or none for random ones
     model: Literal[*MODELS] = "base"  # ViT, resnet50 or RevColV2; default: what the file says
@@ -169,12 +170,13 @@ def family(model):
 def presets(flags):
     """Defaults by --mode, --recipe and --demo, then by what the file of weights says."""
     usual = DEMO_RECIPES if flags.demo else {"linear": "linear_mae"}  # without one: the fields' defaults
-    name = flags.recipe or usual.get(flags.mode or "finetune")
+    head = "linear" if flags.mode == "layers" else flags.mode or "finetune"  # layers: a probe of each
+    name = flags.recipe or usual.get(head)
     recipe = read_recipe(Config, name) if name else {}
-    mode = recipe.get("mode", "finetune") if name else flags.mode
-    if flags.mode not in (None, mode):
+    mode = recipe.get("mode", "finetune") if name else head
+    if flags.mode and head != mode:
         raise UserError(f"--recipe {name} is for --mode {mode}")
-    values = {"recipe": name, "mode": mode} | recipe | (DEMO if flags.demo else {})
+    values = {"recipe": name} | recipe | {"mode": flags.mode or mode} | (DEMO if flags.demo else {})
     if flags.weights not in (None, "none"):
         meta = network_of(read_file(flags.weights))
         if "img_size" in recipe:
@@ -192,7 +194,7 @@ def presets(flags):
 
 def make_head(features, num_classes, cfg):
     """The classifier; for a frozen network after BatchNorm without affine parameters (MAE's protocol)."""
-    if cfg.mode in ("knn", "features"):
+    if cfg.mode in ("knn", "layers", "features"):
         return nn.Identity()
     linear = nn.Linear(features, num_classes)
     nn.init.trunc_normal_(linear.weight, std=0.02 * cfg.head_init)
@@ -416,7 +418,7 @@ def train(cfg, run):
     model = load_model(cfg, len(source.classes)).to(run.device)
     lr = f"lr {cfg.peak_lr:.3g}" + (f" = {cfg.base_lr:.3g} x {cfg.batch_size} / 256" if cfg.base_lr else "")
     settings = f"recipe {cfg.recipe}, {cfg.img_size} px, tested at {cfg.test_size}, {lr}"
-    run.start(None if cfg.mode == "knn" else len(source), settings)
+    run.start(len(source) if cfg.mode in ("finetune", "linear") else None, settings)
 
     def report(result, epoch=0):
         words = {"top1": "top-1", "top5": "top-5", "macc": "mean per class", "commonest": "commonest class"}
@@ -426,9 +428,13 @@ def train(cfg, run):
                f"{result['eval/unreadable']} unreadable, {len(source)} training images")
         run.log({"step": run.step, "epoch": epoch, **result, "train_images": len(source)})
 
-    if cfg.mode == "knn":
+    if cfg.mode in ("knn", "layers"):
         run.load()  # nothing to resume; writes config.json
-        return report(knn(model, source, held_out, run))
+        if cfg.mode == "knn":
+            return report(knn(model, source, held_out, run))
+        from layers import probe_layers  # a script that is copied elsewhere runs without it
+
+        return probe_layers(model, source, held_out, run)
     learner, trained, average, rows = model, model, {}, None
     if cfg.mode == "linear":
         learner = model.head
