@@ -74,7 +74,7 @@ MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 @dataclass
 class Config(RunConfig):
     # model
-    mode: Literal["finetune", "linear", "knn", "layers", "features"] | None = None  # default: the recipe's, or finetune
+    mode: Literal["finetune", "linear", "knn", "layers", "features"] | None = None  # default: the recipe's
     recipe: str | None = None  # a paper's settings: the flags in recipes/NAME.txt
     weights: str | None = None  # file of weights, or none for random ones
     model: Literal[*MODELS] = "base"  # ViT, resnet50 or RevColV2; default: what the file says
