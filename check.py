@@ -5,12 +5,14 @@ nothing is labelled: number}, as label maps and boxes do.
 """
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from common import FORMATS, KeyedSamples, UserError, init_worker, orientation, print0
+from common import FORMATS, KeyedSamples, UserError, init_worker, open_data, orientation, print0
+from sources import open_part
 
 
 class Looks(torch.utils.data.Dataset):
@@ -89,8 +91,17 @@ def check_part(part, source, run):
     return [f"{part}: {problem}" for problem in problems]
 
 
-def check_data(parts, run):
-    """Print on {part: source}; UserError if training would not run, or would have nothing to learn from."""
+def open_parts(cfg):
+    """{part: images}: for pre-training, and those held out if there are."""
+    parts = {"train": open_data(cfg)}
+    with suppress(UserError):
+        parts["val"] = open_part(cfg, cfg.data, "val", parts["train"].classes)
+    return parts
+
+
+def check_data(open_sets, run):
+    """Print on all parts; UserError if training would not run, or would have nothing to learn from."""
+    parts = (open_sets or open_parts)(run.cfg)
     problems = [problem for part, source in parts.items() for problem in check_part(part, source, run)]
     if problems:
         raise UserError("; ".join(problems))

@@ -474,6 +474,7 @@ def train(cfg, run):
         load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=ignore)
     if cfg.generator_init:
         load_generator(model.generator, cfg, tokenizer)
+    run.fit_batch(len(source))
     run.start(len(source), f"lr {cfg.lr:.3g}, whatever the batch")
     if not tokenizer and cfg.generator == "beit":  # --demo
         cfg.tokenizer = f"{run.out}/tokenizer/tokenizer.pth"

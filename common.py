@@ -583,23 +583,23 @@ def list_images(root):
     return sorted(found)
 
 
-def open_folder(root, in_chans, classes=None, turn=True, labelled=False):
-    """ImageFiles below `root`; classes: those given, or the first-level folders if all images are in one.
-    labelled: UserError if some are not."""
+def open_folder(root, in_chans, turn=True):
+    """ImageFiles below `root`; classes: the first-level folders, if all images are in one."""
     paths = list_images(root)
     inside = [os.path.relpath(path, root) for path in paths]
-    loose = [name for name in inside if os.sep not in name]
-    if loose and labelled and len(loose) < len(inside):
-        raise UserError(f"{root}/{loose[0]} is in no class's folder ({len(loose)} such images): "
-                        "move it into one, or remove it")
-    if loose:
+    if any(os.sep not in name for name in inside):
         return ImageFiles(paths, [-1] * len(paths), None, in_chans, turn)
     folders = [name.split(os.sep)[0] for name in inside]
-    classes = classes or sorted(set(folders))
-    if unknown := set(folders) - set(classes):
-        raise UserError(f"{root}/{min(unknown)} is no class of the training images")
+    classes = sorted(set(folders))
     index = {name: i for i, name in enumerate(classes)}
     return ImageFiles(paths, [index[folder] for folder in folders], classes, in_chans, turn)
+
+
+def tell_others(part, held_out=None):
+    """Print what of a data set is not read."""
+    others = sorted(path.name for path in part.parent.iterdir() if path not in (part, held_out))
+    if others:
+        print0(f"{part} is read; {part.parent} also has {', '.join(others[:8])}{' ...' * (len(others) > 8)}")
 
 
 def data_path(data):
@@ -607,34 +607,28 @@ def data_path(data):
     return next((path for path in (Path(data), Path(__file__).parent / data) if path.exists()), None)
 
 
-def open_data(cfg, split="pretrain", classes=None):
-    """The images of --data: an object with len(), read(i) -> (tensor (C, H, W), label or -1), name(i), and
-    classes or None. split: "pretrain" (labels are not needed), "train", "val" or "all". Of a folder, "val" is
-    `val/`, labels numbered by the training `classes`; "all" all of it; else `train/` if there is one."""
+def open_data(cfg, split="pretrain"):
+    """The images of --data, for which labels are not needed: an object with len(), read(i) -> (tensor (C, H,
+    W), label or -1), name(i), in_chans, and classes or None. split: "all", or "pretrain", which of a folder
+    with train/ is that alone."""
     if cfg.data == "shapes":
         from shapes import Shapes  # a script that is copied elsewhere runs without it
 
-        return Shapes(cfg.img_size, cfg.in_chans, "val" if split == "val" else "train")
+        return Shapes(cfg.img_size, cfg.in_chans)
     root = data_path(cfg.data)
     try:
         if root is None or root.is_file():
             from sources import open_source  # likewise: for a folder of images
 
             return open_source(cfg, root, split)
-        part = root / {"all": ".", "val": "val"}.get(split, "train")
-        others = sorted({path.name for path in root.iterdir()} - {"train", "val"})
-        if part.name == "train" and part.is_dir() and others:
-            print0(f"{part} is read; {root} also has {', '.join(others[:8])}{' ...' * (len(others) > 8)}")
-        if split == "train" and not part.is_dir() and (root / "val").is_dir():
-            raise UserError(f"--data {root} has val/ but no train/: expected train/CLASS/*.jpg as well")
-        if split != "val" or part.is_dir():
-            return open_folder(part if part.is_dir() else root, cfg.in_chans, classes, cfg.exif != "ignore",
-                               labelled=split in ("train", "val"))
+        part = root / "train" if split == "pretrain" and (root / "train").is_dir() else root
+        if part != root:
+            tell_others(part)
+        return open_folder(part, cfg.in_chans, cfg.exif != "ignore")
     except ImportError:
         raise UserError(f"--data {cfg.data} is no folder; other data need sources.py here") from None
-    except (OSError, RuntimeError, ValueError, IndexError, zipfile.BadZipFile) as error:
+    except OSError as error:
         raise UserError(f"--data {cfg.data}: {first_line(error)}") from None
-    raise UserError(f"--data {root} has no val/: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it")
 
 
 def resize_to_cover(image, size, interpolation):
@@ -895,6 +889,7 @@ class RunConfig:
     ranges = {"seed": (0, 2**62), "workers": (0, 256), "pictures": (0, 1000), "max_bad": (0, 1),
               "mean": (-1e6, 1e6), "std": (1e-6, 1e6), "img_size": (1, 2**14), "epochs": (1e-6, 1e6),
               "lr": (1e-12, 1e3), "base_lr": (1e-12, 1e3), "betas": (0, 0.999999), "mask_ratio": (0, 1)}
+    given = frozenset({"batch_size"})  # fields that were set by a flag; parse_config knows which
     start_from = ()  # fields that name the weights which a new run begins with
     # What may differ when a run is resumed, because it does not change what is computed ...
     free_on_resume = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile",
@@ -981,7 +976,9 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
         parser.error(f"unknown argument {unknown[0]}; {hint}")
     try:
         parser.set_defaults(**presets(flags))
-        return config_type(**vars(parser.parse_args(words)))
+        cfg = config_type(**vars(parser.parse_args(words)))
+        cfg.given = vars(make_parser(config_type, defaults=False).parse_args(words)).keys()
+        return cfg
     except (ValueError, OSError, UserError) as error:
         parser.error(str(error))
 
@@ -1157,6 +1154,25 @@ class Run:
             if self.steps < 50 or warmup >= self.steps:
                 print0(f"warning: {self.steps} updates are few to learn from, with a warm-up of {warmup}: "
                        "train longer, or with a smaller --batch_size or a shorter warm-up")
+
+    def fit_batch(self, n, least=16, power=0.5):
+        """Small data: unless --batch_size is given, lower it to the largest power of two (per process) of
+        which n images have 8, and to `least` at least. The learning rate changes with this power of the
+        batch: its root suits Adam, 0 LARS (our choice)."""
+        cfg, old = self.cfg, self.cfg.batch_size
+        share = max(1, max(least, n // 8) // self.world_size)
+        batch = self.world_size << (share.bit_length() - 1)
+        if "batch_size" in cfg.given or batch >= old:
+            return
+        cfg.batch_size, scale, also = batch, (batch / old) ** power, ""
+        cfg.micro_batch = cfg.micro_batch and math.gcd(cfg.micro_batch, batch // self.world_size)
+        name = "lr" if getattr(cfg, "base_lr", None) is None else "base_lr"
+        scale *= old / batch if name == "base_lr" else 1  # which is multiplied with the batch later
+        if name not in cfg.given and scale != 1:
+            before = getattr(cfg, name)
+            setattr(cfg, name, before * scale)
+            also = f"; --{name} {before * scale:.3g} instead of {before:.3g}"
+        print0(f"{n} images: batch {batch} instead of the paper's {old}; --batch_size sets it{also}")
 
     def claim_folder(self, n):
         """Make --out, lock it, and refuse to lose what is in it. Until a first checkpoint .unsaved says whose
@@ -1538,18 +1554,9 @@ def save_image_grid(path, rows, titles, caption):
     write_atomically(path, lambda file: canvas.save(file, "png"))
 
 
-def open_parts(cfg):
-    """{part: source} of what --check_data looks at: the training images, and those held out if there are."""
-    source = open_data(cfg)
-    parts = {"train": source}
-    with suppress(UserError):
-        parts["val"] = open_data(cfg, "val", source.classes)
-    return parts
-
-
-def launch(config_type, presets, train, method, open_sources=open_parts):
+def launch(config_type, presets, train, method, open_sets=None):
     """A script's main: parse, train(cfg, run), end the process group; a UserError becomes one line.
-    open_sources(cfg): {part: source} of what --check_data looks at."""
+    open_sets(cfg): {part: images} that --check_data looks at; default: training images, held-out ones."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # a stream that was closed: the next file to be opened would get its number, and its output
     os.close(descriptor)
@@ -1560,7 +1567,7 @@ def launch(config_type, presets, train, method, open_sources=open_parts):
             from check import check_data  # a script that is copied elsewhere runs without it
 
             if run.is_main:
-                check_data(open_sources(cfg), run)
+                check_data(open_sets, run)
         else:
             train(cfg, run)
     except UserError as error:

@@ -405,6 +405,7 @@ def train(cfg, run):
         ignore += () if cfg.distill else ("feature_decoder.",)
         load_weights(model, cfg.init, allow_missing=missing, ignore=ignore, prefix="")
         model.update_teacher(0.0)
+    run.fit_batch(len(source))
     peak_lr = cfg.base_lr * cfg.batch_size / 256
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     average = 1 / max(1e-9, 1 - cfg.momentum[0])

@@ -67,12 +67,16 @@ from common import (
 )
 from evaluate import batches_of_features, eval_batches, evaluate, extract, knn, write_features
 from revcol_v2 import SIZES, RevColV2, cell_grid
+from sources import open_labelled
 
 MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 
 
 @dataclass
 class Config(RunConfig):
+    # data
+    val: str | None = None  # held-out images, of data that have no val/: a folder or list
+    val_split: float | None = None  # or the share of each class to hold out
     # model
     mode: Literal["finetune", "linear", "knn", "layers", "features"] | None = None  # default: the recipe's
     recipe: str | None = None  # a paper's settings: the flags in recipes/NAME.txt
@@ -115,10 +119,11 @@ class Config(RunConfig):
     eval_every: int = 1  # epochs between evaluations
 
     ranges = RunConfig.ranges | {
-        "drop_path": (0, 0.99), "layer_decay": (1e-6, 1), "ema": (0, 0.999999), "randaug": (0, 10),
-        "smoothing": (0, 0.999), "erasing": (0, 1), "test_crop": (0.01, 1), "temperature": (1e-3, 1e3)}
+        "val_split": (0.001, 0.9), "drop_path": (0, 0.99), "layer_decay": (1e-6, 1), "ema": (0, 0.999999),
+        "randaug": (0, 10), "smoothing": (0, 0.999), "erasing": (0, 1), "test_crop": (0.01, 1),
+        "temperature": (1e-3, 1e3)}
     start_from = ("weights",)
-    free_on_resume = RunConfig.free_on_resume | {"recipe", "recompute"}
+    free_on_resume = RunConfig.free_on_resume | {"val", "recipe", "recompute"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -141,6 +146,7 @@ class Config(RunConfig):
             (kind == "ResNet" and self.layer_decay != 1, "--layer_decay is for ViTs and RevColV2"),
             (kind != "RevColV2" and self.recompute, "--recompute is for RevColV2"),
             (None not in (self.lr, self.base_lr), "--base_lr and --lr: give one of them"),
+            (self.val and self.val_split, "--val and --val_split: give one of them"),
             (trains and self.augment == "full" and self.in_chans not in (1, 3),
              "--augment full changes colours: it needs 1 or 3 channels; use --augment crop"),
             (not finetune and (self.ema or self.loss != "ce" or self.repeats > 1),
@@ -401,17 +407,14 @@ def open_sets(cfg):
     """{part: images}: to train and to evaluate on; of --mode features all of --data."""
     if cfg.mode == "features":
         return {"all": open_data(cfg, "all")}
-    source = open_data(cfg, "train")
-    if not source.classes:
-        raise UserError(f"--data {cfg.data} has no labels: expected train/CLASS/*.jpg and val/CLASS/*.jpg, "
-                        "or an .npz with `labels`")
-    return {"train": source, "val": open_data(cfg, "val", source.classes)}
+    return open_labelled(cfg)
 
 
 def train(cfg, run):
     if cfg.mode == "features":
         return write_features(load_model(cfg, 0), *open_sets(cfg).values(), run)
     source, held_out = open_sets(cfg).values()
+    run.fit_batch(len(source), max(16, 2 * cfg.repeats), 0.0 if cfg.mode in ("linear", "layers") else 0.5)
     if cfg.mode == "finetune" and split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] < 2:
         raise UserError("mixup, cutmix and BatchNorm need two images per forward pass: raise --micro_batch, "
                         "--batch_size")

@@ -1,39 +1,194 @@
-"""What --data takes other than a folder of images: a list of paths, an .npz, torchvision's data sets."""
+"""What --data takes other than a folder of images (a list, an .npz, torchvision's data sets), and which
+labelled images are held out."""
 
+import csv
+import hashlib
 import os
+import zipfile
+from collections import Counter
 
 import numpy as np
 from torchvision import datasets
 
-from common import EXTENSIONS, ImageArray, ImageFiles, UserError, first_line
+from common import (
+    EXTENSIONS,
+    ImageArray,
+    ImageFiles,
+    UserError,
+    data_path,
+    first_line,
+    open_folder,
+    print0,
+    tell_others,
+)
 
 NAMED_DATA = ("cifar10", "cifar100", "stl10", "cars")
+HELD_OUT = ("val", "validation", "valid", "test")  # folders next to train/, the first one that is there
+LABELS = {"label", "labels", "class", "category", "target"}  # heads of a list's column
 
 
-def open_source(cfg, root, split):
+# ---- with labels -------------------------------------------------------------------------------------------
+
+
+def open_labelled(cfg):
+    """{"train": images, "val": held-out ones} of --data, labelled, with the same classes. Held out are those
+    of --val, a share --val_split of each class, or what the data name so."""
+    if not cfg.val and not cfg.val_split:
+        source = open_part(cfg, cfg.data, "train")
+        return {"train": source, "val": open_part(cfg, cfg.data, "val", source.classes)}
+    source = open_part(cfg, cfg.data, "rest")
+    if cfg.val:
+        return {"train": source, "val": open_part(cfg, cfg.val, "all", source.classes)}
+    return hold_out(source, cfg.val_split)
+
+
+def open_part(cfg, data, split, classes=None):
+    """Labelled images of `data`: "train" or "val", where there are both, or "all"; "rest" is "train" if there
+    is one, else "all". classes: those that `data` may have."""
+    root, held_out = data_path(data), None
+    part = root
+    if root and root.is_dir() and split != "all":
+        held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
+        train = root / "train" if (root / "train").is_dir() else None
+        part = held_out if split == "val" else train or (root if split == "rest" else None)
+        if not part:
+            lacks = "train/" if split == "train" else "val/, validation/, valid/ or test/"
+            raise UserError(f"--data {root} has no {lacks}: expected train/CLASS/*.jpg and "
+                            "val/CLASS/*.jpg, or CLASS/*.jpg and --val_split 0.2 or --val DIR")
+        if split == "val":
+            print0(f"held out: {part}")
+        elif part == train:
+            tell_others(part, held_out if split == "train" else None)
+    if part and part.is_dir():
+        source = open_folder(part, cfg.in_chans, cfg.exif != "ignore")
+    elif data == "shapes":
+        from shapes import Shapes
+
+        if split not in ("train", "val"):
+            raise UserError("--data shapes says itself what is held out: leave out --val and --val_split")
+        source = Shapes(cfg.img_size, cfg.in_chans, split)
+    else:
+        source = open_source(cfg, root, "train" if split == "rest" else split, data)
+    where = part or data
+    if not source.classes:
+        some = [source.name(i) for i in range(len(source)) if os.path.dirname(source.name(i)) == str(part)]
+        if 0 < len(some) < len(source):
+            raise UserError(f"{some[0]} is in no class's folder ({len(some)} such images): move it into one, "
+                            "or remove it")
+        raise UserError(f"{where} has no labels: expected CLASS/*.jpg, a list of lines path,label, or an "
+                        ".npz with `labels`")
+    if source.labels.min() < 0 and data != "shapes":
+        raise UserError(f"{where}: {(source.labels < 0).sum()} of {len(source)} `labels` are -1, none")
+    if classes and source.classes != classes:
+        if unknown := sorted(set(source.classes) - set(classes)):
+            raise UserError(f"{where}: {unknown[0]} is no class of the training images")
+        place = np.array([classes.index(name) for name in source.classes])
+        source.labels, source.classes = place[source.labels], classes
+    return source
+
+
+class Subset:
+    """Some images of a source."""
+
+    def __init__(self, source, numbers):
+        self.source, self.numbers, self.labels = source, numbers, source.labels[numbers]
+        self.classes, self.in_chans, self.turn = source.classes, source.in_chans, source.turn
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def name(self, index):
+        return self.source.name(self.numbers[index])
+
+    def read(self, index):
+        return self.source.read(self.numbers[index])
+
+
+def hold_out(source, share):
+    """{"train": ..., "val": ...}: of each class this share, rounded, at least one image and not all. Which
+    ones depends on the files' names and folders alone, so every run with these images holds out the same."""
+    names = [source.name(i) for i in range(len(source))]
+    root = os.path.dirname(os.path.commonprefix(names))
+    digests = [hashlib.blake2b(os.fsencode(os.path.relpath(name, root or None))).digest() for name in names]
+    numbers = {"train": [], "val": []}
+    for kind in range(len(source.classes)):
+        members = sorted(np.flatnonzero(source.labels == kind), key=digests.__getitem__)
+        n = min(max(1, round(share * len(members))), len(members) - 1) if members else 0
+        numbers["val"] += members[:n]
+        numbers["train"] += members[n:]
+    lone = [name for name, n in zip(source.classes, np.bincount(source.labels), strict=True) if n == 1]
+    print0(f"--val_split {share}: {len(numbers['val'])} of {len(source)} images are held out, of each class "
+           "its share, the same ones in every run" + f"; {len(lone)} classes have one image, to train on: "
+           f"{', '.join(lone[:5])}" * bool(lone))
+    if not numbers["val"]:
+        raise UserError(f"--val_split {share} of {len(source)} images: every class has one image alone")
+    return {part: Subset(source, np.array(sorted(some))) for part, some in numbers.items()}
+
+
+# ---- files and data sets -----------------------------------------------------------------------------------
+
+
+def open_source(cfg, root, split, data=None):
     """As common.open_data, for a `root` that is a file, or None if there is nothing of that name."""
-    if cfg.data in NAMED_DATA:
-        try:
-            return open_torchvision(cfg.data, cfg.in_chans, split, cfg.download)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--data {cfg.data}: {first_line(error)} (--download)") from None
-    if root is None:
-        raise UserError(f"--data {cfg.data} does not exist: give a folder of images, a .txt list of paths, "
-                        f"an .npz, or shapes|{'|'.join(NAMED_DATA)}; or try --demo")
-    if root.suffix.lower() in EXTENSIONS:
-        raise UserError(f"--data {root} is one image: give its folder")
-    if root.suffix == ".npz":
-        return open_npz(root, cfg.in_chans, split)
-    return open_list(root, cfg.in_chans, split, cfg.exif != "ignore")
+    data, turn = data or cfg.data, cfg.exif != "ignore"
+    if root is None and data not in NAMED_DATA:
+        raise UserError(f"--data {data} does not exist: give a folder of images, a list of paths, an .npz, "
+                        f"or shapes|{'|'.join(NAMED_DATA)}; or try --demo")
+    try:
+        if data in NAMED_DATA:
+            return open_torchvision(data, cfg.in_chans, split, cfg.download)
+        if root.suffix.lower() in EXTENSIONS:
+            return ImageFiles([root], [-1], None, cfg.in_chans, turn)
+        if root.suffix == ".npz":
+            return open_npz(root, cfg.in_chans, split)
+        return open_list(root, cfg.in_chans, split, turn)
+    except (OSError, RuntimeError, ValueError, IndexError, csv.Error, zipfile.BadZipFile) as error:
+        hint = " (--download)" if data in NAMED_DATA else ""
+        raise UserError(f"--data {data}: {first_line(error)}{hint}") from None
+
+
+def read_rows(path):
+    """[[path, label], ...] or [[path], ...] of a list: .csv with `,`, `;` or tabs, under a head or not; else
+    a path per line, with `,` or a tab before a label."""
+    text = os.fsdecode(path.read_bytes()).removeprefix("\ufeff")
+    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+    if path.suffix.lower() != ".csv":  # a path itself may have a comma
+        return [[line] if not ("," in line or "\t" in line) or (path.parent / line).exists()
+                else line.rsplit("\t" if "\t" in line else ",", 1) for line in lines]
+    mark = max(",;\t", key=lambda mark: lines[0].count(mark)) if lines else ","
+    rows, columns = list(csv.reader(lines, delimiter=mark, skipinitialspace=True)), [0, 1]
+    if len(rows) > 1 and not (path.parent / rows[0][0]).exists() and (path.parent / rows[1][0]).exists():
+        head = rows.pop(0)
+        columns[1] = next((i for i, name in enumerate(head) if name.strip().lower() in LABELS), 1)
+        print0(f"{path}: read are the columns {', '.join(head[i] for i in columns if i < len(head))}")
+    return [[row[i].strip() for i in columns if i < len(row)] for row in rows]
 
 
 def open_list(path, in_chans, split, turn):
-    """ImageFiles of a text file with one path per line, relative to it or absolute."""
-    lines = [line.rstrip("\r") for line in os.fsdecode(path.read_bytes()).split("\n") if line.strip()]
-    if not lines or split not in ("pretrain", "all"):
-        raise UserError(f"--data {path}: a list of {len(lines)} paths, for pre-training: no labels")
-    paths = [os.path.join(path.parent, line) for line in lines]
-    return ImageFiles(paths, [-1] * len(paths), None, in_chans, turn)
+    """ImageFiles of a text file: read_rows. Paths are relative to it, or absolute."""
+    rows = read_rows(path)
+    if split == "val":
+        raise UserError(f"--data {path}: a list does not say what is held out: add --val LIST, or "
+                        "--val_split 0.2")
+    labels = [row[1] for row in rows if len(row) > 1 and row[1]]
+    if not rows:
+        raise UserError(f"{path} lists 0 paths: expected a line for each image")
+    if labels and len(labels) < len(rows):
+        first = next(row[0] for row in rows if len(row) < 2 or not row[1])
+        raise UserError(f"{path} has {len(rows)} paths, {len(labels)} with a label; {first!r} has none")
+    labelled = dict(zip((row[0] for row in rows), labels, strict=True)) if labels else {}
+    twice = Counter(map(tuple, rows))
+    if labels and len(labelled) < len(twice):
+        name = next(name for name, label in twice if labelled[name] != label)
+        raise UserError(f"{path}: {name!r} is listed with two labels")
+    if labels and len(labelled) < len(rows):  # else one could be trained on and held out
+        print0(f"{path}: {len(rows) - len(labelled)} lines are there twice, and count once")
+    number = all(label.isdecimal() for label in labels)
+    classes = sorted(set(labels), key=int if number else str) or None
+    index = {name: i for i, name in enumerate(classes or ())}
+    names = list(labelled) if labels else [row[0] for row in rows]
+    numbers = [index[label] for label in labelled.values()] if labels else [-1] * len(names)
+    return ImageFiles([os.path.join(path.parent, name) for name in names], numbers, classes, in_chans, turn)
 
 
 def open_npz(path, in_chans, split):
@@ -62,9 +217,8 @@ def open_npz(path, in_chans, split):
         classes = [str(i) for i in range(labels.max(initial=-1) + 1)] or None
     chosen = np.flatnonzero({"val": held_out, "all": held_out | True}.get(split, ~held_out))
     if not len(chosen):
-        raise UserError(f"{path} has no image for {split}: mark them in `split` (N,), 0 = train, 1 = val")
-    if classes and split in ("train", "val") and labels[chosen].min() < 0:
-        raise UserError(f"{path}: `labels` are -1, none, of {(labels[chosen] < 0).sum()} images for {split}")
+        raise UserError(f"{path} has no image for {split}: mark them in `split` (N,), 0 = train, 1 = val; "
+                        "or --val_split 0.2")
     images = images if len(chosen) == len(images) else images[chosen]  # no copy of all of them
     names = [f"{path.name}[{i}]" for i in chosen]
     return ImageArray(images, names, labels[chosen], classes, in_chans)

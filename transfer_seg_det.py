@@ -672,6 +672,7 @@ def train(cfg, run):
     source, held_out = open_both(cfg).values()
     classes = source.classes
     truth = data.coco_truth(held_out) if cfg.task == "det" and run.is_main else None
+    run.fit_batch(len(source), least=4)
     processes = run.world_size if run.cuda else 1  # whose images SyncBatchNorm averages over
     images = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] * processes
     if cfg.task == "seg" and cfg.head == "uper" and images < 2:

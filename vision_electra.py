@@ -398,6 +398,7 @@ def train(cfg, run):
     torch.manual_seed(cfg.seed)
     model = VisionElectra(cfg)
     load_initial(model, cfg)
+    run.fit_batch(len(source))
     peak_lr = cfg.base_lr * cfg.batch_size / 512
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 512")
     given = cfg.levels == "none" or (cfg.generator_init and cfg.discriminator_init)

@@ -14,12 +14,14 @@ from torchvision.transforms import v2
 
 import common
 from common import UserError, read_image
+from sources import open_part
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 
 
-def open_data(data, split="pretrain", **values):
-    return common.open_data(common.RunConfig(data=str(data), img_size=(32, 32), **values), split)
+def open_data(data, split="pretrain", classes=None, **values):
+    cfg = common.RunConfig(data=str(data), img_size=(32, 32), **values)
+    return open_part(cfg, cfg.data, split, classes) if split != "pretrain" else common.open_data(cfg)
 
 
 def save(path, image=IMAGE, **how):
