@@ -8,6 +8,8 @@ linear    frozen network, BatchNorm without affine parameters, linear layer, LAR
 knn       frozen network, vote of the k nearest training features.
 layers    linear and knn on every block's features: where in the network they are best.
 features  what these two see of each image: `--out feats.npy` (N, D) float32, and feats.txt, the names.
+evaluate  a finished classifier: scores, a table of its classes, their confusion.
+--predict IMAGES  what it says of an image, a folder or a list: predictions.csv.
 
 `--weights` takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's
 ResNet-50 (docs/WEIGHTS.md), or none. Model, size and normalisation come from the file where it tells them.
@@ -67,7 +69,7 @@ from common import (
 )
 from evaluate import batches_of_features, eval_batches, evaluate, extract, knn, write_features
 from revcol_v2 import SIZES, RevColV2, cell_grid
-from sources import open_labelled
+from sources import open_held_out, open_labelled
 
 MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 
@@ -77,8 +79,9 @@ class Config(RunConfig):
     # data
     val: str | None = None  # held-out images, of data that have no val/: a folder or list
     val_split: float | None = None  # or the share of each class to hold out
+    predict: str | None = None  # an image, folder or list: classify it, in place of --mode
     # model
-    mode: Literal["finetune", "linear", "knn", "layers", "features"] | None = None  # default: the recipe's
+    mode: Literal["finetune", "linear", "knn", "layers", "features", "evaluate"] | None = None  # see above
     recipe: str | None = None  # a paper's settings: the flags in recipes/NAME.txt
     weights: str | None = None  # file of weights, or none for random ones
     model: Literal[*MODELS] = "base"  # ViT, resnet50 or RevColV2; default: what the file says
@@ -127,7 +130,10 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.mode = self.mode or "finetune"
+        self.mode = "predict" if self.predict else self.mode or "finetune"
+        self.data = self.predict or self.data
+        if self.out is None and self.mode in ("linear", "knn", "layers", "evaluate"):
+            self.out = f"runs/finetune_{self.mode}"
         self.test_size = self.test_size or self.img_size
         kind, finetune = family(self.model), self.mode == "finetune"
         trains = self.mode in ("finetune", "linear")
@@ -176,6 +182,7 @@ def family(model):
 def presets(flags):
     """Defaults by --mode, --recipe and --demo, then by what the file of weights says."""
     usual = DEMO_RECIPES if flags.demo else {"linear": "linear_mae"}  # without one: the fields' defaults
+    finished = flags.predict or flags.mode == "evaluate"
     head = "linear" if flags.mode == "layers" else flags.mode or "finetune"  # layers: a probe of each
     name = flags.recipe or usual.get(head)
     recipe = read_recipe(Config, name) if name else {}
@@ -184,10 +191,14 @@ def presets(flags):
         raise UserError(f"--recipe {name} is for --mode {mode}")
     values = {"recipe": name} | recipe | {"mode": flags.mode or mode} | (DEMO if flags.demo else {})
     if flags.weights not in (None, "none"):
-        meta = network_of(read_file(flags.weights))
+        content = read_file(flags.weights)
+        meta = network_of(content)
         if "img_size" in recipe:
             meta = {**meta, "img_size": values["img_size"]}
-        values |= {name: meta[name] for name in (*NETWORK, "img_size") if name in meta}
+        names = (*NETWORK, "img_size", *(("pool", "test_size", "test_crop") if finished else ()))
+        values |= {name: meta[name] for name in names if name in meta}
+        if finished and "fc_norm.weight" in weights_of(content, ""):  # official files: of the mean patch
+            values["pool"] = "avg"
     if "resnet50" in (flags.model, values.get("model")) and "model" not in recipe:
         values |= {"layer_decay": 1.0, "drop_path": 0.0}
     if flags.lr is not None or flags.base_lr is not None:
@@ -284,11 +295,15 @@ class ResNetClassifier(ResNet50):
     forward = classify
 
 
+def make_model(cfg, num_classes):
+    classifiers = {"ViT": Classifier, "ResNet": ResNetClassifier, "RevColV2": RevColClassifier}
+    return classifiers[family(cfg.model)](cfg, num_classes)
+
+
 def load_model(cfg, num_classes):
     """The network with --weights; all of it learns or, in a probe, the head alone."""
     torch.manual_seed(cfg.seed)
-    classifiers = {"ViT": Classifier, "ResNet": ResNetClassifier, "RevColV2": RevColClassifier}
-    model = classifiers[family(cfg.model)](cfg, num_classes)
+    model = make_model(cfg, num_classes)
     if cfg.weights != "none":
         content = read_file(cfg.weights)
         names = weights_of(content).keys()
@@ -405,14 +420,31 @@ def train_step(model, batches, optimizer, scaler, run):
 
 def open_sets(cfg):
     """{part: images}: to train and to evaluate on; of --mode features all of --data."""
-    if cfg.mode == "features":
+    if cfg.mode in ("features", "predict"):
         return {"all": open_data(cfg, "all")}
-    return open_labelled(cfg)
+    return {"val": open_held_out(cfg)} if cfg.mode == "evaluate" else open_labelled(cfg)
+
+
+def report(run, result, training_images=None):
+    """Print and log scores."""
+    cfg, trained = run.cfg, f", {training_images} training images" if training_images else ""
+    words = {"top1": "top-1", "top5": "top-5", "macc": "mean per class", "commonest": "commonest class"}
+    shares = {word: result.get(f"eval/{name}") for name, word in words.items()}
+    shares = ", ".join(f"{word} {x:.2f} %" for word, x in shares.items() if x is not None)
+    print0(f"{cfg.mode} of {cfg.weights}: {shares}; {result['eval/n']} images held out, "
+           f"{result['eval/unreadable']} unreadable{trained}")
+    run.log({"step": run.step, "epoch": run.epoch if run.n else 0, **result, "train_images": training_images})
 
 
 def train(cfg, run):
     if cfg.mode == "features":
         return write_features(load_model(cfg, 0), *open_sets(cfg).values(), run)
+    if cfg.mode in ("evaluate", "predict"):
+        from predict import evaluate_file, predict_images
+
+        if cfg.mode == "predict":
+            return predict_images(cfg, run, make_model)
+        return evaluate_file(cfg, run, make_model, report)
     source, held_out = open_sets(cfg).values()
     run.fit_batch(len(source), max(16, 2 * cfg.repeats), 0.0 if cfg.mode in ("linear", "layers") else 0.5)
     if cfg.mode == "finetune" and split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] < 2:
@@ -423,18 +455,10 @@ def train(cfg, run):
     settings = f"recipe {cfg.recipe}, {cfg.img_size} px, tested at {cfg.test_size}, {lr}"
     run.start(len(source) if cfg.mode in ("finetune", "linear") else None, settings)
 
-    def report(result, epoch=0):
-        words = {"top1": "top-1", "top5": "top-5", "macc": "mean per class", "commonest": "commonest class"}
-        shares = {word: result.get(f"eval/{name}") for name, word in words.items()}
-        shares = ", ".join(f"{word} {x:.2f} %" for word, x in shares.items() if x is not None)
-        print0(f"{cfg.mode} of {cfg.weights}: {shares}; {result['eval/n']} images held out, "
-               f"{result['eval/unreadable']} unreadable, {len(source)} training images")
-        run.log({"step": run.step, "epoch": epoch, **result, "train_images": len(source)})
-
     if cfg.mode in ("knn", "layers"):
         run.load()  # nothing to resume; writes config.json
         if cfg.mode == "knn":
-            return report(knn(model, source, held_out, run))
+            return report(run, knn(model, source, held_out, run), len(source))
         from layers import probe_layers  # a script that is copied elsewhere runs without it
 
         return probe_layers(model, source, held_out, run)
@@ -474,7 +498,7 @@ def train(cfg, run):
         if result["eval/top1"] > max(scores.values(), default=-1):
             run.export("best.pth", evaluated.state_dict(), run.meta(**meta, **result))
         scores[run.step] = result["eval/top1"]
-        report(result, run.epoch)
+        report(run, result, len(source))
 
     model.eval()
     learner.train()

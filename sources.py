@@ -87,6 +87,18 @@ def open_part(cfg, data, split, classes=None):
     return source
 
 
+def open_held_out(cfg, classes=None):
+    """The images to evaluate on: those of open_labelled's "val", or all of --data that hold none out."""
+    root = data_path(cfg.data)
+    if cfg.val or cfg.val_split:
+        if cfg.val:
+            return open_part(cfg, cfg.val, "all", classes)
+        return hold_out(open_part(cfg, cfg.data, "rest", classes), cfg.val_split)["val"]
+    whole = root and (root.suffix not in ("", ".npz") if root.is_file() else
+                      not any((root / name).is_dir() for name in ("train", *HELD_OUT)))
+    return open_part(cfg, cfg.data, "all" if whole else "val", classes)
+
+
 class Subset:
     """Some images of a source."""
 
@@ -188,7 +200,7 @@ def open_list(path, in_chans, split, turn):
     index = {name: i for i, name in enumerate(classes or ())}
     names = list(labelled) if labels else [row[0] for row in rows]
     numbers = [index[label] for label in labelled.values()] if labels else [-1] * len(names)
-    return ImageFiles([os.path.join(path.parent, name) for name in names], numbers, classes, in_chans, turn)
+    return ImageFiles([str(path.parent / name) for name in names], numbers, classes, in_chans, turn)
 
 
 def open_npz(path, in_chans, split):

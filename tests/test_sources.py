@@ -65,10 +65,11 @@ def test_held_out_folders_of_other_names(photos, tmp_path, name, capsys):
 
 @pytest.mark.parametrize("file, text", [
     ("list.csv", "{0}cat/0.png,cat\n{0}cat/1.png,cat\n{0}dog/0.png,dog\n{0}dog/1.png,dog\n"),
-    ("list.csv", "\ufefffile,extra,label\r\n{0}cat/0.png,7,cat\r\n{0}cat/1.png,7,cat\r\n{0}dog/0.png,7,dog\r\n"
-                 "{0}dog/1.png,8,dog\r\n"),
+    ("list.csv", "\ufefffile,extra,label\r\n{0}cat/0.png,7,cat\r\n{0}cat/1.png,7,cat\r\n"
+                 "{0}dog/0.png,7,dog\r\n{0}dog/1.png,8,dog\r\n"),
     ("list.csv", "{0}cat/0.png; cat\n\"{0}cat/1.png\";cat\n{0}dog/0.png;dog\n{0}dog/1.png;dog\n"),
-    ("list.txt", "{0}cat/0.png,cat\n{0}cat/1.png\tcat\n{0}dog/0.png,dog\n{0}dog/1.png,dog\n{0}dog/1.png,dog\n"),
+    ("list.txt", "{0}cat/0.png,cat\n{0}cat/1.png\tcat\n{0}dog/0.png,dog\n{0}dog/1.png,dog\n"
+                 "{0}dog/1.png,dog\n"),
 ])
 def test_lists_with_labels(photos, tmp_path, file, text):
     (tmp_path / file).write_text(text.format("photos/"))
