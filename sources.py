@@ -21,6 +21,7 @@ from common import (
     print0,
     tell_others,
 )
+from shapes import Shapes
 
 NAMED_DATA = ("cifar10", "cifar100", "stl10", "cars")
 HELD_OUT = ("val", "validation", "valid", "test")  # folders next to train/, the first one that is there
@@ -62,8 +63,6 @@ def open_part(cfg, data, split, classes=None):
     if part and part.is_dir():
         source = open_folder(part, cfg.in_chans, cfg.exif != "ignore")
     elif data == "shapes":
-        from shapes import Shapes
-
         if split not in ("train", "val"):
             raise UserError("--data shapes says itself what is held out: leave out --val and --val_split")
         source = Shapes(cfg.img_size, cfg.in_chans, split)

@@ -1,42 +1,31 @@
-"""The data of transfer_seg_det.py: images with label maps (ADE20K's layout) or with boxes and masks (COCO's),
-transforms of image and target together, pictures of targets.
+"""The data of transfer_seg_det.py: label maps in ADE20K's layout, transforms of image and target together.
 
-A target is a label map (H, W) uint8, in which IGNORE does not count, or, for detection, a dict {"boxes":
-(n, 4) float32 x1 y1 x2 y2 in pixels, "labels": (n,) int64 from 1, "masks": (n, H, W) uint8}. They are plain
-tensors: torchvision resizes its tv_tensors.Mask by a rule that moves masks by up to half a pixel."""
+A target is a label map (H, W) uint8, in which IGNORE does not count, or, for detection, boxes and masks
+(coco.py). They are plain tensors: torchvision resizes its tv_tensors.Mask by a rule that moves masks by up to
+half a pixel."""
 
-import colorsys
-import json
-import math
 import re
-import textwrap
 from collections import Counter
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from torchvision.ops import box_convert, masks_to_boxes
+from PIL import Image
+from torchvision.ops import clip_boxes_to_image, masks_to_boxes, remove_small_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import (
     FORMATS,
     ImageFiles,
     UserError,
     collate,
-    data_path,
     list_images,
     orientation,
     print0,
-    read_image,
     stable_seed,
 )
-from shapes import Shapes
 
 IGNORE = 255  # label of pixels that do not count
 SPLITS = {"train": ("training", "train", "train2017"), "val": ("validation", "val", "val2017")}
@@ -44,16 +33,6 @@ SPLITS = {"train": ("training", "train", "train2017"), "val": ("validation", "va
 
 # ---- sources: len(), name(i), read(i) -> image (C, H, W), target; classes, in_chans, det -------------------
 # And for --check_data: count(target), {class, or -1 where nothing is labelled: number}, of which `unit`.
-
-
-def open_scenes(cfg, split):
-    """The images and targets of --data for --task; split: "train" or "val"."""
-    if cfg.data == "shapes":
-        return DrawnScenes(cfg, split)
-    root, layout = data_path(cfg.data), "ADE20K" if cfg.task == "seg" else "COCO"
-    if root is None or not root.is_dir():
-        raise UserError(f"--data {cfg.data} is no folder: expected one laid out as {layout}, or shapes")
-    return (LabelMaps if cfg.task == "seg" else CocoScenes)(root, split, cfg)
 
 
 def image_folder(root, split):
@@ -67,10 +46,6 @@ def image_folder(root, split):
 def count_pixels(target):
     counts = torch.bincount(target.flatten(), minlength=IGNORE + 1).tolist()
     return Counter({-1 if kind == IGNORE else kind: n for kind, n in enumerate(counts) if n})
-
-
-def count_objects(target):
-    return Counter((target["labels"] - 1).tolist())
 
 
 def labels_fit_stored(exif, paths, label_size, name):
@@ -119,6 +94,8 @@ class LabelMaps(ImageFiles):
         classes, self.colours = self.read_classes(root)
         super().__init__(paths, [-1] * len(paths), classes, cfg.in_chans, turn=not stored)
         codes = self.colours or self.numbers(root)
+        # By label, how a map shows it: a number, or r << 16 | g << 8 | b.
+        self.codes = {label: code for code, label in reversed(codes.items()) if label != IGNORE}
         # By number, or by colour; the last place is that of all others.
         self.label_of = np.full((2**24 if self.colours else 2**8) + 1, -1, np.int16)
         self.label_of[list(codes)] = list(codes.values())
@@ -203,232 +180,6 @@ class LabelMaps(ImageFiles):
         return image, torch.from_numpy(labels.astype(np.uint8))
 
 
-# ---- COCO's annotations: nothing of them reaches pycocotools' C code unseen
-
-
-def whole(value, low, high):
-    """An int of low to high; digits in text count, as converters from XML write them."""
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{value!r}, expected a whole number of {low} to {high}")
-    return value
-
-
-def bounded(values, least, bound):
-    """ValueError unless a list has `least` numbers or more, all within -bound to bound."""
-    text = f"{str(values)[:60]}, expected {least} numbers, of {-bound} to {bound}"
-    if not isinstance(values, list) or len(values) < least:
-        raise ValueError(text)
-    try:
-        inside = math.isfinite(sum(values)) and -bound <= min(values) and max(values) <= bound
-    except (TypeError, OverflowError):
-        inside = False
-    if not inside:
-        raise ValueError(text)
-    return values
-
-
-def run_lengths(text):
-    """COCO's compressed run lengths -> list. A character holds five bits of a number, the lowest first, and
-    whether more follow; from the fourth on, numbers are differences from the last but one."""
-    runs, value, shift = [], 0, 0
-    for code in text.encode():
-        code -= 48
-        if not 0 <= code < 64 or shift > 30:
-            raise ValueError(f"counts {text[:40]!r} are no compressed run lengths")
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:
-            value -= (code >> 4 & 1) << shift  # the sign
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
-
-
-def check_mask(shape, height, width):
-    """A `segmentation` that can be decoded, its polygons of fewer than three corners dropped, or None."""
-    if not shape:
-        return None
-    if isinstance(shape, list):
-        if not all(isinstance(polygon, list) for polygon in shape):
-            raise ValueError("segmentation is no list of polygons [[x1, y1, x2, y2, ...], ...]")
-        shape = [polygon for polygon in shape if len(polygon) >= 6]
-        for polygon in shape:
-            bounded(polygon, 6, 2 * max(height, width))
-            if len(polygon) % 2:
-                raise ValueError(f"a polygon has {len(polygon)} numbers, expected x and y of each corner")
-        return shape or None
-    if not isinstance(shape, dict) or not isinstance(shape.get("counts"), list | str):
-        raise ValueError(f"segmentation {str(shape)[:60]}: expected polygons, or run lengths: counts, size")
-    sizes_differ("the run lengths are those of", tuple(shape["size"]), (height, width))
-    counts = shape["counts"]
-    runs = run_lengths(counts) if isinstance(counts, str) else counts
-    if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
-        raise ValueError(f"run lengths of {height * width} pixels in all are expected, none negative")
-    return shape
-
-
-def check_annotation(entry, height, width):
-    """COCO's entry with iscrowd of 0 or 1 and an area; None if its box is under a pixel or it has no mask."""
-    *_, w, h = bounded(entry["bbox"], 4, 2 * max(height, width))
-    if len(entry["bbox"]) != 4:
-        raise ValueError(f"bbox {entry['bbox']}, expected x, y, width, height")
-    crowd = whole(entry.get("iscrowd") or 0, 0, 1)
-    area = w * h if entry.get("area") is None else entry["area"]
-    if not isinstance(area, int | float) or not 0 <= area <= 2**40:
-        raise ValueError(f"area {area!r}, expected a number")
-    shape = check_mask(entry.get("segmentation"), height, width)
-    if not shape or min(w, h) < 1 and not crowd:
-        return None
-    return entry | {"segmentation": shape, "iscrowd": crowd, "area": area}
-
-
-class CocoScenes:
-    """images/SPLIT/ with annotations/instances_SPLIT.json in COCO's format. Crowds are no training targets
-    and count neither for nor against a detector. Boxes under a pixel or without a mask are left out."""
-
-    det, unit, count = True, "objects", staticmethod(count_objects)
-
-    def __init__(self, root, split, cfg):
-        self.folder, self.in_chans, place = image_folder(root, split), cfg.in_chans, "its top level"
-        self.path, left_out = root / f"annotations/instances_{self.folder.name}.json", Counter()
-        on_disk = set(list_images(self.folder))
-        try:
-            content, records = json.loads(self.path.read_bytes()), {}
-            categories = sorted(content["categories"], key=lambda category: category["id"])
-            self.classes = [str(c["name"]) for c in categories]
-            self.categories = [whole(c["id"], 0, 2**53) for c in categories]
-            if not 0 < len(self.classes) == len(set(self.categories)) <= 100_000:
-                raise ValueError(f"{len(self.classes)} categories, some ids twice")
-            for image in content["images"]:
-                place = f"image {image.get('id')!r}"
-                if image["id"] in records:
-                    raise ValueError("an image of this id is listed before")
-                if records and type(image["id"]) is not type(next(iter(records))):
-                    raise ValueError("numbers and text as ids of images")
-                sides = [whole(image[side], 1, 2**15) for side in ("height", "width")]
-                records[image["id"]] = [str(image["file_name"]), *sides, []]
-            kinds = set(self.categories)
-            for number, entry in enumerate(content["annotations"], start=1):
-                place = f"annotation {entry.get('id')!r}, the {number}."
-                kind, image = whole(entry["category_id"], 0, 2**53), entry["image_id"]
-                if kind not in kinds or image not in records:
-                    raise ValueError(f"no category {kind}, or no image {image!r}, is listed")
-                _, height, width, objects = records[image]
-                good = check_annotation(entry, height, width)
-                if good is None:
-                    left_out["boxes under a pixel or without a mask"] += 1
-                else:
-                    objects.append(good | {"category_id": kind})
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error}") from None
-        except KeyError as error:
-            raise UserError(f"{self.path}, {place}: {error} is missing") from None
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{self.path}, {place}: {error}") from None
-        paths = {i: str(self.folder / record[0]) for i, record in records.items()}
-        listed = set(paths.values())
-        left_out["images that are not in the folder"] = len(listed - on_disk)
-        left_out["images in the folder that are not listed"] = len(on_disk - listed)
-        records = {i: record for i, record in records.items() if paths[i] in on_disk}
-        objects = [entry for *_, found in records.values() for entry in found]
-        left = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
-        if all(entry["iscrowd"] for entry in objects):
-            raise UserError(f"{self.path} has no object to learn: {len(objects)} are iscrowd; left out: "
-                            f"{left or 'nothing'} (boxes alone: write each as a polygon of its four corners)")
-        if left:
-            print0(f"{self.path}: left out: {left}")
-        # One buffer: loader workers would copy a million Python objects as their reference counts change.
-        self.ids = sorted(records)
-        self.most = max(len(record[3]) for record in records.values())
-        packed = [json.dumps(records[i]).encode() for i in self.ids]
-        self.buffer, self.ends = b"".join(packed), np.cumsum([0, *map(len, packed)])
-        self.turn = not labels_fit_stored(cfg.exif, [paths[i] for i in self.ids],
-                                          lambda i: tuple(records[self.ids[i]][1:3]), self.folder)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def record(self, index):
-        """[file name, height, width, annotations in COCO's format]"""
-        return json.loads(self.buffer[self.ends[index] : self.ends[index + 1]])
-
-    def name(self, index):
-        return str(self.folder / self.record(index)[0])
-
-    def read(self, index):
-        _, height, width, objects = self.record(index)
-        image = read_image(self.name(index), self.in_chans, self.turn)
-        sizes_differ(f"{self.path.name} has", (height, width), image.shape[1:])
-        if max(height, width) > 32 * min(height, width):
-            raise ValueError(f"{height} x {width} pixels: longer than 32 times its width")
-        return image, coco_target(height, width, objects, self.categories)
-
-
-class DrawnScenes(Shapes):
-    """Drawn shapes with label maps (background is class 0), or boxes and masks."""
-
-    def __init__(self, cfg, split):
-        super().__init__(cfg.img_size, cfg.in_chans, split, n={"train": 4000, "val": 200}[split])
-        self.det = cfg.task == "det"
-        self.unit, self.count = ("objects", count_objects) if self.det else ("pixels", count_pixels)
-        self.most = 4
-        self.classes = self.classes if self.det else ["background", *self.classes]
-        self.ids, self.categories = range(len(self)), range(1, len(self.classes) + 1)
-
-    def record(self, index):
-        """As CocoScenes.record; shapes that are hidden entirely are left out."""
-        _, instances, kinds = self.draw(index)
-        objects = []
-        for number in np.unique(instances[instances > 0]):
-            mask = instances == number
-            box = boxes_around(torch.from_numpy(mask)[None])
-            objects.append({"image_id": index, "category_id": int(kinds[number - 1]) + 1, "iscrowd": 0,
-                            "bbox": box_convert(box, "xyxy", "xywh")[0].tolist(), "area": int(mask.sum()),
-                            "segmentation": rle.encode(np.asfortranarray(mask, np.uint8))})
-        return [self.name(index), *self.size, objects]
-
-    def read(self, index):
-        image, instances, kinds = self.draw(index)
-        labels = torch.from_numpy(np.append(0, kinds + 1)[instances].astype(np.uint8))
-        target = coco_target(*self.record(index)[1:], self.categories) if self.det else labels
-        return torch.from_numpy(image).permute(2, 0, 1), target
-
-
-def decode_mask(shape, height, width):
-    """COCO's segmentation (polygons, or run lengths, compressed or not) -> uint8 (height, width)"""
-    compressed = isinstance(shape, dict) and not isinstance(shape["counts"], list)
-    runs = shape if compressed else rle.frPyObjects(shape, height, width)
-    return rle.decode(rle.merge(runs) if isinstance(runs, list) else runs)
-
-
-def coco_target(height, width, objects, categories):
-    """COCO's annotations of one image -> a target of detection, without the crowds."""
-    objects = [x for x in objects if not x["iscrowd"]]
-    boxes = torch.tensor([x["bbox"] for x in objects], dtype=torch.float64).reshape(-1, 4)
-    kinds = [categories.index(x["category_id"]) + 1 for x in objects]
-    masks = np.array([decode_mask(x["segmentation"], height, width) for x in objects], np.uint8)
-    return {"boxes": box_convert(boxes, "xywh", "xyxy").float(),
-            "labels": torch.tensor(kinds, dtype=torch.int64),
-            "masks": torch.from_numpy(masks.reshape(-1, height, width))}
-
-
-def coco_truth(source):
-    """pycocotools' object with all annotations of a source: what detections are compared with."""
-    records = [source.record(i) for i in range(len(source))]
-    objects = [entry for *_, found in records for entry in found]
-    images = [{"id": i, "height": h, "width": w} for i, (_, h, w, _) in zip(source.ids, records, strict=True)]
-    coco = COCO()
-    coco.dataset = {"images": images, "categories": [{"id": i} for i in source.categories],
-                    "annotations": [entry | {"id": i} for i, entry in enumerate(objects, 1)]}  # 0 means none
-    with redirect_stdout(None):
-        coco.createIndex()
-    return coco
-
-
 # ---- transforms: (image, target) -> (image, target) --------------------------------------------------------
 
 
@@ -508,10 +259,24 @@ def large_scale_jitter(image, target, cfg):
     new = [max(1, round(scale * side)) for side in (h, w)]
     corner, flip = random_corner(new, cfg.img_size), torch.rand(()) < 0.5
     image = crop(TF.resize(image, new), corner, cfg.img_size, flip, mean_colour(image, cfg.mean))
+    if "masks" not in target:
+        return image, boxes_left(target, (h, w), new, corner, cfg.img_size, flip)
     masks = crop(nearest(target["masks"], new), corner, cfg.img_size, flip, 0)
     keep = masks.flatten(1).bool().any(1)
     packed = torch.from_numpy(np.packbits(masks[keep].numpy(), axis=-1))
     return image, {"boxes": boxes_around(masks[keep]), "labels": target["labels"][keep], "masks": packed}
+
+
+def boxes_left(target, old, new, corner, size, flip):
+    """A target without masks, resized and cropped as its image: what of its boxes is inside."""
+    (h, w), (top, left) = new, corner
+    shape = [min(size[0], h - top), min(size[1], w - left)]  # of what is cut out
+    boxes = target["boxes"] * torch.tensor([w / old[1], h / old[0]] * 2) - torch.tensor([left, top] * 2)
+    boxes = clip_boxes_to_image(boxes, shape)
+    if flip:
+        boxes[:, [0, 2]] = shape[1] - boxes[:, [2, 0]]
+    keep = remove_small_boxes(boxes, 1.0)
+    return {"boxes": boxes[keep], "labels": target["labels"][keep]}
 
 
 def boxes_around(masks):
@@ -547,7 +312,8 @@ class Scenes(torch.utils.data.Dataset):
         image, target, bad = samples.read(index)
         if bad and isinstance(target, int):  # nothing could be read: the run stops before it uses this
             labels = torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
-            target = coco_target(*labels.shape, [], []) if samples.source.det else labels
+            nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+            target = nothing | {"masks": labels[None][:0]} if samples.source.det else labels
         torch.default_generator.manual_seed(stable_seed(samples.seed, epoch, index))
         image, target = samples.transform(image, target)
         return {"index": index, "bad": bad, "image": image, "target": target}
@@ -557,56 +323,3 @@ def collate_scenes(samples):
     """As `collate`; "target" is (B, H, W), or for detection a list, as numbers of objects differ."""
     targets = [sample.pop("target") for sample in samples]
     return collate(samples) | {"target": targets if isinstance(targets[0], dict) else torch.stack(targets)}
-
-
-# ---- pictures ----------------------------------------------------------------------------------------------
-
-SHOWN = 288  # pixels of a side
-
-
-def colour_of(number):
-    """A colour per class from 1 on: hues in steps of the plastic number, in five strengths; 0 (ignored):
-    black."""
-    saturation, value = ((1.0, 0.95), (0.45, 1.0), (1.0, 0.55), (0.7, 0.8), (0.3, 0.65))[number % 5]
-    hue = (0.6 + number * 0.754878) % 1
-    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value)) if number else (0, 0, 0)
-
-
-def regions(labels, image):
-    """A label map as a target of detection for `image`: a mask per class, no boxes; 0 is "ignored"."""
-    labels = nearest(labels[None], image.shape[1:])[0].long() + 1
-    labels = torch.where(labels == IGNORE + 1, 0, labels)
-    kinds = labels.unique()
-    return {"boxes": torch.zeros(0, 4), "labels": kinds, "masks": labels == kinds[:, None, None]}
-
-
-def show(image, target=None):
-    """Image uint8 (C, H, W) -> (3, SHOWN, SHOWN), fitted in, under the masks, boxes and, if there are any,
-    scores of a target of detection, in the colours of their classes."""
-    factor = SHOWN / max(image.shape[1:])
-    size = [max(1, round(factor * side)) for side in image.shape[1:]]
-    image = TF.resize(image if len(image) == 3 else image[:1].expand(3, -1, -1), size)
-    if target:
-        colours = [colour_of(kind) for kind in target["labels"].tolist()]
-        masks = nearest(target["masks"].to(torch.uint8), size).bool()
-        for mask, colour in reversed([*zip(masks, colours, strict=True)]):  # one by one, the best on top
-            image = draw_segmentation_masks(image, mask, alpha=0.65, colors=colour)
-        words = [f"{score:.2f}" for score in target["scores"]] if "scores" in target else None
-        if len(target["boxes"]):
-            image = draw_bounding_boxes(image, target["boxes"] * factor, words, colours)
-    return crop(image, (0, 0), (SHOWN, SHOWN), False, 255)
-
-
-def legend(targets, classes):
-    """(3, SHOWN, SHOWN): names and colours of the classes in these targets, of the first ones if many."""
-    canvas = Image.new("RGB", (SHOWN, SHOWN), "white")
-    pen, line = ImageDraw.Draw(canvas), 16
-    kinds = list(dict.fromkeys(kind for target in targets for kind in target["labels"].tolist()))
-    names = ["ignored (does not count)", *classes]
-    rows = [(kind, part) for kind in kinds for part in textwrap.wrap(names[kind], 42) or [""]]
-    rows = rows if len(rows) <= SHOWN // line else [*rows[: SHOWN // line - 1], (None, "and more classes")]
-    for i, (kind, part) in enumerate(rows):
-        if kind is not None:
-            pen.rectangle((4, i * line + 2, 16, i * line + 14), fill=colour_of(kind))
-        pen.text((24, i * line + 2), part, fill="black")
-    return TF.pil_to_tensor(canvas)

@@ -23,10 +23,10 @@ without the half-pixel shift, box losses quadratic below 1/9, test images shrunk
 
 import functools
 import math
+import sys
 import time
 import zlib
 from collections import OrderedDict
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,8 +34,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pycocotools import mask as rle
-from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import LayerNorm2d
@@ -46,7 +44,9 @@ from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiSc
 from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms.v2.functional import to_dtype
 
+import overlay
 import transfer_data as data
+from coco import CocoScenes, DrawnScenes, average_precision, coco_results, coco_truth
 from common import (
     NETWORK,
     VIT_SIZES,
@@ -56,6 +56,7 @@ from common import (
     UserError,
     ViT,
     adamw,
+    data_path,
     eval_keys,
     launch,
     load_weights,
@@ -78,6 +79,8 @@ from revcol_v2 import SIZES, RevColV2, cell_grid
 @dataclass
 class Config(RunConfig):
     # what
+    mode: Literal["train", "evaluate"] = "train"  # evaluate: scores of a finished --weights model.pth
+    predict: str | None = None  # an image, folder or list: what a finished --weights model.pth says of it
     task: Literal["seg", "det"] = "seg"  # segmentation or detection
     recipe: str | None = None  # a paper's settings, recipes/NAME_TASK.txt; flags next to it win
     head: Literal["uper", "linear", "fcn"] = "uper"  # segmentation: the decoder
@@ -156,8 +159,20 @@ DEFAULTS = {
 }
 
 
+# What a finished model says of itself, so that it can be used without its flags.
+MODEL = ("task", "head", "channels", "window", "rpn_convs", "inference", "max_detections", "zero_is_ignore")
+
+
 def presets(flags):
     """Defaults by --task, --recipe and --demo, then by what the file of weights says of its network."""
+    if flags.predict or flags.mode == "evaluate":
+        meta = network_of(read_file(flags.weights)) if flags.weights else {}
+        if "classes" not in meta or "task" not in meta:
+            raise UserError(f"--weights {flags.weights}: expected a finished model.pth of this script")
+        known = {name: meta[name] for name in (*NETWORK, "img_size", *MODEL) if name in meta}
+        out = "predictions" if flags.predict else f"runs/transfer_{meta['task']}_evaluate"
+        resnet = {"layer_decay": 1.0, "drop_path": 0.0} if meta["model"] == "resnet50" else {}
+        return DEFAULTS[meta["task"]] | resnet | known | {"out": out}
     if flags.iters and flags.epochs:
         raise UserError(f"--iters {flags.iters} and --epochs {flags.epochs}: give one of them")
     values, task = dict(DEFAULTS[flags.task]), flags.task
@@ -357,6 +372,10 @@ class Segmenter(nn.Module):
             self.head = classifier(channels[-1], classes, dropout=0.0)
         self.auxiliary = FCNHead(channels[2], 256, classes) if cfg.head != "linear" else None
 
+    @property
+    def grid(self):  # of the position table
+        return self.encoder.grid
+
     def scores(self, images):
         """(B, C, H, W) -> [scores (B, classes, h, w) float32]: the head's, and in training the auxiliary
         one's"""
@@ -474,10 +493,10 @@ def in_float32(output):
 
 class Detector(nn.Module):
     """torchvision's Mask R-CNN with ViTDet's heads (proposals: --rpn_convs; boxes: four convolutions and a
-    linear layer; masks: four; LayerNorm). It resizes images to fit --img_size, fills them up to that square
-    with 0."""
+    linear layer; masks: four; LayerNorm), without masks its Faster R-CNN. It resizes images to fit
+    --img_size, fills them up to that square with 0."""
 
-    def __init__(self, cfg, classes):
+    def __init__(self, cfg, classes, masks=True):
         super().__init__()
         backbone, width, side = Backbone(cfg), cfg.channels, cfg.img_size[0]
         strides = (*backbone.strides, 2 * backbone.strides[-1])
@@ -495,51 +514,31 @@ class Detector(nn.Module):
             box_predictor=FastRCNNPredictor(1024, classes + 1),
             mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
         heads = self.model.roi_heads
-        for head in (self.model.rpn.head, heads.box_predictor, heads.mask_predictor):
+        if not masks:
+            heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
+        for head in filter(None, (self.model.rpn.head, heads.box_predictor, heads.mask_predictor)):
             head.register_forward_hook(lambda *call: in_float32(call[-1]))
 
     @property
     def encoder(self):
         return self.model.backbone.encoder
 
+    @property
+    def grid(self):  # of the position table
+        return self.encoder.grid
+
     def forward(self, images, targets):
         """images (B, C, S, S), targets: [{"boxes" (n, 4), "labels" (n,), "masks" (n, S, S)}] -> loss, {name:
-        detached}: the sum of torchvision's five, means over the batch's sampled boxes (masks: over pixels)"""
+        detached}: the sum of torchvision's five (without masks, four), means over the batch's sampled boxes
+        (masks: over pixels)"""
         terms = self.model(list(images), targets)
         terms = {"loss": sum(terms.values()), **terms}
         return terms["loss"], {name.removeprefix("loss_"): value.detach() for name, value in terms.items()}
 
     def predict(self, images):
-        """(1, C, H, W) -> {"boxes" in the image's pixels, "labels" from 1, "scores", "masks" (n, 1, H, W)}"""
+        """(1, C, H, W) -> {"boxes" in the image's pixels, "labels" from 1, "scores", "masks" (n, 1, H, W),
+        probabilities, if it learned any}"""
         return self.model(list(images))[0]
-
-
-def coco_results(image_id, output, categories):
-    """Detections in one image -> COCO's result format: boxes x, y, w, h; masks as run lengths."""
-    masks = (output["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
-    results = zip(*(output[name].tolist() for name in ("boxes", "labels", "scores")), masks, strict=True)
-    return [{"image_id": image_id, "category_id": categories[kind - 1], "score": score,
-             "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": rle.encode(np.asfortranarray(mask))}
-            for (x1, y1, x2, y2), kind, score, mask in results]
-
-
-def average_precision(truth, results, image_ids, most=100):
-    """Per cent, by pycocotools: AP over the overlaps 0.5 to 0.95, and AP at 0.5, of boxes and of masks in
-    these images, of the `most` best detections of each. No results: 0."""
-    scores = {}
-    for kind, name in (("bbox", "box"), ("segm", "mask")):
-        precision = np.full((10, 1), -1.0)
-        if results:
-            with redirect_stdout(None):
-                evaluation = COCOeval(truth, truth.loadRes(results), kind)
-                evaluation.params.imgIds, evaluation.params.maxDets = sorted(image_ids), [most]
-                evaluation.evaluate()
-                evaluation.accumulate()
-            precision = evaluation.eval["precision"][..., 0, 0]  # (overlaps, recalls, classes), all areas
-        for key, part in ((f"eval/{name}_ap", precision), (f"eval/{name}_ap50", precision[0])):
-            part = part[part > -1]  # what there is to find
-            scores[key] = 100 * float(part.mean()) if part.size else 0.0
-    return scores
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
@@ -548,7 +547,8 @@ def average_precision(truth, results, image_ids, most=100):
 @torch.inference_mode()
 def evaluate(model, samples, truth, run):
     """Scores over all held-out images, each once over all processes; what cannot be read does not count. {}
-    on all processes but the first. truth: coco_truth's, for detection."""
+    on all processes but the first. And segmentation's pixels (classes, classes) by label and answer. truth:
+    coco_truth's, for detection."""
     source, seen, results = samples.samples.source, [], []
     matrix = torch.zeros(len(source.classes), len(source.classes), dtype=torch.int64, device=run.device)
     for batch in run.load_batches(samples, eval_keys(len(source), run, batch=1), data.collate_scenes):
@@ -566,13 +566,13 @@ def evaluate(model, samples, truth, run):
         dist.all_reduce(matrix)
         dist.all_gather_object(found, found[0])
     if not run.is_main:
-        return {}
+        return {}, matrix
     if run.cfg.task == "seg":
         scores = seg_scores(matrix.cpu(), source.classes)
     else:
         results, seen = (sum(lists, []) for lists in zip(*found, strict=True))
-        scores = average_precision(truth, results, seen, run.cfg.max_detections)
-    return {name: round(value, 3) for name, value in scores.items()}
+        scores = average_precision(truth, results, seen, run.cfg.max_detections, source.classes)
+    return {name: round(value, 3) for name, value in scores.items()}, matrix.cpu()
 
 
 def predict(model, batch, run):
@@ -591,12 +591,11 @@ def save_pictures(path, model, samples, run):
         image, truth = to_dtype(batch["image"][0], torch.uint8, scale=True), batch["target"][0]
         found = predict(model, batch, run)
         if run.cfg.task == "seg":
-            truth, found = data.regions(truth, image), data.regions(found.cpu(), image)
+            truth, found = overlay.regions(truth, image), overlay.regions(found.cpu(), image)
         else:
-            found = {name: value[found["scores"] > 0.5].cpu() for name, value in found.items()}
-            found["masks"] = found["masks"][:, 0] > 0.5
-        row = [data.show(image), data.show(image, truth), data.show(image, found)]
-        rows.append([x / 255 for x in (*row, data.legend([truth, found], source.classes))])
+            found = overlay.sure(found)
+        row = [overlay.show(image), overlay.show(image, truth), overlay.show(image, found)]
+        rows.append([x / 255 for x in (*row, overlay.legend([truth, found], source.classes))])
     save_image_grid(path, rows, ["image", "truth", "prediction", "classes"], f"step {run.step}")
 
 
@@ -635,7 +634,8 @@ def training_batches(source, run):
             targets = batch["target"].to(**to_device).long()
         else:
             targets = [{name: x.to(**to_device) for name, x in target.items()} for target in batch["target"]]
-            targets = [target | {"masks": data.unpack(target["masks"])} for target in targets]
+            targets = [target | {"masks": data.unpack(target["masks"])} if "masks" in target else target
+                       for target in targets]
         yield run.normalize(batch["image"]), targets, batch["index"]
 
 
@@ -660,18 +660,54 @@ def train_step(model, batches, optimizer, scaler, run):
     return terms
 
 
+def open_scenes(cfg, split):
+    """The images and targets of --data for --task; split: "train" or "val"."""
+    if cfg.data == "shapes":
+        return DrawnScenes(cfg, split)
+    root, layout = data_path(cfg.data), "ADE20K" if cfg.task == "seg" else "COCO"
+    if root is None or not root.is_dir():
+        raise UserError(f"--data {cfg.data} is no folder: expected one laid out as {layout}, or shapes")
+    return (data.LabelMaps if cfg.task == "seg" else CocoScenes)(root, split, cfg)
+
+
 def open_both(cfg):
     """{"train": images, "val": held-out ones}; UserError if their classes differ."""
-    source, held_out = data.open_scenes(cfg, "train"), data.open_scenes(cfg, "val")
+    if cfg.predict:
+        raise UserError("--check_data reads what is trained and evaluated on: leave out --predict")
+    source, held_out = open_scenes(cfg, "train"), open_scenes(cfg, "val")
     if held_out.classes != source.classes:
         raise UserError(f"--data {cfg.data}: the categories of the two annotation files differ")
     return {"train": source, "val": held_out}
 
 
+def report(scores, held_out, run):
+    """Print and log scores."""
+    means = ", ".join(f"{k[5:]} {v:.2f}" for k, v in scores.items() if k.count("/") == 1)
+    print0(f"step {run.step}, {len(held_out)} held-out images: {means}")
+    run.log({"step": run.step, "epoch": run.epoch if run.n else 0, **scores})
+
+
+def about(cfg, source):
+    """What a file of weights says of itself, besides the network; of classes also how the data write them."""
+    own = {"codes": source.codes} if cfg.task == "seg" else {"categories": list(source.categories),
+                                                             "masks": source.masks}
+    return {name: getattr(cfg, name) for name in MODEL} | {"classes": list(source.classes)} | own
+
+
+def make_model(cfg, classes, masks):
+    """masks: of detection, whether it learns or has learned any."""
+    return Segmenter(cfg, classes) if cfg.task == "seg" else Detector(cfg, classes, masks)
+
+
 def train(cfg, run):
+    if cfg.predict or cfg.mode == "evaluate":
+        import predict_scenes  # only these two need it
+
+        job = predict_scenes.predict_scenes if cfg.predict else predict_scenes.evaluate_file
+        return job(cfg, run, sys.modules[__name__])
     source, held_out = open_both(cfg).values()
     classes = source.classes
-    truth = data.coco_truth(held_out) if cfg.task == "det" and run.is_main else None
+    truth = coco_truth(held_out) if cfg.task == "det" and run.is_main else None
     run.fit_batch(len(source), least=4)
     processes = run.world_size if run.cuda else 1  # whose images SyncBatchNorm averages over
     images = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] * processes
@@ -679,7 +715,7 @@ def train(cfg, run):
         raise UserError("BatchNorm after UperNet's pooling to one pixel needs two images per forward pass: "
                         "raise --batch_size or --micro_batch")
     torch.manual_seed(cfg.seed)
-    model = (Segmenter if cfg.task == "seg" else Detector)(cfg, len(classes))
+    model = make_model(cfg, len(classes), cfg.task == "det" and source.masks)
     if cfg.weights != "none":
         content = read_file(cfg.weights)
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
@@ -698,7 +734,7 @@ def train(cfg, run):
     run.inputs = {"list of classes": f"{len(classes)} names, checksum {checksum:08x}"}
     run.load(model=model, optimizer=optimizer, scaler=scaler)
     batches, samples = training_batches(source, run), data.Scenes(run.samples(held_out, data.Fit(cfg)))
-    meta = {"task": cfg.task, "head": cfg.head, "classes": list(classes)}
+    meta = about(cfg, source)
 
     evaluated = run.evaluations().keys()
 
@@ -711,13 +747,11 @@ def train(cfg, run):
             return
         model.eval()
         run.share_statistics(model)
-        scores = evaluate(model, samples, truth, run)
+        scores, _ = evaluate(model, samples, truth, run)
         if run.is_main:
             if cfg.pictures:
                 save_pictures(run.out / f"pictures/step_{run.step:07}.png", model, samples, run)
-            means = ", ".join(f"{k[5:]} {v:.2f}" for k, v in scores.items() if k.count("/") == 1)
-            print0(f"step {run.step}, {len(held_out)} held-out images: {means}")
-            run.log({"step": run.step, "epoch": run.epoch, **scores})
+            report(scores, held_out, run)
         model.train()
 
     model.train()

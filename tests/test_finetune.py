@@ -292,7 +292,7 @@ def test_held_out_images_that_cannot_be_read_are_left_out_and_counted(sets, tmp_
 def test_check_data_reads_what_is_held_out_too(sets, tmp_path):
     (sets / "val/1/5.png").write_bytes(b"no image")
     assert "val/1/5.png" in run_script([*NANO, "--data", sets, "--check_data"], tmp_path)
-    (sets / "val").rename(sets / "test")
+    (sets / "val").rename(sets / "elsewhere")
     run_script([*NANO, "--data", sets, "--check_data"], tmp_path, expect=2)
 
 

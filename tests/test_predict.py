@@ -25,6 +25,10 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+def go(folder, command, **how):
+    return run_script(command.split(), folder, **how)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """photos/CLASS/n.png, 15 of each of six classes, and what a run on them with --val_split 0.2 leaves."""
@@ -43,7 +47,8 @@ def photos(tmp_path_factory):
 
 def test_evaluate_gives_the_scores_of_the_training_and_predict_the_same_answers(photos):
     best = torch.load(photos / "runs/finetune/best.pth")["meta"]
-    output = run_script(["finetune.py", "--mode", "evaluate", "--weights", "runs/finetune/best.pth", "--data", "photos", "--val_split", "0.2", "--amp", "off"], photos)
+    evaluation = "finetune.py --mode evaluate --weights runs/finetune/best.pth --data photos --amp off"
+    output = go(photos, f"{evaluation} --val_split 0.2")
     out = photos / "runs/finetune_evaluate"
     scores = last_log(out)
     for name in ("eval/top1", "eval/top5", "eval/macc", "eval/n"):
@@ -54,9 +59,9 @@ def test_evaluate_gives_the_scores_of_the_training_and_predict_the_same_answers(
     for line, row in zip(classes, confusion, strict=True):
         assert row["class"] == line["class"] and int(row[line["class"]]) == int(line["right"])
         assert sum(int(n) for name, n in row.items() if name != "class") == int(line["images"])
-    whole = run_script(["finetune.py", "--mode", "evaluate", "--weights", "runs/finetune/best.pth", "--data", "photos", "--amp", "off", "--out", "all"], photos, processes=2)
+    whole = go(photos, f"{evaluation} --out all", processes=2)
     (photos / "photos/broken.jpg").write_bytes(b"x")
-    run_script(["finetune.py", "--predict", "photos", "--weights", "runs/finetune/best.pth", "--amp", "off"], photos)
+    go(photos, "finetune.py --predict photos --weights runs/finetune/best.pth --amp off")
     lines = table(photos / "predictions.csv")
     hits = [os.path.basename(os.path.dirname(line["file"])) == line["class"] for line in lines]
     assert round(100 * np.mean(hits), 3) == last_log(photos / "all")["eval/top1"], whole
@@ -71,16 +76,16 @@ def test_predict_takes_an_image_and_a_list_and_names_what_it_cannot_read(photos)
     (photos / "broken.jpg").write_bytes(b"x")
     names = [str(path.relative_to(photos)) for path in good]
     (photos / "list.txt").write_text("\n".join([*names, "broken.jpg"]))
-    command = ["finetune.py", "--weights", "runs/finetune/best.pth", "--predict"]
-    run_script([*command, str(good[0]), "--out", "one.csv"], photos)
-    output = run_script([*command, "list.txt", "--out", "list.csv"], photos)
+    command = "finetune.py --weights runs/finetune/best.pth --predict"
+    go(photos, f"{command} {good[0]} --out one.csv")
+    output = go(photos, f"{command} list.txt --out list.csv")
     assert "unreadable: broken.jpg" in output and "left out: 1" in output
     one, several = table(photos / "one.csv"), table(photos / "list.csv")
-    assert len(several) == 3 and list(one[0].values())[1:] == list(several[0].values())[1:]
-    assert "new file" in run_script([*command, "list.txt", "--out", "list.csv"], photos, expect=2)
-    assert "cannot be read" in run_script([*command, "broken.jpg", "--out", "none.csv"], photos, expect=2)
-    assert "has no classifier" in run_script(
-        [*command, "list.txt", "--weights", save_encoder(photos), "--out", "x.csv"], photos, expect=2)
+    assert len(several) == 3 and list(one[0].values())[1:3] == list(several[0].values())[1:3]
+    assert "new file" in go(photos, f"{command} list.txt --out list.csv", expect=2)
+    assert "can be read" in go(photos, f"{command} broken.jpg --out none.csv", expect=2)
+    encoder = save_encoder(photos)
+    assert "no classifier" in go(photos, f"{command} list.txt --weights {encoder} --out x.csv", expect=2)
 
 
 def save_encoder(folder):
@@ -99,7 +104,8 @@ def test_classifiers_of_other_code_give_their_own_answers(kind, tmp_path):
         theirs = resnet50(num_classes=7)
         torch.save(theirs.state_dict(), tmp_path / "a.pth")
     elif kind == "probe":
-        cfg = parse_config(Config, presets, ["--mode", "linear", "--weights", "none", "--model", "tiny", "--img_size", "64"])
+        flags = "--mode linear --weights none --model tiny --img_size 64"
+        cfg = parse_config(Config, presets, flags.split())
         theirs = make_model(cfg, 7)
         theirs.head[0].running_mean.normal_()
         content = {"model": theirs.state_dict(), "meta": {

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from unittest.mock import Mock
 
 import pytest
@@ -80,7 +81,7 @@ def test_every_recipe_is_in_the_table_and_on_the_page():
     page = (ROOT / "docs/RECIPES.md").read_text()
     assert all(f"`{name}`" in page for name in files)
     recipe, fields = config("--weights", "none", "--recipe", "mff"), config("--weights", "none")
-    assert vars(recipe) == vars(fields) | {"recipe": "mff"}
+    assert asdict(recipe) == asdict(fields) | {"recipe": "mff"}
 
 
 # ---- what wins

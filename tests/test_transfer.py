@@ -24,7 +24,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import masks_to_boxes
 from torture import log, same, state
 
+import coco
 import common
+import overlay
 import transfer_data as data
 import transfer_seg_det as transfer
 
@@ -56,27 +58,27 @@ def scenes(tmp_path_factory):
     """Folders in ADE20K's and in COCO's layout, 12 + 5 drawn images each; ids with gaps, the objects of
     image 1 are crowds, image 0 has none."""
     root = tmp_path_factory.mktemp("scenes")
-    for split, ade, coco, n in (("train", "training", "train2017", 12), ("val", "validation", "val2017", 5)):
-        drawn = data.DrawnScenes(types.SimpleNamespace(img_size=(40, 48), in_chans=3, task="det"), split)
+    for split, ade, boxes, n in (("train", "training", "train2017", 12), ("val", "validation", "val2017", 5)):
+        drawn = coco.DrawnScenes(types.SimpleNamespace(img_size=(40, 48), in_chans=3, task="det"), split)
         images, objects = [], []
-        for inner in (f"ade/images/{ade}", f"ade/annotations/{ade}", f"coco/images/{coco}",
+        for inner in (f"ade/images/{ade}", f"ade/annotations/{ade}", f"coco/images/{boxes}",
                       "coco/annotations"):
             (root / inner).mkdir(parents=True, exist_ok=True)
         for i in range(n):
             picture, instances, kinds = drawn.draw(i)
             Image.fromarray(picture).save(root / f"ade/images/{ade}/{i}.png")
-            Image.fromarray(picture).save(root / f"coco/images/{coco}/{i}.png")
+            Image.fromarray(picture).save(root / f"coco/images/{boxes}/{i}.png")
             labels = np.append(0, kinds + 1)[instances].astype(np.uint8)
             Image.fromarray(labels).save(root / f"ade/annotations/{ade}/{i}.png")
             images.append({"id": 7 * i, "file_name": f"{i}.png", "height": 40, "width": 48})
             for entry in drawn.record(i)[3] if i else []:
-                runs = run_lengths(data.decode_mask(entry["segmentation"], 40, 48))
+                runs = run_lengths(coco.decode_mask(entry["segmentation"], 40, 48))
                 objects.append(entry | {"id": len(objects) + 1, "image_id": 7 * i, "iscrowd": int(i == 1),
                                         "category_id": 3 * entry["category_id"] + 2,
                                         "segmentation": {"size": [40, 48], "counts": runs}})
         categories = [{"id": 3 * i + 5, "name": name} for i, name in enumerate(drawn.classes)]
         content = {"images": images, "annotations": objects, "categories": categories[::-1]}
-        (root / f"coco/annotations/instances_{coco}.json").write_text(json.dumps(content))
+        (root / f"coco/annotations/instances_{boxes}.json").write_text(json.dumps(content))
     (root / "ade/classes.txt").write_text("ground\n" + "\n".join(drawn.classes) + "\n")
     return root
 
@@ -303,7 +305,7 @@ def target_of(boxes, kinds, size):
 def results_of(image_id, target, categories, scores=None):
     scores = torch.ones(len(target["boxes"])) if scores is None else torch.tensor(scores)
     output = target | {"masks": target["masks"][:, None].float(), "scores": scores}
-    return transfer.coco_results(image_id, output, categories)
+    return coco.coco_results(image_id, output, categories)
 
 
 def coco_folder(folder, size, boxes):
@@ -320,30 +322,30 @@ def coco_folder(folder, size, boxes):
     for split in ("train", "val"):
         Image.fromarray(np.zeros((*size, 3), np.uint8)).save(folder / f"images/{split}/1.png")
         (folder / f"annotations/instances_{split}.json").write_text(json.dumps(content))
-    return data.CocoScenes(folder, "val", RGB)
+    return coco.CocoScenes(folder, "val", RGB)
 
 
 def test_perfect_detections_have_an_ap_of_100(scenes):
-    for source in (data.CocoScenes(scenes / "coco", "val", RGB), data.DrawnScenes(small("det"), "val")):
-        truth, results, n = data.coco_truth(source), [], min(len(source), 20)
+    for source in (coco.CocoScenes(scenes / "coco", "val", RGB), coco.DrawnScenes(small("det"), "val")):
+        truth, results, n = coco.coco_truth(source), [], min(len(source), 20)
         for i in range(n):
             results += results_of(source.ids[i], source.read(i)[1], source.categories)
-        scores = transfer.average_precision(truth, results, source.ids[:n])
+        scores = coco.average_precision(truth, results, source.ids[:n])
         assert len(scores) == 4 and [*scores.values()] == pytest.approx([100] * 4)
-    source = data.CocoScenes(scenes / "coco", "val", RGB)  # what could not be read does not count
+    source = coco.CocoScenes(scenes / "coco", "val", RGB)  # what could not be read does not count
     results = [x for i in (2, 3) for x in results_of(source.ids[i], source.read(i)[1], source.categories)]
-    truth = data.coco_truth(source)
+    truth = coco.coco_truth(source)
     for images, least, most in ((source.ids[2:4], 99.9, 100.1), (source.ids, 0, 99)):
-        assert least < transfer.average_precision(truth, results, images)["eval/box_ap"] < most
-    assert set(transfer.average_precision(truth, [], source.ids).values()) == {0.0}
+        assert least < coco.average_precision(truth, results, images)["eval/box_ap"] < most
+    assert set(coco.average_precision(truth, [], source.ids).values()) == {0.0}
 
 
 @pytest.mark.parametrize("shift, ap, ap50", [(0, 100, 100), (10, 70, 100), (40, 0, 0), (30, 10, 100)])
 def test_ap_of_a_shifted_box_by_hand(tmp_path, shift, ap, ap50):
     """100 x 100 moved by s overlaps by (100 - s) / (100 + s): .818 passes seven of ten; .538 one."""
-    truth = data.coco_truth(coco_folder(tmp_path, (200, 200), [([20, 30, 120, 130], 0)]))
+    truth = coco.coco_truth(coco_folder(tmp_path, (200, 200), [([20, 30, 120, 130], 0)]))
     moved = target_of([[20 + shift, 30, 120 + shift, 130]], [1], (200, 200))
-    scores = transfer.average_precision(truth, results_of(1, moved, [1]), [1])
+    scores = coco.average_precision(truth, results_of(1, moved, [1]), [1])
     expected = {"eval/box_ap": ap, "eval/box_ap50": ap50, "eval/mask_ap": ap, "eval/mask_ap50": ap50}
     assert scores == pytest.approx(expected)
 
@@ -356,7 +358,7 @@ def test_detections_in_a_crowd_count_neither_way_and_a_crowd_is_no_target(tmp_pa
     results = results_of(1, found, [1], [0.5, 0.9, 0.8])
     without = coco_folder(tmp_path / "other", (100, 100), [([10, 10, 40, 40], 0)])
     for truth, ap in ((source, 100), (without, 100 / 3)):
-        scores = transfer.average_precision(data.coco_truth(truth), results, [1])
+        scores = coco.average_precision(coco.coco_truth(truth), results, [1])
         assert scores["eval/box_ap"] == pytest.approx(ap, abs=1)
 
 
@@ -472,13 +474,13 @@ def test_test_images_have_the_short_side_of_training():
 
 
 def test_sources_agree_on_the_same_drawings(scenes):
-    drawn = data.Shapes((40, 48), 3, "train")
+    drawn = coco.Shapes((40, 48), 3, "train")
     ade = data.LabelMaps(scenes / "ade", "train", RGB)
-    coco = data.CocoScenes(scenes / "coco", "train", RGB)
-    assert ade.classes[1:] == coco.classes == drawn.classes
-    assert coco.categories == [5 + 3 * i for i in range(10)]
+    boxes = coco.CocoScenes(scenes / "coco", "train", RGB)
+    assert ade.classes[1:] == boxes.classes == drawn.classes
+    assert boxes.categories == [5 + 3 * i for i in range(10)]
     for i in range(12):
-        for source in (ade, coco):
+        for source in (ade, boxes):
             name = int(source.name(i).rsplit("/", 1)[1].removesuffix(".png"))
             picture, instances, kinds = drawn.draw(name)
             image, target = source.read(i)
@@ -506,12 +508,12 @@ def test_annotations_as_labelling_tools_write_them(tmp_path, capsys):
     content["annotations"][1]["segmentation"] = [[1, 2, 3, 4]]
     content["annotations"][2] |= {"area": None, "segmentation": [[7.3, 7, 20, 9.6, 12, 20]]}
     path.write_text(json.dumps(content))
-    source = data.CocoScenes(tmp_path, "val", RGB)
-    assert "left out: 3 boxes under a pixel or without a mask" in capsys.readouterr().out
-    truth, results = data.coco_truth(source), results_of(1, source.read(0)[1], [1])
+    source = coco.CocoScenes(tmp_path, "val", RGB)
+    assert "left out: 2 boxes under a pixel, 1 boxes without a mask" in capsys.readouterr().out
+    truth, results = coco.coco_truth(source), results_of(1, source.read(0)[1], [1])
     for mask, entry in zip(source.read(0)[1]["masks"], truth.loadAnns([1, 2]), strict=True):
         assert (mask.numpy() == truth.annToMask(entry)).all() and mask.any()
-    assert transfer.average_precision(truth, results, [1])["eval/mask_ap"] == pytest.approx(100)
+    assert coco.average_precision(truth, results, [1])["eval/mask_ap"] == pytest.approx(100)
 
 
 def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
@@ -519,10 +521,10 @@ def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
         rng = np.random.default_rng(seed)
         mask = (rng.random(rng.integers(1, 60, 2)) < rng.random()).astype(np.uint8)
         text = rle.encode(np.asfortranarray(mask))["counts"].decode()
-        assert data.run_lengths(text) == run_lengths(mask)
+        assert coco.run_lengths(text) == run_lengths(mask)
     for text in ("\x00", "o" * 100, "é"):
         with pytest.raises(ValueError, match="no compressed run lengths"):
-            data.run_lengths(text)
+            coco.run_lengths(text)
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -530,11 +532,11 @@ def test_malformed_annotations_end_in_one_line_or_are_counted(tmp_path, capsys, 
     root = write_set(tmp_path / "set", MALFORMED[name])
     cfg = small("det", "--data", root)
     if name.startswith("counted:"):
-        source = data.open_scenes(cfg, "train")
+        source = transfer.open_scenes(cfg, "train")
         assert "left out: " in capsys.readouterr().out and len(source.read(0)[1]["boxes"]) == 1
         return
     with pytest.raises(common.UserError, match="instances_train.json") as end:
-        data.open_scenes(cfg, "train")
+        transfer.open_scenes(cfg, "train")
     assert "\n" not in str(end.value) and len(str(end.value)) < 400
 
 
@@ -546,8 +548,8 @@ def test_sizes_as_text_and_missing_areas_are_read(tmp_path, change):
     def spoil(content):
         change(content["annotations"][0], content["images"][0])
 
-    source = data.open_scenes(small("det", "--data", write_set(tmp_path, spoil)), "train")
-    assert len(source.read(0)[1]["boxes"]) == 2 and data.coco_truth(source).getAnnIds()
+    source = transfer.open_scenes(small("det", "--data", write_set(tmp_path, spoil)), "train")
+    assert len(source.read(0)[1]["boxes"]) == 2 and coco.coco_truth(source).getAnnIds()
 
 
 # ---- label maps of other kinds, rotated photographs
@@ -569,7 +571,7 @@ def label_folder(root, maps, classes, **tags):
 def test_masks_of_0_and_255_are_two_classes(tmp_path, capsys):
     mask = np.zeros((20, 30), np.uint8)
     mask[5:, 10:] = 255
-    source = data.open_scenes(label_folder(tmp_path, [mask, mask * 0], "ground\nthing"), "val")
+    source = transfer.open_scenes(label_folder(tmp_path, [mask, mask * 0], "ground\nthing"), "val")
     assert "255 is read as thing" in capsys.readouterr().out
     assert torch.equal(source.read(0)[1], torch.from_numpy(mask // 255)) and source.read(1)[1].sum() == 0
     Image.fromarray(mask // 255).save(tmp_path / "annotations/val/1.png")
@@ -577,9 +579,9 @@ def test_masks_of_0_and_255_are_two_classes(tmp_path, capsys):
         source.read(1)
     (tmp_path / "classes.txt").write_text("thing")
     with pytest.raises(common.UserError, match="two lines"):
-        data.open_scenes(small("seg", "--data", tmp_path), "train")
+        transfer.open_scenes(small("seg", "--data", tmp_path), "train")
     mask[0, 0] = 1  # then 255 is "ignored", as everywhere
-    source = data.open_scenes(label_folder(tmp_path, [mask], "ground\nthing"), "train")
+    source = transfer.open_scenes(label_folder(tmp_path, [mask], "ground\nthing"), "train")
     assert source.count(source.read(0)[1]) == {0: 20 * 30 - 15 * 20 - 1, 1: 1, -1: 15 * 20}
 
 
@@ -593,14 +595,14 @@ def test_colours_are_read_by_the_list(tmp_path):
     palette.save(tmp_path / "annotations/val/0.png")
     expected = torch.tensor([0, data.IGNORE, 1, 0])[places]
     for split in ("train", "val"):
-        source = data.open_scenes(cfg, split)
+        source = transfer.open_scenes(cfg, split)
         assert source.classes == ["road", "the ground"] and torch.equal(source.read(0)[1].long(), expected)
     (tmp_path / "classes.txt").write_text(lines.replace("70 70 70", "1 2 3"))
     with pytest.raises(ValueError, match="the colour 70 70 70, which"):
-        data.open_scenes(cfg, "train").read(0)
+        transfer.open_scenes(cfg, "train").read(0)
     (tmp_path / "classes.txt").write_text("road\nthe ground 0 0 0")
     with pytest.raises(common.UserError, match="in every line or in none"):
-        data.open_scenes(cfg, "train")
+        transfer.open_scenes(cfg, "train")
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
@@ -615,7 +617,7 @@ def test_labels_on_stored_pixels_of_rotated_photographs(tmp_path, capsys, orient
 
     def is_stored(exif):
         cfg.exif = exif
-        image, labels = data.open_scenes(cfg, "train").read(0)
+        image, labels = transfer.open_scenes(cfg, "train").read(0)
         assert torch.equal(labels, torch.from_numpy(mask))
         return np.abs(image.permute(1, 2, 0).numpy().astype(int) - stored).max() < 10
 
@@ -627,18 +629,18 @@ def test_labels_on_stored_pixels_of_rotated_photographs(tmp_path, capsys, orient
     else:
         assert not is_stored("apply")
     objects = write_set(tmp_path / "boxes", lambda content: None, exif=tags)
-    source = data.open_scenes(small("det", "--data", objects), "train")
+    source = transfer.open_scenes(small("det", "--data", objects), "train")
     assert source.turn == (orientation == 3) and source.read(0)[0].shape == (3, 48, 64)
 
 
 def test_legends_name_what_is_ignored_and_all_of_long_names():
     labels = torch.tensor([[0, 1, data.IGNORE, 2]], dtype=torch.uint8).repeat(4, 1)
-    found = data.regions(labels, torch.zeros(3, 4, 4))
+    found = overlay.regions(labels, torch.zeros(3, 4, 4))
     assert found["labels"].tolist() == [0, 1, 2, 3] and found["masks"].sum(0).eq(1).all()
-    short, long = (data.legend([found], ["a", name, "c"]) for name in ("b", "word " * 20))
+    short, long = (overlay.legend([found], ["a", name, "c"]) for name in ("b", "word " * 20))
     last = [(picture[0] < 255).any(1).nonzero().max().item() for picture in (short, long)]
     assert last[1] == last[0] + 32  # three lines of text
-    colours = Image.fromarray(np.array([[data.colour_of(i) for i in range(1, 21)]], np.uint8))
+    colours = Image.fromarray(np.array([[overlay.colour_of(i) for i in range(1, 21)]], np.uint8))
     to_lab = ImageCms.buildTransform(*map(ImageCms.createProfile, ("sRGB", "LAB")), "RGB", "LAB")
     lab = np.array(ImageCms.applyTransform(colours, to_lab), np.uint8)[0].astype(float)
     lab[:, 0] *= 100 / 255
@@ -665,11 +667,11 @@ def test_max_detections_bounds_network_and_score():
     target = target_of(corners, [1] * 150, (100, 150))
     objects = [{"image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [x, y, 8, 8], "area": 64,
                 "segmentation": [[x, y, x + 8, y, x + 8, y + 8, x, y + 8]]} for x, y, *_ in corners]
-    source = data.DrawnScenes(small("det"), "val")
+    source = coco.DrawnScenes(small("det"), "val")
     source.n, source.ids, source.record = 1, [1], lambda _: ["", 100, 150, objects]
-    truth, results = data.coco_truth(source), results_of(1, target, [1], [1 - i / 200 for i in range(150)])
+    truth, results = coco.coco_truth(source), results_of(1, target, [1], [1 - i / 200 for i in range(150)])
     for most, ap in ((150, 100), (100, 67 / 101 * 100)):  # 101 recalls, 0 to .66 of them reached
-        assert transfer.average_precision(truth, results, [1], most)["eval/box_ap"] == pytest.approx(ap)
+        assert coco.average_precision(truth, results, [1], most)["eval/box_ap"] == pytest.approx(ap)
     model = transfer.Detector(small("det", "--max_detections", 7), 3).eval()
     model.model.roi_heads.score_thresh = 0.0
     assert len(model.predict(torch.randn(1, 3, 64, 64))["boxes"]) == 7
@@ -850,7 +852,7 @@ def test_two_processes_equal_one(scenes, tmp_path, task):
 
 def test_a_skipped_update_leaves_weights_and_statistics(scenes, tmp_path):
     cfg = small("seg", "--data", scenes / "ade", "--batch_size", 4, "--out", tmp_path / "run", "--workers", 0)
-    run, source = common.Run(cfg, "test"), data.open_scenes(cfg, "train")
+    run, source = common.Run(cfg, "test"), transfer.open_scenes(cfg, "train")
     run.start(len(source), steps=2)
     model = transfer.Segmenter(cfg, 11).train()
     optimizer, scaler = transfer.make_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
@@ -877,13 +879,13 @@ def test_the_demo_loads_an_encoder_and_the_docs_code_uses_the_result(scenes, tmp
     assert re.search(r"encoder\.pth: (\d+)/\1 tensors loaded; missing: none", output)
     assert "5 held-out images" in output and "done: runs/transfer_seg/model.pth" in output
     with Image.open("runs/transfer_seg/pictures/step_0000001.png") as picture:
-        assert min(picture.size) > 3 * data.SHOWN
+        assert min(picture.size) > 3 * overlay.SHOWN
     for file in ("last.pth", "model.pth") if task == "seg" else ():  # both give their encoder
         path = f"runs/transfer_seg/{file}"
         output = run_script([*command, "--weights", path, "--out", file[:-4], "--pictures", 0], tmp_path)
         assert re.search(rf"{path}: (\d+)/\1 tensors loaded", output)
 
-    source = data.open_scenes(small(task, "--data", folder), "val")
+    source = transfer.open_scenes(small(task, "--data", folder), "val")
     shutil.copy(source.name(2), "photo.jpg")  # a PNG in truth, which does not matter
     found = {}
     exec(re.search(r"```python\n(.*?)```", (ROOT / "docs/TRANSFER.md").read_text(), re.DOTALL)[1], found)
