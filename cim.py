@@ -108,6 +108,7 @@ class Config(RunConfig):
     clip_grad: float = 3.0  # largest gradient norm; 0 = no clipping
     # run
     init: str | None = None  # enhancer from these weights (ours, timm, torchvision); a fresh schedule
+    draw: str | None = None  # draw what these weights (last.pth) predict, to --out X.png
     pictures: int = 8  # images drawn at each epoch's end; 0 = none
 
     start_from = ("init", "generator_init")
@@ -409,7 +410,7 @@ def train_step(model, batches, optimizer, scaler, run):
 
 
 @torch.no_grad()
-def save_pictures(path, model, examples):
+def save_pictures(path, model, examples, run):
     """PNG as figs. 2 to 4: original, masked, four samples; template and output, or replaced and verdict."""
     (pixels, noise), cfg = examples, model.cfg
     k = torch.tensor(sum(cfg.num_masked) // 2, device=noise.device)
@@ -474,6 +475,12 @@ def train(cfg, run):
         load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=ignore)
     if cfg.generator_init:
         load_generator(model.generator, cfg, tokenizer)
+    noise = {"random": (torch.rand, math.prod(cfg.grid)), "block": (block_order, cfg.grid, cfg.num_masked[1])}
+    sample_noise = functools.partial(*noise[cfg.mask])
+    to_pixels = Normalize((0.0,) * cfg.in_chans, (1.0,) * cfg.in_chans, run.device)  # the model normalises
+    if cfg.draw:
+        model.__dict__["tokenizer"] = tokenizer
+        return run.draw(model, source, sample_noise, save_pictures, to_pixels)
     run.fit_batch(len(source))
     run.start(len(source), f"lr {cfg.lr:.3g}, whatever the batch")
     if not tokenizer and cfg.generator == "beit":  # --demo
@@ -488,9 +495,6 @@ def train(cfg, run):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     run.inputs = {"tokenizer_sha256": tokenizer.digest} if tokenizer else {}
     run.load(model=model, optimizer=optimizer, scaler=scaler)
-    noise = {"random": (torch.rand, math.prod(cfg.grid)), "block": (block_order, cfg.grid, cfg.num_masked[1])}
-    sample_noise = functools.partial(*noise[cfg.mask])
-    to_pixels = Normalize((0.0,) * cfg.in_chans, (1.0,) * cfg.in_chans, run.device)  # the model normalises
     batches = run.batches(source, RandomResizedCrop(cfg.img_size, (0.08, 1.0)), sample_noise, to_pixels)
     examples = run.examples(source, sample_noise, to_pixels)
 
@@ -500,7 +504,7 @@ def train(cfg, run):
         terms = train_step(ddp, batches, optimizer, scaler, run)
         run.end_update(terms, lr)
         if path := run.picture_due():
-            save_pictures(path, model, examples)
+            save_pictures(path, model, examples, run)
         if run.save_due():
             encoder = None if cfg.objective == "none" else model.enhancer.trunk_state()
             run.save(encoder, prefix="enhancer.", model=cfg.model if cfg.enhancer == "vit" else "resnet50")

@@ -406,9 +406,10 @@ def load_weights(model, path, allow_missing=(), ignore=(), prefix=None, content=
             old = patch_grid(meta["img_size"], meta["patch_size"]) if "img_size" in meta else (side, side)
             if math.prod(old) != L:
                 raise UserError(f"{path}: {name} has {L} patches, and the file does not say on what grid")
-            if old != model.grid:
-                weights[name] = resize_pos_embed(weights[name], old, model.grid)
-                print0(f"{name} {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}, bicubic")
+            new = getattr(model.get_submodule(name.rpartition(".")[0]), "grid", None) or model.grid
+            if old != new:
+                weights[name] = resize_pos_embed(weights[name], old, new)
+                print0(f"{name} {old[0]}x{old[1]} -> {new[0]}x{new[1]}, bicubic")
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -893,7 +894,7 @@ class RunConfig:
     start_from = ()  # fields that name the weights which a new run begins with
     # What may differ when a run is resumed, because it does not change what is computed ...
     free_on_resume = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile",
-                      "save_minutes", "log_every", "demo", "micro_batch", "pictures"}
+                      "save_minutes", "log_every", "demo", "micro_batch", "pictures", "draw"}
     # ... and what may differ after non-finite updates, to get past them.
     free_after_nan = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 
@@ -975,7 +976,12 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags; --resume takes no file"
         parser.error(f"unknown argument {unknown[0]}; {hint}")
     try:
-        parser.set_defaults(**presets(flags))
+        if getattr(flags, "draw", None):
+            from draw import settings_of  # a script that is copied elsewhere runs without it
+
+            parser.set_defaults(**settings_of(flags.draw, config_type))
+        else:
+            parser.set_defaults(**presets(flags))
         cfg = config_type(**vars(parser.parse_args(words)))
         cfg.given = vars(make_parser(config_type, defaults=False).parse_args(words)).keys()
         return cfg
@@ -1281,10 +1287,17 @@ class Run:
 
     def examples(self, source, sample_noise, normalize=None):
         """For pictures: --pictures evenly spaced images and their noise, always the same; None for 0."""
-        n, crop = self.cfg.pictures, EvalCrop(self.cfg.img_size)
+        n, crop = min(self.cfg.pictures, len(source)), EvalCrop(self.cfg.img_size)
         samples = KeyedSamples(source, crop, self.cfg.seed, len(source), sample_noise, flip=False)
-        batch = collate([samples[-1, i * len(source) // n] for i in range(n)]) if n else None
-        return batch and ((normalize or self.normalize)(batch["image"]), batch["noise"].to(self.device))
+        batch = collate([samples[-1, i * len(source) // n] for i in range(n)]) if n else {"bad": ()}
+        self.new_bad_files |= {path: why for path, why in batch["bad"] if path not in self.bad_files}
+        return n and ((normalize or self.normalize)(batch["image"]), batch["noise"].to(self.device))
+
+    def draw(self, *arguments):
+        """--draw"""
+        from draw import draw_file  # a script that is copied elsewhere runs without it
+
+        draw_file(self, *arguments)
 
     def share_bad_files(self):
         """On all processes, when one has met a new one: name each once; UserError above the limit."""

@@ -111,6 +111,7 @@ class Config(RunConfig):
     clip_grad: float = 0.0  # largest gradient norm; 0 = no clipping
     # run
     init: str | None = None  # start from these weights (ours, official MAE, timm); a fresh schedule
+    draw: str | None = None  # draw what these weights (last.pth) predict, to --out X.png
     pictures: int = 8  # images drawn at each epoch's end; 0 = none
 
     ranges = RunConfig.ranges | {"beta_init": (-100, 100), "momentum": (0, 1)}
@@ -405,6 +406,9 @@ def train(cfg, run):
         ignore += () if cfg.distill else ("feature_decoder.",)
         load_weights(model, cfg.init, allow_missing=missing, ignore=ignore, prefix="")
         model.update_teacher(0.0)
+    sample_noise = functools.partial(sample_mask, cfg)
+    if cfg.draw:
+        return run.draw(model, source, sample_noise, save_pictures)
     run.fit_batch(len(source))
     peak_lr = cfg.base_lr * cfg.batch_size / 256
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
@@ -415,7 +419,6 @@ def train(cfg, run):
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     run.load(model=model, optimizer=optimizer, scaler=scaler)  # the teacher is a part of the model
-    sample_noise = functools.partial(sample_mask, cfg)
     batches = run.batches(source, RandomResizedCrop(cfg.img_size), sample_noise)
     examples = run.examples(source, sample_noise)
 

@@ -36,7 +36,6 @@ hidden patches of the whole batch, and the low-pass disc is centred between bins
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -48,29 +47,23 @@ from common import (
     Block,
     RandomResizedCrop,
     RunConfig,
-    UserError,
     ViT,
     adamw,
     fill_from_visible,
     gather_tokens,
     launch,
     load_weights,
-    network_of,
-    new_file,
     open_data,
     parameter_groups,
     patch_grid,
     patches_to_pixels,
     patchify,
-    print0,
-    read_file,
     resize_to_cover,
     save_image_grid,
     set_lr,
     sincos_pos_embed,
     unpatchify,
     warmup_cosine,
-    weights_of,
 )
 
 DECODERS = {  # width, blocks, heads: MAE sec. 4.1 from base on, the MFF authors' code for small, others ours
@@ -114,7 +107,6 @@ class Config(RunConfig):
 
     ranges = RunConfig.ranges | {"fuse_layers": (0, 100)}
     start_from = ("init",)
-    free_on_resume = RunConfig.free_on_resume | {"draw"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -136,8 +128,6 @@ class Config(RunConfig):
         L = math.prod(patch_grid(self.img_size, self.patch_size))
         if not 0 < int(L * (1 - self.mask_ratio)) < L:
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
-        if self.draw and not self.pictures:
-            raise ValueError("--draw and --pictures 0: how many?")
 
 
 # Raw pixels in the demo: drawn shapes are flat, and a flat patch minus its mean leaves nothing to predict.
@@ -147,7 +137,7 @@ DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4
 
 
 def presets(flags):
-    return draw_presets(flags.draw) if flags.draw else DEMO if flags.demo else {}
+    return DEMO if flags.demo else {}
 
 
 # ---- masking and targets -----------------------------------------------------------------------------------
@@ -331,7 +321,7 @@ def train(cfg, run):
     model = MaskedAutoencoder(cfg)
     sample_noise = functools.partial(torch.rand, math.prod(model.grid))
     if cfg.draw:
-        return draw_file(model, source, sample_noise, run) if run.is_main else None
+        return run.draw(model, source, sample_noise, save_pictures)
     if cfg.init:
         missing = ("decoder", "mask_token", "fuse_")
         load_weights(model, cfg.init, allow_missing=missing, ignore=("head.", "fc_norm."), prefix="")
@@ -355,37 +345,6 @@ def train(cfg, run):
         if run.save_due():
             run.save(model.trunk_state())
     run.finish()
-
-
-# ---- --draw: what a file of weights fills in ---------------------------------------------------------------
-
-
-def draw_presets(path):
-    """Settings for the model in a file. Ours says how it was trained; official ones show their sizes."""
-    content = read_file(path)
-    network, config = network_of(content), content.get("config", {})
-    if network.get("model") not in VIT_SIZES:
-        raise UserError(f"--draw {path} holds {network.get('model', 'an unknown network')}, not a masked ViT")
-    raw = not getattr(content.get("args"), "norm_pix_loss", "visualize" not in Path(path).name)
-    known = {"target": "raw" if raw else "mae", "fuse_layers": (VIT_SIZES[network["model"]][1] - 1,)}
-    known |= network | config
-    names = ("model", "patch_size", "img_size", "in_chans", "mean", "std", "mask_ratio", "fuse_layers",
-             "target", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-    return {"out": "reconstruction.png", **{name: known[name] for name in names if name in known}}
-
-
-def draw_file(model, source, sample_noise, run):
-    """One picture of --draw's weights; UserError if the file has no decoder, or if --out is there already."""
-    path, content = run.cfg.draw, read_file(run.cfg.draw)
-    names = {name for name in model.state_dict() if name.startswith(("decoder", "mask_token"))}
-    found = len(weights_of(content, prefix="").keys() & names)
-    if found < len(names):
-        raise UserError(f"{path} has {found} of {len(names)} decoder tensors: use the last.pth of this "
-                        "script, or MAE's mae_visualize_... or mae_pretrain_..._full.pth")
-    out = new_file(run.cfg.out, ".png")
-    load_weights(model, path, prefix="", content=content)
-    save_pictures(out, model.to(run.device), run.examples(source, sample_noise), run)
-    print0(f"{out}: original, masked, prediction, pasted")
 
 
 if __name__ == "__main__":

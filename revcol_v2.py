@@ -101,6 +101,7 @@ class Config(RunConfig):
     clip_grad: float = 0.0  # largest gradient norm; 0 = no clipping
     # run
     init: str | None = None  # start from these weights of ours; a fresh schedule
+    draw: str | None = None  # draw what these weights (last.pth) predict, to --out X.png
     pictures: int = 8  # images drawn at each epoch's end; 0 = none
 
     start_from = ("init",)
@@ -464,6 +465,8 @@ def train(cfg, run):
     torch.manual_seed(cfg.seed)
     model = MaskedRevCol(cfg)
     sample_noise = functools.partial(torch.rand, math.prod(model.grid))
+    if cfg.draw:
+        return run.draw(model, source, sample_noise, save_pictures)
     if cfg.init:
         missing = ("mask_tokens", "pixel_head")
         load_weights(model, cfg.init, allow_missing=missing, ignore=("head.", "fc_norm."), prefix="")

@@ -372,10 +372,6 @@ class Segmenter(nn.Module):
             self.head = classifier(channels[-1], classes, dropout=0.0)
         self.auxiliary = FCNHead(channels[2], 256, classes) if cfg.head != "linear" else None
 
-    @property
-    def grid(self):  # of the position table
-        return self.encoder.grid
-
     def scores(self, images):
         """(B, C, H, W) -> [scores (B, classes, h, w) float32]: the head's, and in training the auxiliary
         one's"""
@@ -522,10 +518,6 @@ class Detector(nn.Module):
     @property
     def encoder(self):
         return self.model.backbone.encoder
-
-    @property
-    def grid(self):  # of the position table
-        return self.encoder.grid
 
     def forward(self, images, targets):
         """images (B, C, S, S), targets: [{"boxes" (n, 4), "labels" (n,), "masks" (n, S, S)}] -> loss, {name:

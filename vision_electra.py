@@ -108,6 +108,7 @@ class Config(RunConfig):
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     clip_grad: float = 0.0  # largest gradient norm, of both networks together; 0 = no clipping
     # run
+    draw: str | None = None  # draw what these weights (last.pth) predict, to --out X.png
     pictures: int = 8  # images drawn at each epoch's end; 0 = none
 
     start_from = ("generator_init", "discriminator_init")
@@ -397,6 +398,9 @@ def train(cfg, run):
     source = open_data(cfg)
     torch.manual_seed(cfg.seed)
     model = VisionElectra(cfg)
+    sample_noise = functools.partial(torch.rand, math.prod(model.generator.grid))
+    if cfg.draw:
+        return run.draw(model, source, sample_noise, save_pictures)
     load_initial(model, cfg)
     run.fit_batch(len(source))
     peak_lr = cfg.base_lr * cfg.batch_size / 512
@@ -410,7 +414,6 @@ def train(cfg, run):
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     run.load(model=model, optimizer=optimizer, scaler=scaler)
-    sample_noise = functools.partial(torch.rand, math.prod(model.generator.grid))
     crop = RandomResizedCrop(cfg.img_size, scale=(0.67, 1.0))
     batches, examples = run.batches(source, crop, sample_noise), run.examples(source, sample_noise)
     encoder = "discriminator" if model.discriminator else "generator"

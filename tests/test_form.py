@@ -14,12 +14,13 @@ from conftest import ROOT
 import common
 
 # Our files that each one imports. LAZY: only where it needs them, to be copied without them.
-LAZY = {"common": {"shapes", "sources", "weights", "check"}, "finetune": {"layers", "predict"},
+LAZY = {"common": {"shapes", "sources", "weights", "check", "draw"}, "finetune": {"layers", "predict"},
         "transfer_seg_det": {"predict_scenes"}}
 IMPORTS = {
     "shapes": set(),
     "common": LAZY["common"],
     "weights": {"common"},
+    "draw": {"common"},
     "sources": {"common", "shapes"},
     "check": {"common", "sources"},
     **dict.fromkeys(("mae_mff", "ddae", "vision_electra", "revcol_v2", "convert_dalle"), {"common"}),
@@ -31,7 +32,7 @@ IMPORTS = {
     "transfer_data": {"common"},
     "coco": {"common", "shapes", "transfer_data"},
     "overlay": {"transfer_data"},
-    "transfer_seg_det": {"common", "revcol_v2", "transfer_data", "coco", "overlay"} | LAZY["transfer_seg_det"],
+    "transfer_seg_det": {"common", "revcol_v2", "transfer_data", "coco", "overlay", "predict_scenes"},
     "predict_scenes": {"common", "transfer_data", "coco", "overlay", "predict"},
 }
 # Of train_step and the loop: lines of mae_mff.py that others may replace, and all lines of their own.
@@ -59,7 +60,6 @@ OWN = {
         "else:",
         "restore_statistics()",
         "lr = warmup_cosine(run.epoch, cfg.lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)",
-        "save_pictures(path, model, examples)",
         'encoder = None if cfg.objective == "none" else model.enhancer.trunk_state()',
         'run.save(encoder, prefix="enhancer.", model=cfg.model if cfg.enhancer == "vit" else "resnet50")',
     ],

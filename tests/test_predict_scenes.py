@@ -37,7 +37,8 @@ def write_model(folder, task, source, *flags):
 
 
 def go(folder, command, **how):
-    return run_script(["transfer_seg_det.py", *command.split(), "--amp", "off", "--workers", "0"], folder, **how)
+    words = ["transfer_seg_det.py", *command.split(), "--amp", "off", "--workers", "0"]
+    return run_script(words, folder, **how)
 
 
 @pytest.mark.parametrize("layout", ["numbers", "zero_is_ignore", "colours"])

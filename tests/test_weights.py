@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from commands import CIM
+from commands import CIM, SCRIPTS
 from conftest import ROOT, run_script
 from PIL import Image
 from torch import nn
@@ -253,7 +253,7 @@ def test_weights_that_diverged_are_not_loaded(tmp_path, value):
 def test_pictures_from_an_official_file(tmp_path, folder, name, target):
     official(tmp_path / name, True, "nano", (32, 32), 8)
     command = ["mae_mff.py", "--draw", name, "--data", folder, "--pictures", 3, "--out", "p.png"]
-    assert "p.png: original" in run_script(command, tmp_path, processes=2)
+    assert "p.png: 3 images" in run_script(command, tmp_path, processes=2)
     with Image.open(tmp_path / "p.png") as picture:
         picture.verify()
     assert "p.png: expected the name of a new file" in run_script(command, tmp_path, expect=2)
@@ -261,17 +261,35 @@ def test_pictures_from_an_official_file(tmp_path, folder, name, target):
     assert (cfg.target, cfg.fuse_layers, cfg.model, cfg.img_size) == (target, (3,), "nano", (32, 32))
 
 
-def test_a_picture_from_a_runs_file_is_the_one_it_drew(small_npz, tmp_path):
-    command = ["mae_mff.py", "--demo", "--target", "mae", "--mask_ratio", 0.6, "--mean", "0.4,0.5,0.6"]
-    command += ["--data", small_npz, "--batch_size", 50, "--epochs", 0.2, "--workers", 0, "--amp", "off"]
-    run_script(command, tmp_path)
-    run_script(["mae_mff.py", "--draw", "runs/mae_mff/last.pth", "--data", small_npz], tmp_path)
-    drawn = (tmp_path / "runs/mae_mff/pictures/epoch_0001.png").read_bytes()
-    assert (tmp_path / "reconstruction.png").read_bytes() == drawn
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "finetune.py"])
+def test_a_picture_from_a_runs_file_is_the_one_it_drew(unbroken, small_npz, tmp_path, script):
+    run_script([script, "--draw", unbroken / script / "last.pth", "--data", small_npz], tmp_path)
+    last = max((unbroken / script / "pictures").iterdir())
+    assert (tmp_path / script.replace(".py", ".png")).read_bytes() == last.read_bytes()
+
+
+def test_one_photograph_is_drawn_and_what_cannot_be_read_is_named(unbroken, folder, tmp_path):
+    command = ["mae_mff.py", "--draw", unbroken / "mae_mff.py/last.pth", "--data"]
+    run_script([*command, folder / "class0/nested/00.png"], tmp_path)
+    assert Image.open(tmp_path / "mae_mff.png").height < 200  # one row
+    (folder / "class0/nested/00.png").write_bytes(b"x")
+    output = run_script([*command, folder, "--pictures", 2, "--out", "p.png"], tmp_path)
+    assert "unreadable" in output and "00.png" in output
+    output = run_script([*command, folder / "class0/nested/00.png", "--out", "q.png"], tmp_path, expect=2)
+    assert "none of the 1 images" in output
+
+
+def test_the_generator_of_vision_electra_draws_official_files_of_raw_pixels(tmp_path, folder):
+    official(tmp_path / "mae_visualize_x.pth", True, "nano", (32, 32), 8)
+    official(tmp_path / "mae_pretrain_full.pth", True, "nano", (32, 32), 8)
+    command = ["vision_electra.py", "--data", folder, "--out", "p.png", "--draw"]
+    run_script([*command, "mae_visualize_x.pth"], tmp_path)
+    assert "normalised patches" in run_script([*command, "mae_pretrain_full.pth"], tmp_path, expect=2)
 
 
 @pytest.mark.parametrize("name, words", [
-    ("mae_mff.py/encoder.pth", "decoder tensors"), ("cim_resnet/encoder.pth", "not a masked ViT")])
+    ("mae_mff.py/encoder.pth", "decoder tensors"),
+    ("cim_resnet/encoder.pth", "expected last.pth of mae_mff.py")])
 def test_without_a_decoder_nothing_is_drawn(encoders, folder, tmp_path, name, words):
     command = ["mae_mff.py", "--draw", encoders / name, "--data", folder, "--out", "p.png"]
     output = run_script(command, tmp_path, expect=2)
