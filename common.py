@@ -884,6 +884,7 @@ class RunConfig:
     compile: bool = False  # compile the model with torch.compile
     save_minutes: float = 10.0  # minutes between checkpoints; also at each epoch's end, on SIGTERM
     log_every: int = 20  # updates between two log lines
+    tensorboard: bool = False  # write the log for TensorBoard, too
     demo: bool = False  # drawn shapes, a tiny model: two minutes on two CPU cores
 
     # {field: (least, most)}; other whole numbers are at least 1, other real ones at least 0.
@@ -894,7 +895,7 @@ class RunConfig:
     start_from = ()  # fields that name the weights which a new run begins with
     # What may differ when a run is resumed, because it does not change what is computed ...
     free_on_resume = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile",
-                      "save_minutes", "log_every", "demo", "micro_batch", "pictures", "draw"}
+                      "save_minutes", "log_every", "demo", "tensorboard", "micro_batch", "pictures", "draw"}
     # ... and what may differ after non-finite updates, to get past them.
     free_after_nan = {"amp", "precision", "clip_grad", "base_lr", "lr"}
 
@@ -1127,6 +1128,7 @@ class Run:
         self.saved = {"skipped_nonfinite": 0, "skipped_overflow": 0, "in_a_row": 0, "window": []}
         self.inputs, self.launcher = {}, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.updates, self.seconds, self.waited = 0, 0.0, 0.0  # since the last log line
+        self.board = None  # TensorBoard's
         if not self.cuda:
             keep_freed_memory()
 
@@ -1411,7 +1413,11 @@ class Run:
 
     def log(self, line):
         """Append one JSON object to log.jsonl."""
+        line = {**line, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
         if self.is_main:
+            for name, value in line.items() if self.board else ():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, line["step"])
             try:
                 with open(self.out / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -1471,6 +1477,14 @@ class Run:
             write_atomically(last, lambda file: torch.save(content, file), previous)
             for path in (self.out / ".unsaved", *self.out.glob("*.tmp")):  # of a killed run: it is safe now
                 path.unlink(missing_ok=True)
+            self.draw_curves()
+
+    def draw_curves(self):
+        """curves.png"""
+        with suppress(ImportError, OSError, UserError):  # a script that is copied elsewhere runs without it
+            from draw import save_curves
+
+            save_curves(self.out)
 
     def checkpoints(self):
         """Paths of what --resume can go on from, newest first."""
@@ -1489,6 +1503,12 @@ class Run:
         if self.is_main and log.exists():  # drop what a killed run logged after its last checkpoint
             kept = [x + b"\n" for x in log.read_bytes().split(b"\n") if x and logged_step(x) <= self.step]
             write_atomically(log, lambda file: file.write(b"".join(kept)))
+        if self.cfg.tensorboard and self.is_main:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs it: pip install tensorboard") from None
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
         config = {"script": self.method, **dataclasses.asdict(self.cfg)}
         self.write("config.json", json.dumps(config, indent=1))
 
@@ -1544,6 +1564,8 @@ class Run:
         """The last line: what is there, and the command to type next."""
         if self.step < self.steps:
             return print0(f"stopped after step {self.step} of {self.steps}; carry on with --resume")
+        if self.is_main:
+            self.draw_curves()
         print0(f"done: {self.out}/{files}")
         if "encoder.pth" in files:
             what = "--demo --mode linear" if self.cfg.demo else f"--data {self.cfg.data}"

@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMINGS = ("images_per_second", "data_wait", "peak_memory")
+TIMINGS = ("images_per_second", "data_wait", "peak_memory", "time")
 SETTINGS = [["--workers", "2", "--save_minutes", "0"], ["--workers", "0", "--save_minutes", "0"],
             ["--workers", "1", "--save_minutes", "0.03"]]
 

@@ -1,0 +1,71 @@
+"""draw.py: attention and its distance against slow versions, a run's curves, the command."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import run_script
+from PIL import Image
+
+import draw
+from common import Attention, ResNet50, ViT
+
+
+def test_attention_weights_times_values_are_what_the_block_computes():
+    attention, x = Attention(32, 4), torch.randn(2, 17, 32)
+    weights = draw.attention_weights(attention, x)
+    v = attention.qkv(x).reshape(2, 17, 3, 4, 8).permute(2, 0, 3, 1, 4)[2]
+    out = attention.proj((weights @ v).transpose(1, 2).reshape(2, 17, 32))
+    torch.testing.assert_close(out, attention(x), rtol=1e-4, atol=1e-5)
+
+
+def test_mean_attention_distance_against_loops():
+    model, images = ViT("nano", (16, 24), 8), torch.randn(2, 3, 16, 24)
+    torch.nn.init.normal_(model.blocks[1].attn.qkv.weight, std=0.2)
+    to_patches, means = draw.attention_of(model, images)
+    x = model.prepend_cls(model.embed(images))
+    x = model.blocks[1].norm1(model.blocks[0](x))
+    weights, heads = draw.attention_weights(model.blocks[1].attn, x).detach(), 4
+    places = [(8 * i, 8 * j) for i in range(2) for j in range(3)]
+    for head in range(heads):
+        total = 0.0
+        for image in range(2):
+            for q, here in enumerate(places):
+                row = weights[image, head, 1 + q, 1:]
+                row = row / row.sum()
+                total += sum(float(row[k]) * math.dist(here, there) for k, there in enumerate(places))
+        assert float(means[1, head]) == pytest.approx(total / (2 * len(places)), rel=1e-4)
+    torch.testing.assert_close(to_patches[1], weights[:, :, 0, 1:].mean(1))
+
+
+def test_curves_of_a_log_with_gaps_and_of_none(tmp_path):
+    draw.save_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+    lines = [json.dumps({"step": i, "epoch": i / 10, "train/loss": math.nan if i == 5 else 1 / (i + 1),
+                         "grad_norm": 10.0 ** (i % 4), "lr": 0.1, "time": "x"}) for i in range(1000)]
+    lines += ['{"step": 3, "epo', "7", json.dumps({"step": 9, "epoch": 9, "eval/top1": 50, "eval/n": 7})]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    draw.save_curves(tmp_path)
+    assert Image.open(tmp_path / "curves.png").size == (2 * draw.WIDTH, 2 * draw.HEIGHT)
+
+
+def test_ticks_are_round_and_inside():
+    for low, high in ((0, 1), (0.13, 0.17), (-3, 1234), (1e-8, 3e-8)):
+        found = draw.ticks(low, high)
+        assert 2 <= len(found) <= 7 and low <= min(found) and max(found) <= high + 1e-12
+        steps = [b - a for a, b in zip(found, found[1:], strict=False)]
+        assert max(steps) - min(steps) < 1e-6 * (high - low)
+
+
+def test_a_run_leaves_curves_times_and_the_command_draws_attention(unbroken, tmp_path):
+    run = unbroken / "mae_mff.py"
+    assert (run / "curves.png").exists()
+    assert all("T" in json.loads(line)["time"] for line in (run / "log.jsonl").read_text().splitlines())
+    command = ["draw.py", "--data", "shapes", "--attention"]
+    output = run_script([*command, run / "encoder.pth"], tmp_path)
+    assert output.count("heads") == 4 and (tmp_path / "attention_distance.png").exists()
+    assert "new file" in run_script([*command, run / "encoder.pth"], tmp_path, expect=2)
+    torch.save(ResNet50(8).state_dict(), tmp_path / "resnet.pth")
+    output = run_script([*command, "resnet.pth"], tmp_path, expect=2)
+    assert "holds resnet50: expected a ViT" in output and output.count("\n") == 1
