@@ -508,7 +508,7 @@ def train(cfg, run):
         if run.save_due():
             encoder = None if cfg.objective == "none" else model.enhancer.trunk_state()
             run.save(encoder, prefix="enhancer.", model=cfg.model if cfg.enhancer == "vit" else "resnet50")
-    run.finish("last.pth, pictures/" if cfg.objective == "none" else "last.pth, encoder.pth, pictures/")
+    run.finish(*(("last.pth, pictures/, curves.png", []) if cfg.objective == "none" else ()))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import pickle
 import re
 import resource
 import secrets
+import shlex
 import signal
 import socket
 import stat
@@ -1128,7 +1129,7 @@ class Run:
         self.saved = {"skipped_nonfinite": 0, "skipped_overflow": 0, "in_a_row": 0, "window": []}
         self.inputs, self.launcher = {}, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.updates, self.seconds, self.waited = 0, 0.0, 0.0  # since the last log line
-        self.board = None  # TensorBoard's
+        self.board, self.is_stage = None, False  # TensorBoard's; a part of another run
         if not self.cuda:
             keep_freed_memory()
 
@@ -1230,6 +1231,7 @@ class Run:
     def run_stage(self, train, cfg, method):
         """train(cfg, ...) as a part of this run, in a folder of its own; returns whether it was completed."""
         stage = Run(cfg, method)
+        stage.is_stage = True
         train(cfg, stage)
         self.catch_signals()
         self.stop_requested |= stage.stop_requested
@@ -1281,9 +1283,15 @@ class Run:
             self.new_bad_files |= {path: why for path, why in batch["bad"] if path not in self.bad_files}
             yield batch
 
+    def command(self, script, **flags):
+        """A line for a shell; what the data need is repeated."""
+        flags |= {name: getattr(self.cfg, name) for name in ("exif", "max_bad") if name in self.cfg.given}
+        words = (f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
+        return " ".join(["python", shlex.quote(os.path.join(os.path.dirname(sys.argv[0]), script)), *words])
+
     def batches(self, source, transform, sample_noise, normalize=None):
         """Training micro-batches from `step` on: normalised images, noise (on the device), sample numbers."""
-        normalize = normalize or self.normalize
+        normalize, self.source = normalize or self.normalize, source
         for batch in self.load_batches(self.samples(source, transform, sample_noise), training_keys(self)):
             yield normalize(batch["image"]), batch["noise"].to(self.device, non_blocking=True), batch["index"]
 
@@ -1560,16 +1568,21 @@ class Run:
         for buffer in batch_statistics(model) if self.world_size > 1 else ():
             dist.broadcast(buffer, 0)
 
-    def finish(self, files="last.pth, encoder.pth, pictures/"):
-        """The last line: what is there, and the command to type next."""
+    def finish(self, files="last.pth, encoder.pth, pictures/, curves.png", steps=None):
+        """The last lines: what is there, and the commands to type next; steps: default those after
+        pre-training."""
         if self.step < self.steps:
             return print0(f"stopped after step {self.step} of {self.steps}; carry on with --resume")
         if self.is_main:
             self.draw_curves()
         print0(f"done: {self.out}/{files}")
-        if "encoder.pth" in files:
-            what = "--demo --mode linear" if self.cfg.demo else f"--data {self.cfg.data}"
-            print0(f"next:\n  python finetune.py {what} --weights {self.out}/encoder.pth")
+        if self.is_stage:
+            return
+        with suppress(ImportError):  # a script that is copied elsewhere runs without it
+            from sources import next_steps
+
+            steps = next_steps(self) if steps is None else steps
+        print0("\n  ".join(["next:", *steps]) if steps else "")
 
 
 def save_image_grid(path, rows, titles, caption):

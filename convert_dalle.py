@@ -271,7 +271,7 @@ def train(cfg, run):
         if run.save_due():
             run.export("tokenizer.pth", model.state_dict(), run.meta())
             run.save()
-    run.finish("last.pth, tokenizer.pth, pictures/")
+    run.finish("last.pth, tokenizer.pth, pictures/, curves.png", [])
 
 
 # ---- the conversion ----------------------------------------------------------------------------------------

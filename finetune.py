@@ -512,7 +512,9 @@ def train(cfg, run):
             run.save(**meta)
         evaluate_if_due()
     best = max(scores.values(), default=math.nan)
-    run.finish(f"best.pth ({best:.2f} % top-1), last.pth, log.jsonl")
+    predict = {"predict": cfg.data, "weights": f"{run.out}/best.pth", "out": f"{run.out}/predictions.csv"}
+    steps = [] if cfg.demo else [run.command("finetune.py", **predict)]
+    run.finish(f"best.pth ({best:.2f} % top-1), last.pth, log.jsonl, curves.png", steps)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,25 @@ def open_held_out(cfg, classes=None):
     return open_part(cfg, cfg.data, "all" if whole else "val", classes)
 
 
+def next_steps(run):
+    """Commands to type after pre-training, which fit the data: to fine-tune where there are labels, else to
+    look at predictions and features."""
+    cfg, weights, out = run.cfg, f"{run.out}/encoder.pth", f"{run.out}_finetune"
+    if cfg.demo and cfg.data == "shapes":
+        return [run.command("finetune.py", mode="linear", weights=weights, out=out) + " --demo"]
+    root, held_out = data_path(cfg.data), cfg.data in NAMED_DATA or cfg.data == "shapes"
+    if root and root.is_dir():
+        held_out = (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT)
+    elif root and root.suffix == ".npz":
+        held_out = "split" in np.load(root).files
+    if run.source.classes and len(run.source.classes) > 1:
+        share = None if held_out else 0.2
+        return [run.command("finetune.py", data=cfg.data, val_split=share, weights=weights, out=out)]
+    picture, features = f"{run.out}/drawn.png", f"{run.out}/features.npy"
+    return [run.command(f"{run.method}.py", draw=f"{run.out}/last.pth", data=cfg.data, out=picture),
+            run.command("finetune.py", mode="features", weights=weights, data=cfg.data, out=features)]
+
+
 class Subset:
     """Some images of a source."""
 

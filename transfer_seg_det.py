@@ -759,7 +759,10 @@ def train(cfg, run):
         evaluate_if_due()
     if run.step == run.steps:
         run.export("model.pth", model.state_dict(), run.meta(**meta))
-    run.finish("model.pth, last.pth, log.jsonl, pictures/")
+    folder = getattr(held_out, "images", None) or getattr(held_out, "folder", None)  # not of drawn ones
+    predict = {"predict": folder, "weights": f"{run.out}/model.pth", "out": f"{run.out}_predictions"}
+    steps = [run.command("transfer_seg_det.py", **predict)] if folder else []
+    run.finish("model.pth, last.pth, log.jsonl, pictures/, curves.png", steps)
 
 
 if __name__ == "__main__":

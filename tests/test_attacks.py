@@ -251,7 +251,7 @@ def test_a_run_without_its_checkpoint_is_not_begun_anew(almost, tmp_path):
         (tmp_path / "run" / name).unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("[!.]*.*")}
     output = run_script(almost, tmp_path, expect=2)
-    assert "has no last.pth, but encoder.pth" in output
+    assert "has no last.pth, but curves.png, encoder.pth" in output
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("[!.]*.*")}
 
 

@@ -1,9 +1,12 @@
 """Labelled data as people have it: folders of other names, lists, shares that are held out."""
 
 import os
+import shlex
+import shutil
 
 import numpy as np
 import pytest
+from conftest import run_script
 from PIL import Image
 
 from common import UserError, open_data
@@ -104,3 +107,36 @@ def test_what_has_no_labels_or_cannot_be_held_out(photos, tmp_path, monkeypatch,
         (tmp_path / f"{name}.csv").write_text(text)
     with pytest.raises(UserError, match=words):
         open_labelled(config(data, **flags))
+
+
+@pytest.mark.parametrize("kind", ["classes", "split", "flat", "list", "npz"])
+def test_the_next_command_fits_the_data_and_can_be_pasted(photos, tmp_path, kind):
+    """In a folder whose name has a blank and a quotation mark."""
+    root = tmp_path / "it's mine"
+    root.mkdir()
+    shutil.rmtree(photos / "fox")
+    if kind == "split":
+        shutil.copytree(photos, root / "photos/train")
+        shutil.copytree(photos, root / "photos/test")
+    elif kind == "flat":
+        shutil.copytree(photos / "cat", root / "photos")
+    else:
+        shutil.copytree(photos, root / "photos")
+    data = {"list": "list.csv", "npz": "set.npz"}.get(kind, "photos")
+    paths = sorted((root / "photos").rglob("*.png"))
+    lines = [f"{path.relative_to(root)},{path.parent.name}" for path in paths]
+    (root / "list.csv").write_text("\n".join(lines))
+    images = np.stack([np.asarray(Image.open(path)) for path in paths])
+    np.savez(root / "set.npz", images=images, labels=[path.parent.name for path in paths])
+    small = "--model nano --img_size 32 --patch_size 8 --epochs 3 --batch_size 5 --workers 0 --data"
+    output = run_script(["mae_mff.py", *small.split(), root / data, "--out", root / "run"], tmp_path)
+    commands = output.split("next:\n")[1].splitlines()
+    assert len(commands) == (2 if kind == "flat" else 1)
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "python"
+        assert ("--val_split" in words) == (kind in ("classes", "list", "npz"))
+        extra = "--epochs 1 --warmup_epochs 0 --batch_size 4 --workers 0"
+        run_script([*words[1:], *([] if kind == "flat" else extra.split())], tmp_path)
+    if kind != "flat":
+        assert (root / "run_finetune/best.pth").exists()
