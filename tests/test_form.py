@@ -29,7 +29,7 @@ IMPORTS = {
     "evaluate": {"common"},
     "finetune": {"common", "revcol_v2", "augment", "evaluate", "sources"} | LAZY["finetune"],
     "predict": {"common", "evaluate", "sources"},
-    "layers": {"common", "evaluate", "finetune"},
+    "layers": {"common", "draw", "evaluate", "finetune", "predict"},
     "transfer_data": {"common"},
     "coco": {"common", "shapes", "transfer_data"},
     "overlay": {"transfer_data"},
