@@ -868,6 +868,7 @@ def remember_statistics(model):
 class RunConfig:
     """The fields that every script's command line has. The comment behind a field is its help text."""
 
+    # data
     data: str = "data/imagenet"  # folder of images, .txt list, .npz, or shapes|cifar10|cifar100|stl10|cars
     download: bool = False  # let torchvision fetch cifar10, cifar100 or stl10 into data/
     img_size: tuple[int, int] = (224, 224)  # pixels, H or H,W
@@ -878,6 +879,7 @@ class RunConfig:
     workers: int | None = None  # loader processes per process; default: its share of the cores, at most 8
     max_bad: float = 0.01  # share of files that may be unreadable; five may always, unless it is 0
     check_data: bool = False  # read all images, report, and exit
+    # run
     out: str | None = None  # folder to write into; default runs/SCRIPT. A file: --draw, --mode features
     resume: bool = False  # continue the run in --out, or start it if there is no checkpoint
     seed: int = 0  # of everything random
@@ -929,30 +931,58 @@ def tuple_of(element, *rest):
     return numbers
 
 
+class Help(argparse.HelpFormatter):
+    """One line per flag."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=200)
+
+    def _format_action_invocation(self, action):
+        return action.option_strings[-1 if action.default is True else 0] + " X" * (action.nargs != 0)
+
+
 def make_parser(config_type, defaults=True):
-    """A parser with a flag for each field, spelled with `_` or `-`; its help is the comment behind it."""
-    parser = argparse.ArgumentParser(description=sys.modules[config_type.__module__].__doc__,
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser with a flag for each field; its help is the comment behind it, its group that above."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=sys.modules[config_type.__module__].__doc__.split("\n\n")[0],
+        epilog="Equations, departures from the paper, examples: the head of %(prog)s, and docs/.",
+        formatter_class=Help, allow_abbrev=False)
     parser.error = lambda message: exit_with(parser.prog, UserError(message))
-    source = "".join(inspect.getsource(cls) for cls in reversed(config_type.__mro__[:-1]))
-    comments = dict(re.findall(r"^    (\w+): [^#]*#\s*(.*)$", source, re.MULTILINE))
-    types = get_type_hints(config_type)
-    for field in dataclasses.fields(config_type):
-        kind, text = types[field.name], comments[field.name].replace("%", "%%")
+    types, groups = get_type_hints(config_type), {"data": parser.add_argument_group("data")}
+    line, comments, title = re.compile(r"^    (?:# (.*)|(\w+): [^#\n]*# *(.*))$", re.MULTILINE), {}, ""
+    for cls in config_type.__mro__[:-1]:  # the script's own flags first
+        for heading, name, text in line.findall(inspect.getsource(cls)):
+            title = re.split("[;:]", heading)[0] or title
+            comments.setdefault(name, (title, text))
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    for name, (title, text) in comments.items():
+        if name not in fields:  # a heading
+            continue
+        kind, field = types[name], fields.pop(name)
         if type(None) in get_args(kind):  # ... | None
             kind = get_args(kind)[0]
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
-            how = {"choices": get_args(kind), "metavar": "|".join(get_args(kind))}
+            how, choices = {"choices": get_args(kind)}, "|".join(get_args(kind))
+            text = f"{choices}: {text}" if len(choices) < 60 else text
         else:
-            how = {"type": tuple_of(*get_args(kind)) if get_origin(kind) is tuple else kind, "metavar": "X"}
-        if field.default is not None:
-            text += f" (default {field.default})"
+            how = {"type": tuple_of(*get_args(kind)) if get_origin(kind) is tuple else kind}
+        if field.default is not None and kind is not bool:
+            default = field.default if type(field.default) is not tuple else ",".join(map(str, field.default))
+            text += f" (default {default})"
         how["default"] = field.default if defaults else argparse.SUPPRESS
-        flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        parser.add_argument(*flags, help=text, **how)
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
+    assert not fields, f"without a comment: {list(fields)}"
     return parser
+
+
+def flag_words(argv):
+    """Flags may be spelled with - for _; numbers may be negative."""
+    words = [re.sub("^--(no[_-])?[^=]+", lambda m: (m[1] and "--no-" or "--")
+                    + m[0].removeprefix(f"--{m[1] or ''}").replace("-", "_"), word) for word in argv]
+    return [f" {word}" if re.match(r"-[.\d]", word) else word for word in words]
 
 
 def read_recipe(config_type, name):
@@ -969,8 +999,7 @@ def parse_config(config_type, presets=lambda flags: {}, argv=None):
     """Command line -> config_type(...). `presets(flags)` may turn flags such as --demo into other defaults,
     which flags given next to them override. Anything wrong: one line, exit code 2."""
     parser, argv = make_parser(config_type), sys.argv[1:] if argv is None else argv
-    words = [re.sub("^--no_", "--no-", word) for word in argv]
-    words = [f" {word}" if re.match(r"-[.\d]", word) else word for word in words]  # negative: no flags
+    words = flag_words(argv)
     flags, unknown = parser.parse_known_args(words)
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(config_type)]

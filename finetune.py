@@ -84,7 +84,7 @@ class Config(RunConfig):
     mode: Literal["finetune", "linear", "knn", "layers", "features", "evaluate"] | None = None  # see above
     recipe: str | None = None  # a paper's settings: the flags in recipes/NAME.txt
     weights: str | None = None  # file of weights, or none for random ones
-    model: Literal[*MODELS] = "base"  # ViT, resnet50 or RevColV2; default: what the file says
+    model: Literal[*MODELS] = "base"  # a ViT's size, resnet50 or revcol_SIZE; default: what the file says
     patch_size: int = 16  # pixels; likewise
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up columns, and as many top-down; likewise

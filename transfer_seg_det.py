@@ -75,6 +75,8 @@ from common import (
 )
 from revcol_v2 import SIZES, RevColV2, cell_grid
 
+MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
+
 
 @dataclass
 class Config(RunConfig):
@@ -85,7 +87,7 @@ class Config(RunConfig):
     recipe: str | None = None  # a paper's settings, recipes/NAME_TASK.txt; flags next to it win
     head: Literal["uper", "linear", "fcn"] = "uper"  # segmentation: the decoder
     weights: str | None = None  # file of the encoder's weights, or none for random ones
-    model: Literal[*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES)] = "base"  # or the file's
+    model: Literal[*MODELS] = "base"  # a ViT's size, resnet50 or revcol_SIZE; default: what the file says
     patch_size: int = 16  # pixels; likewise
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up, and as many top-down, columns; likewise
