@@ -201,7 +201,8 @@ def window_statistics(images, per_channel=False, size=8):
     channels or each: offsets -3 to +4, reflected at the borders, eps 1e-6."""
     before = size // 2 - 1
     # float64: where an area is nearly flat, E[x^2] - E[x]^2 cancels nearly all digits.
-    x = F.pad(images.double(), (before, size - 1 - before) * 2, mode="reflect")
+    wide = torch.float32 if images.device.type == "mps" else torch.float64  # which MPS lacks
+    x = F.pad(images.to(wide), (before, size - 1 - before) * 2, mode="reflect")
     moments = [values if per_channel else values.mean(1, keepdim=True) for values in (x, x.square())]
     mean, square = (F.avg_pool2d(moment, size, stride=1) for moment in moments)
     return mean.float(), ((square - mean.square()).clamp(min=0) + 1e-6).sqrt().float()

@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import errno
 import faulthandler
-import fcntl
 import functools
 import hashlib
 import inspect
@@ -24,7 +23,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import secrets
 import shlex
 import signal
@@ -53,8 +51,15 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither, and not all signals
+    fcntl = resource = None
+
 # Save and stop: Ctrl-C, a scheduler's two, a closed terminal, a limit on CPU time.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU")
+                if hasattr(signal, name)]
 
 
 class UserError(Exception):
@@ -482,7 +487,7 @@ def time_limit(seconds):
     def stop(*_):
         raise TimeoutError(f"not read within {seconds} seconds")
 
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return (yield)
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -777,7 +782,8 @@ def init_worker(_):
 
 def end_workers():
     # At exit Python ends such children with SIGTERM, which they ignore, and would wait for them for ever.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's death for an error
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's death for an error
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -802,11 +808,14 @@ class Normalize:
 
 
 def amp_dtype(amp, device):
-    """For --amp; None is float32. auto: bf16 where the hardware multiplies in it, else fp16 on CUDA."""
+    """For --amp; None is float32. auto: bf16 where the hardware multiplies in it, else fp16 on CUDA. Apple's
+    MPS stays with float32."""
     if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs CUDA; use --amp bf16 or --amp off")
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto" and device.type != "cpu":
+        amp = "bf16" if device.type == "xpu" else "off"
     elif amp == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # younger than torch 2.11
         amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "off"
@@ -828,7 +837,11 @@ def parameter_groups(model, weight_decay, no_decay=(), layer_id=None, layer_deca
 
 
 def adamw(groups, betas):
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    try:
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    except RuntimeError as error:  # not on this device
+        print0(f"AdamW is not fused, and slower: {first_line(error)}")
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas)
 
 
 def warmup_cosine(epoch, lr, min_lr, warmup_epochs, epochs):
@@ -1034,9 +1047,9 @@ def write_atomically(path, save, previous=None):
     or, between the two renames, at `previous`, the path that it is moved to."""
     temporary, whole = f"{path}.{secrets.token_hex(4)}.tmp", False
     # torch raises an error wherever we are when a loader worker dies: here it would pass for the disk's.
-    on_child, main = signal.getsignal(signal.SIGCHLD), threading.current_thread() is threading.main_thread()
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
     if main:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         with open(temporary, "xb") as file:
             save(file)
@@ -1063,6 +1076,8 @@ def write_atomically(path, save, previous=None):
 
 
 def alive(pid):
+    if os.name == "nt":  # where os.kill(pid, 0) would end it
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -1072,16 +1087,28 @@ def alive(pid):
     return pid not in (0, os.getpid())
 
 
+def lock(file):
+    """OSError if another process has done so."""
+    if fcntl:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+
+        file.seek(2**20)  # what it says of the holder stays readable
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
 def hold_folder(out):
     """Keep other runs out of `out` until this process ends: their files would mix. UserError names the
     holder. By a POSIX lock on out/.lock; where there are none, by what that file says. Returns the open file.
     """
     path, host = out / ".lock", socket.gethostname()
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+", errors="replace")
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    file = os.fdopen(os.open(path, flags, 0o644), "r+", errors="replace")
     found = re.match(r"process (\d+) on (\S+) since (\S+)$", file.read())
     pid, where, since = found.groups() if found else (0, host, "?")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
         held = False
     except OSError as error:  # held; or there are no locks here, but a process of this host can be looked for
         held = error.errno in (errno.EACCES, errno.EAGAIN) or where != host or alive(int(pid))
@@ -1146,8 +1173,10 @@ class Run:
     def __init__(self, cfg, method):
         self.cfg, self.method, self.out = cfg, method, Path(cfg.out or f"runs/{method}")
         self.rank, self.world_size = read_environment()
-        self.is_main, self.cuda = self.rank == 0, torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.cuda else "cpu")
+        self.is_main, found = self.rank == 0, torch.accelerator.current_accelerator(check_available=True)
+        kind = found.type if found else "cpu"  # cuda, xpu, mps: what they lack falls back to what they have
+        self.gpu, self.device = kind != "cpu", torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = self.device if self.gpu else torch.device("cpu")
         self.amp_dtype = amp_dtype(cfg.amp, self.device)
         self.normalize = Normalize(cfg.mean, cfg.std, self.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1159,7 +1188,7 @@ class Run:
         self.inputs, self.launcher = {}, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.updates, self.seconds, self.waited = 0, 0.0, 0.0  # since the last log line
         self.board, self.is_stage = None, False  # TensorBoard's; a part of another run
-        if not self.cuda:
+        if not self.gpu:
             keep_freed_memory()
 
     # ---- start
@@ -1181,7 +1210,8 @@ class Run:
             self.claim_folder(n)
         if dist.is_initialized():
             dist.barrier()
-        name = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
+        name = self.device.type if self.gpu else f"CPU, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name() if name == "cuda" else name
         print0(f"torch {torch.__version__}, {self.world_size} x {name}, {self.amp_dtype or torch.float32}, "
                f"{self.workers} loader workers, writing to {self.out}/")
         if n:
@@ -1230,8 +1260,8 @@ class Run:
 
     def join(self):
         """Device and, under torchrun, process group."""
-        if self.cuda:
-            torch.cuda.set_device(self.device)
+        if self.gpu:
+            torch.accelerator.set_device_index(self.device.index)
             torch.set_float32_matmul_precision("high")
         if "RANK" in os.environ and not dist.is_initialized():
             limit = timedelta(minutes=10)
@@ -1240,10 +1270,12 @@ class Run:
                 # torchrun's store outlives a restart: under the same names, new processes would take the
                 # addresses of dead ones for each other's, and wait.
                 store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-            backend, device = ("nccl", self.device) if self.cuda else ("gloo", None)
+            backend = dist.get_default_backend_for_device(self.device)  # nccl, xccl, gloo
+            device = self.device if self.gpu else None
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size,
                                     timeout=limit, device_id=device)
-        faulthandler.register(signal.SIGUSR2, file=2)  # kill -USR2: where does it hang?
+        if hasattr(faulthandler, "register"):
+            faulthandler.register(signal.SIGUSR2, file=2)  # kill -USR2: where does it hang?
 
     def catch_signals(self):
         """From now on this run is the one that SIGTERM, SIGINT and SIGUSR1 stop."""
@@ -1278,7 +1310,7 @@ class Run:
         # No broadcast of buffers at each step: they are constants, or BatchNorm's, each process's own.
         names = inspect.signature(DistributedDataParallel).parameters  # newer torch renames the argument
         name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return DistributedDataParallel(model, [self.device] if self.cuda else None, **{name: False})
+        return DistributedDataParallel(model, [self.device] if self.gpu else None, **{name: False})
 
     def gather(self, value):
         """A plain value of every process, in a list."""
@@ -1306,8 +1338,9 @@ class Run:
         """Batches of KeyedSamples as they leave the workers, which live as long as the iterator."""
         atexit.register(end_workers)
         loader = torch.utils.data.DataLoader(
-            samples, batch_sampler=keys, num_workers=self.workers, collate_fn=collate, pin_memory=self.cuda,
-            worker_init_fn=init_worker, prefetch_factor=4 if self.workers else None)
+            samples, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
+            pin_memory=self.device.type in ("cuda", "xpu"), worker_init_fn=init_worker,
+            prefetch_factor=4 if self.workers else None)
         for batch in loader:
             self.new_bad_files |= {path: why for path, why in batch["bad"] if path not in self.bad_files}
             yield batch
@@ -1443,10 +1476,13 @@ class Run:
         saved["window"], self.updates, self.seconds, self.waited = [], 0, 0.0, 0.0
 
     def peak_memory(self):
-        """GiB: of the CUDA device, else of this process."""
-        unit = 1 if sys.platform == "darwin" else 1024
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return round((torch.cuda.max_memory_allocated() if self.cuda else own) / 2**30, 3)
+        """GiB: of the GPU, else of this process; 0 where that cannot be asked."""
+        if self.device.type in ("cuda", "xpu"):
+            used = getattr(torch, self.device.type).max_memory_allocated()
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
+        return round(used / 2**30, 3)
 
     def log(self, line):
         """Append one JSON object to log.jsonl."""

@@ -33,7 +33,7 @@ def evaluate(classify, batches, source, run, confusion=None):
     than five classes), macc, the mean of the accuracies per class, and the share of the commonest class.
     confusion: (classes, classes), by label and answer, to which the images are added."""
     classes = len(source.classes)
-    counts = torch.zeros(3, classes, dtype=torch.float64, device=run.device)  # images, hits, hits of top 5
+    counts = torch.zeros(3, classes, dtype=torch.int64, device=run.device)  # images, hits, hits of top 5
     for images, labels, _ in batches:
         with run.autocast():
             scores = classify(images).float()
@@ -41,10 +41,11 @@ def evaluate(classify, batches, source, run, confusion=None):
         hit = best == labels[:, None]
         if confusion is not None:
             confusion.index_put_((labels, best[:, 0]), torch.ones_like(labels), accumulate=True)
-        counts.index_add_(1, labels, torch.stack([labels >= 0, hit[:, 0], hit.any(1)]).double())
+        counts.index_add_(1, labels, torch.stack([labels >= 0, hit[:, 0], hit.any(1)]).long())
     for x in (counts, confusion) if run.world_size > 1 else ():
         if x is not None:
             dist.all_reduce(x)
+    counts = counts.cpu().double()
     n, top1, top5 = counts.sum(1)
     present = counts[0] > 0
     shares = {"top1": top1 / n, "macc": (counts[1] / counts[0])[present].mean(),

@@ -703,7 +703,7 @@ def train(cfg, run):
     classes = source.classes
     truth = coco_truth(held_out) if cfg.task == "det" and run.is_main else None
     run.fit_batch(len(source), least=4)
-    processes = run.world_size if run.cuda else 1  # whose images SyncBatchNorm averages over
+    processes = run.world_size if run.gpu else 1  # whose images SyncBatchNorm averages over
     images = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] * processes
     if cfg.task == "seg" and cfg.head == "uper" and images < 2:
         raise UserError("BatchNorm after UperNet's pooling to one pixel needs two images per forward pass: "
@@ -719,7 +719,7 @@ def train(cfg, run):
     if cfg.task == "det" and held_out.most > cfg.max_detections:
         print0(f"an image to evaluate has {held_out.most} objects, more than --max_detections "
                f"{cfg.max_detections}")
-    if run.cuda and run.world_size > 1:
+    if run.gpu and run.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = run.prepare(model)
     optimizer = make_optimizer(model, cfg)
