@@ -703,6 +703,10 @@ def train(cfg, run):
     classes = source.classes
     truth = coco_truth(held_out) if cfg.task == "det" and run.is_main else None
     run.fit_batch(len(source), least=4)
+    steps = cfg.iters or int(cfg.epochs * len(source) // cfg.batch_size)
+    if cfg.warmup_iters > steps // 2 and "warmup_iters" not in cfg.given:
+        cfg.warmup_iters = steps // 10
+        print0(f"{steps} updates: a warm-up of {cfg.warmup_iters}; --warmup_iters sets it")
     processes = run.world_size if run.gpu else 1  # whose images SyncBatchNorm averages over
     images = split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] * processes
     if cfg.task == "seg" and cfg.head == "uper" and images < 2:

@@ -499,7 +499,7 @@ def read(path):
 def test_the_demo_trains_its_tokenizer_and_goes_on_where_it_was_stopped(tmp_path, small_npz, processes):
     command = ["cim.py", *QUICK, "--data", small_npz, "--save_minutes", 0, "--pictures", 1, "--out"]
     output = run_script([*command, "whole"], tmp_path, processes)
-    assert "python finetune.py --demo --mode linear --weights whole/encoder.pth" in output
+    assert "--weights whole/encoder.pth --out whole_finetune" in output
     common.ViT("nano", (25, 25), 5).load_state_dict(read(tmp_path / "whole/encoder.pth")["model"])
     for picture, columns in (("pictures", 8), ("tokenizer/pictures", 2)):
         with Image.open(tmp_path / f"whole/{picture}/epoch_0001.png") as image:
