@@ -145,6 +145,8 @@ class Config(RunConfig):
             grid_of(self.img_size, self.patch_size), grid_of(self.test_size, self.patch_size)
         for wrong, message in (
             (not self.weights and not self.check_data, "--weights FILE is needed (none: random ones)"),
+            (self.weights == "none" and self.mode in ("evaluate", "predict"),
+             "--mode evaluate and --predict need the --weights of a finished classifier"),
             (family(meant) != kind, f"--recipe {self.recipe} is for a {family(meant)}, not for {self.model}"),
             (kind == "ViT" and self.test_size != self.img_size,
              f"--test_size {self.test_size}: a ViT has positions for --img_size {self.img_size} alone"),

@@ -13,11 +13,13 @@ cd "$1"
 if [ "$size" = small ]; then
     images=16 methods="mae_mff" tasks="seg" epochs=3 rounds=3 iters=4
 else
-    images=120 methods="mae_mff ddae cim vision_electra revcol_v2" tasks="seg det" epochs=20 rounds=20 iters=200
+    images=120 methods="mae_mff ddae cim vision_electra revcol_v2" tasks="seg det" epochs=20 rounds=20 iters=80
 fi
 step() {
     echo
-    echo "\$ python $*"
+    printf "$ python"
+    printf " %q" "$@"
+    echo
     python "$code/$1" "${@:2}"
 }
 begin=$SECONDS
@@ -45,12 +47,12 @@ step finetune.py --data labelled --val_split 0.2 --weights runs/finetune/best.pt
 step finetune.py --predict "my photos" --weights runs/finetune/best.pth
 
 for task in $tasks; do
-    data=maps
-    if [ $task = det ]; then data=boxes; fi
+    data=maps updates=$iters
+    if [ $task = det ]; then data=boxes updates=12; fi  # seconds each, on a CPU
     if [ "$size" = full ]; then
         step transfer_seg_det.py --task $task --data $data --weights $encoder --check_data
     fi
-    step transfer_seg_det.py --task $task --data $data --weights $encoder --img_size 64 --iters $iters
+    step transfer_seg_det.py --task $task --data $data --weights $encoder --img_size 64 --iters $updates
     step transfer_seg_det.py --task $task --data $data --weights runs/transfer_$task/model.pth --mode evaluate
     step transfer_seg_det.py --predict $data/images/val --weights runs/transfer_$task/model.pth --out predicted_$task
 done
