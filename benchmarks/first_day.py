@@ -66,7 +66,8 @@ def scenes(maps, boxes, n):
             name = f"{number:06}"
             save(maps / f"images/{split}/{name}.jpg", image, quality=95)
             save(boxes / f"images/{split}/{name}.jpg", image, quality=95)
-            save(maps / f"annotations/{split}/{name}.png", np.append(0, kinds + 1)[instances].astype(np.uint8))
+            labels = np.append(0, kinds + 1)[instances].astype(np.uint8)
+            save(maps / f"annotations/{split}/{name}.png", labels)
             images.append({"id": number, "file_name": f"{name}.jpg", "height": 64, "width": 64})
             for i in np.unique(instances[instances > 0]):
                 rows, columns = np.nonzero(instances == i)

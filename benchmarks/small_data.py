@@ -48,9 +48,10 @@ def run(command, folder, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     parser.add_argument("--data", required=True, help="Tiny ImageNet as an .npz")
-    parser.add_argument("--runs", required=True, type=Path, help="folder of the runs; goes on where it stopped")
+    parser.add_argument("--runs", required=True, type=Path, help="folder of the runs; continued if it exists")
     parser.add_argument("--out", required=True, type=Path, help="the table, Markdown")
     parser.add_argument("--n", type=int, default=150, help="photographs of each of the 20 classes")
     parser.add_argument("--epochs", type=float, default=25, help="passes over them")
@@ -77,8 +78,8 @@ def main():
                 scores.setdefault(arm, {}).setdefault(name, []).append(line["eval/top1"])
     rows = [f"| {arm} | " + " | ".join(f"{statistics.mean(x):.1f} ({min(x):.1f} to {max(x):.1f})"
                                        for x in columns.values()) + " |" for arm, columns in scores.items()]
-    head = f"{20 * args.n:,} photographs of 20 classes, {args.epochs:g} passes; ViT-nano, 64 px; top-1 in %, mean " \
-           f"and range of {args.seeds} seeds. `{git_commit()}`, {os.cpu_count()} CPU cores."
+    head = (f"{20 * args.n:,} photographs of 20 classes, {args.epochs:g} passes; ViT-nano, 64 px; top-1 in %, "
+            f"mean and range of {args.seeds} seeds. {git_commit()}, {os.cpu_count()} CPU cores.")
     args.out.write_text("\n".join([head, "", "| weights | kNN | fine-tuned |", "|---|---|---|", *rows, ""]))
     print(args.out.read_text())
 
