@@ -78,8 +78,8 @@ def main():
                 scores.setdefault(arm, {}).setdefault(name, []).append(line["eval/top1"])
     rows = [f"| {arm} | " + " | ".join(f"{statistics.mean(x):.1f} ({min(x):.1f} to {max(x):.1f})"
                                        for x in columns.values()) + " |" for arm, columns in scores.items()]
-    head = (f"{20 * args.n:,} photographs of 20 classes, {args.epochs:g} passes; ViT-nano, 64 px; top-1 in %, "
-            f"mean and range of {args.seeds} seeds. {git_commit()}, {os.cpu_count()} CPU cores.")
+    head = (f"{20 * args.n:,} photographs of 20 classes, {args.epochs:g} passes; ViT-nano, 64 px; top-1 in "
+            f"%, mean and range of {args.seeds} seeds. {git_commit()}, {os.cpu_count()} CPU cores.")
     args.out.write_text("\n".join([head, "", "| weights | kNN | fine-tuned |", "|---|---|---|", *rows, ""]))
     print(args.out.read_text())
 

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 import common
 from common import UserError
-from mae_mff import Config
+from mae_mff import Config, presets
 from shapes import Shapes
 
 
@@ -261,3 +261,19 @@ def test_random_resized_crop_is_torchvisions():
         assert box == tuple(params[name] for name in names)
     for size in ((32, 32), (64, 96), (96, 64), (224, 224)):
         assert common.EvalCrop(size)(image).shape == common.RandomResizedCrop(size)(image).shape == (3, *size)
+
+
+@pytest.mark.parametrize("n, world_size, flags, batch", [
+    (353, 1, "", 32), (200, 1, "", 16), (15, 1, "", 16), (1024, 1, "", 128), (32768, 1, "", 4096),
+    (32767, 1, "", 2048), (353, 2, "", 32), (353, 3, "", 24), (353, 1, "--batch_size 4096", 4096),
+    (353, 1, "--micro_batch 48", 32)])
+def test_few_images_make_the_batch_smaller_and_the_rate_by_its_root(n, world_size, flags, batch, capsys):
+    cfg = common.parse_config(Config, presets, ["--data", "x", *flags.split()])
+    run = common.Run(cfg, "test")
+    run.world_size = world_size
+    run.fit_batch(n)
+    assert cfg.batch_size == batch and batch % world_size == 0
+    rate = cfg.base_lr * cfg.batch_size / 256
+    assert rate == pytest.approx(1.5e-4 * 16 * (batch / 4096) ** 0.5)
+    assert (f"{n} images: batch {batch} instead of the paper's 4096" in capsys.readouterr().out) == (batch < 4096)
+    common.split_batch(cfg.batch_size, cfg.micro_batch, world_size)

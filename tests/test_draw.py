@@ -2,14 +2,18 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
 from conftest import run_script
 from PIL import Image
 
+import common
 import draw
 from common import Attention, ResNet50, ViT
+from mae_mff import Config
 
 
 def test_attention_weights_times_values_are_what_the_block_computes():
@@ -69,3 +73,23 @@ def test_a_run_leaves_curves_times_and_the_command_draws_attention(unbroken, tmp
     torch.save(ResNet50(8).state_dict(), tmp_path / "resnet.pth")
     output = run_script([*command, "resnet.pth"], tmp_path, expect=2)
     assert "holds resnet50: expected a ViT" in output and output.count("\n") == 1
+
+
+def test_tensorboard_gets_the_log_if_it_is_installed(tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.lines, self.start = [], (folder, purge_step)
+
+        def add_scalar(self, *line):
+            self.lines.append(line)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    run = common.Run(Config(tensorboard=True, out=str(tmp_path)), "mae_mff")
+    run.n = None
+    run.load()
+    run.log({"step": 3, "epoch": 0.5, "lr": 0.1, "note": "text"})
+    assert run.board.lines == [("step", 3, 3), ("epoch", 0.5, 3), ("lr", 0.1, 3)]
+    assert run.board.start == (tmp_path / "tensorboard", 1)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(common.UserError, match="pip install tensorboard"):
+        run.load()
