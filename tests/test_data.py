@@ -275,5 +275,6 @@ def test_few_images_make_the_batch_smaller_and_the_rate_by_its_root(n, world_siz
     assert cfg.batch_size == batch and batch % world_size == 0
     rate = cfg.base_lr * cfg.batch_size / 256
     assert rate == pytest.approx(1.5e-4 * 16 * (batch / 4096) ** 0.5)
-    assert (f"{n} images: batch {batch} instead of the paper's 4096" in capsys.readouterr().out) == (batch < 4096)
+    output = capsys.readouterr().out
+    assert (f"{n} images: batch {batch} instead of the paper's 4096" in output) == (batch < 4096)
     common.split_batch(cfg.batch_size, cfg.micro_batch, world_size)
