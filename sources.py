@@ -93,8 +93,8 @@ def open_held_out(cfg, classes=None):
         if cfg.val:
             return open_part(cfg, cfg.val, "all", classes)
         return hold_out(open_part(cfg, cfg.data, "rest", classes), cfg.val_split)["val"]
-    whole = root and (root.suffix not in ("", ".npz") if root.is_file() else
-                      not any((root / name).is_dir() for name in ("train", *HELD_OUT)))
+    parts = [name for name in ("train", *HELD_OUT) if root and (root / name).is_dir()]
+    whole = root and not parts and root.suffix != ".npz"
     return open_part(cfg, cfg.data, "all" if whole else "val", classes)
 
 
