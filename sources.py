@@ -95,6 +95,8 @@ def open_held_out(cfg, classes=None):
         return hold_out(open_part(cfg, cfg.data, "rest", classes), cfg.val_split)["val"]
     parts = [name for name in ("train", *HELD_OUT) if root and (root / name).is_dir()]
     whole = root and not parts and root.suffix != ".npz"
+    if whole:
+        print0(f"all of {cfg.data} is evaluated, as nothing says what is held out")
     return open_part(cfg, cfg.data, "all" if whole else "val", classes)
 
 
