@@ -179,11 +179,11 @@ def save_curves(out):
                     value = float(value) if math.isfinite(value) else math.nan
                     lines.setdefault(name, []).append((entry["epoch"], value))
     groups = {"losses": {}, "other terms": {}, "learning rate": {}, "gradient norm": {}, "scores": {}}
-    kinds = {"lr": "learning rate", "grad_norm": "gradient norm"}
     for name, line in lines.items():
         kind, _, rest = name.partition("/")
-        group = kinds.get(name) or {"train": "losses" if "loss" in rest else "other terms",
-                                    "eval": "scores"}.get(kind if "/" not in rest else "")
+        term = "gradient norm" if "grad_norm" in name else "losses" if "loss" in rest else "other terms"
+        group = {"lr": "learning rate", "grad_norm": term, "train": term,
+                 "eval": "scores" if "/" not in rest else None}.get(kind)
         if group and rest not in ("n", "unreadable") and any(not math.isnan(y) for _, y in line):
             groups[group][rest or name] = thinned(line)
     panels = []
