@@ -482,7 +482,7 @@ def train(cfg, run):
     if cfg.draw:
         model.__dict__["tokenizer"] = tokenizer
         return run.draw(model, source, sample_noise, save_pictures, to_pixels)
-    run.fit_batch(len(source))
+    run.fit_batch(source)
     run.start(len(source), f"lr {cfg.lr:.3g}, whatever the batch")
     if not tokenizer and cfg.generator == "beit":  # --demo
         cfg.tokenizer = f"{run.out}/tokenizer/tokenizer.pth"

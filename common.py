@@ -1223,11 +1223,11 @@ class Run:
                 print0(f"warning: {self.steps} updates are few to learn from, with a warm-up of {warmup}: "
                        "train longer, or with a smaller --batch_size or a shorter warm-up")
 
-    def fit_batch(self, n, least=16, power=0.5):
+    def fit_batch(self, source, least=16, power=0.5):
         """Small data: unless --batch_size is given, lower it to the largest power of two (per process) of
         which n images have 8, and to `least` at least. The learning rate changes with this power of the
         batch: its root suits Adam, 0 LARS (our choice)."""
-        cfg, old = self.cfg, self.cfg.batch_size
+        cfg, old, n, self.source = self.cfg, self.cfg.batch_size, len(source), source
         share = max(1, max(least, n // 8) // self.world_size)
         batch = self.world_size << (share.bit_length() - 1)
         if "batch_size" in cfg.given or batch >= old:
@@ -1353,7 +1353,7 @@ class Run:
 
     def batches(self, source, transform, sample_noise, normalize=None):
         """Training micro-batches from `step` on: normalised images, noise (on the device), sample numbers."""
-        normalize, self.source = normalize or self.normalize, source
+        normalize = normalize or self.normalize
         for batch in self.load_batches(self.samples(source, transform, sample_noise), training_keys(self)):
             yield normalize(batch["image"]), batch["noise"].to(self.device, non_blocking=True), batch["index"]
 

@@ -250,7 +250,7 @@ def train(cfg, run):
     source = open_data(cfg)
     torch.manual_seed(cfg.seed)
     model = DVAE(cfg.grid, cfg.vocab_size, cfg.tokenizer_width, cfg.in_chans)
-    run.fit_batch(len(source))
+    run.fit_batch(source)
     run.start(len(source), f"lr {cfg.lr:.3g}, whatever the batch")
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)

@@ -409,7 +409,7 @@ def train(cfg, run):
     sample_noise = functools.partial(sample_mask, cfg)
     if cfg.draw:
         return run.draw(model, source, sample_noise, save_pictures)
-    run.fit_batch(len(source))
+    run.fit_batch(source)
     peak_lr = cfg.base_lr * cfg.batch_size / 256
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     average = 1 / max(1e-9, 1 - cfg.momentum[0])

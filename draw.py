@@ -257,7 +257,8 @@ def presets(flags):
         if network.get("model") not in VIT_SIZES:
             what = network.get("model", "an unknown network")
             raise UserError(f"--attention {flags.attention} holds {what}: expected a ViT")
-        values |= {name: network[name] for name in (*NETWORK, "img_size") if name in network}
+        fields = {field.name for field in dataclasses.fields(Config)}
+        values |= {name: network[name] for name in (*NETWORK, "img_size") if name in network and name in fields}
     return values
 
 

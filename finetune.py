@@ -448,7 +448,7 @@ def train(cfg, run):
             return predict_images(cfg, run, make_model)
         return evaluate_file(cfg, run, make_model, report)
     source, held_out = open_sets(cfg).values()
-    run.fit_batch(len(source), max(16, 2 * cfg.repeats), 0.0 if cfg.mode in ("linear", "layers") else 0.5)
+    run.fit_batch(source, max(16, 2 * cfg.repeats), 0.0 if cfg.mode in ("linear", "layers") else 0.5)
     if cfg.mode == "finetune" and split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] < 2:
         raise UserError("mixup, cutmix and BatchNorm need two images per forward pass: raise --micro_batch, "
                         "--batch_size")

@@ -470,7 +470,7 @@ def train(cfg, run):
     if cfg.init:
         missing = ("mask_tokens", "pixel_head")
         load_weights(model, cfg.init, allow_missing=missing, ignore=("head.", "fc_norm."), prefix="")
-    run.fit_batch(len(source))
+    run.fit_batch(source)
     peak_lr = cfg.base_lr * cfg.batch_size / 256
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     ddp = run.prepare(model)

@@ -164,7 +164,8 @@ def open_source(cfg, root, split, data=None):
     """As common.open_data, for a `root` that is a file, or None if there is nothing of that name."""
     data, turn = data or cfg.data, cfg.exif != "ignore"
     if root is None and data not in NAMED_DATA:
-        raise UserError(f"--data {data} does not exist: give a folder of images, a list of paths, an .npz, "
+        flag = "--predict" if getattr(cfg, "predict", None) else "--data"
+        raise UserError(f"{flag} {data} does not exist: give a folder of images, a list of paths, an .npz, "
                         f"or shapes|{'|'.join(NAMED_DATA)}; or try --demo")
     try:
         if data in NAMED_DATA:

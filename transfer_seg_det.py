@@ -702,7 +702,7 @@ def train(cfg, run):
     source, held_out = open_both(cfg).values()
     classes = source.classes
     truth = coco_truth(held_out) if cfg.task == "det" and run.is_main else None
-    run.fit_batch(len(source), least=4)
+    run.fit_batch(source, least=4)
     steps = cfg.iters or int(cfg.epochs * len(source) // cfg.batch_size)
     if cfg.warmup_iters > steps // 2 and "warmup_iters" not in cfg.given:
         cfg.warmup_iters = steps // 10

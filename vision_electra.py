@@ -402,7 +402,7 @@ def train(cfg, run):
     if cfg.draw:
         return run.draw(model, source, sample_noise, save_pictures)
     load_initial(model, cfg)
-    run.fit_batch(len(source))
+    run.fit_batch(source)
     peak_lr = cfg.base_lr * cfg.batch_size / 512
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 512")
     given = cfg.levels == "none" or (cfg.generator_init and cfg.discriminator_init)

@@ -271,7 +271,7 @@ def test_few_images_make_the_batch_smaller_and_the_rate_by_its_root(n, world_siz
     cfg = common.parse_config(Config, presets, ["--data", "x", *flags.split()])
     run = common.Run(cfg, "test")
     run.world_size = world_size
-    run.fit_batch(n)
+    run.fit_batch(range(n))
     assert cfg.batch_size == batch and batch % world_size == 0
     rate = cfg.base_lr * cfg.batch_size / 256
     assert rate == pytest.approx(1.5e-4 * 16 * (batch / 4096) ** 0.5)

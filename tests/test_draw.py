@@ -70,6 +70,8 @@ def test_a_run_leaves_curves_times_and_the_command_draws_attention(unbroken, tmp
     output = run_script([*command, run / "encoder.pth"], tmp_path)
     assert output.count("heads") == 4 and (tmp_path / "attention_distance.png").exists()
     assert "new file" in run_script([*command, run / "encoder.pth"], tmp_path, expect=2)
+    best = unbroken / "finetune.py/best.pth"
+    assert "attention2.png" in run_script([*command, best, "--out", "attention2.png"], tmp_path)
     torch.save(ResNet50(8).state_dict(), tmp_path / "resnet.pth")
     output = run_script([*command, "resnet.pth"], tmp_path, expect=2)
     assert "holds resnet50: expected a ViT" in output and output.count("\n") == 1
