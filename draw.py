@@ -257,8 +257,8 @@ def presets(flags):
         if network.get("model") not in VIT_SIZES:
             what = network.get("model", "an unknown network")
             raise UserError(f"--attention {flags.attention} holds {what}: expected a ViT")
-        fields = {field.name for field in dataclasses.fields(Config)}
-        values |= {name: network[name] for name in (*NETWORK, "img_size") if name in network and name in fields}
+        names = {field.name for field in dataclasses.fields(Config)} & {*NETWORK, "img_size"}
+        values |= {name: network[name] for name in names & network.keys()}
     return values
 
 

@@ -129,8 +129,8 @@ def test_the_next_command_fits_the_data_and_can_be_pasted(photos, tmp_path, kind
     images = np.stack([np.asarray(Image.open(path)) for path in paths])
     np.savez(root / "set.npz", images=images, labels=[path.parent.name for path in paths])
     small = "--model nano --img_size 32 --patch_size 8 --epochs 3 --batch_size 5 --workers 0 --data"
-    output = run_script(["mae_mff.py", *small.split(), root / data, "--out", root / "run"], tmp_path)
-    again = run_script(["mae_mff.py", *small.split(), root / data, "--out", root / "run", "--resume"], tmp_path)
+    words = ["mae_mff.py", *small.split(), root / data, "--out", root / "run"]
+    output, again = run_script(words, tmp_path), run_script([*words, "--resume"], tmp_path)
     assert again.split("next:\n")[1] == output.split("next:\n")[1]  # of a run that is done
     commands = output.split("next:\n")[1].splitlines()
     assert len(commands) == (2 if kind == "flat" else 1)
