@@ -89,7 +89,8 @@ def names_of(source):
     for name in names:
         path = Path(os.path.relpath(name, root))
         path = path.with_suffix(".png") if path.suffix.lower() in EXTENSIONS else Path(f"{path}.png")
-        path = Path(f"{name}.png".replace(os.sep, "_")) if path in taken else path
+        while path in taken:
+            path = Path(f"{path}.png")
         taken.add(path)
         paths.append(path)
     return paths

@@ -677,7 +677,8 @@ def open_both(cfg):
 def report(scores, held_out, run):
     """Print and log scores."""
     means = ", ".join(f"{k[5:]} {v:.2f}" for k, v in scores.items() if k.count("/") == 1)
-    print0(f"step {run.step}, {len(held_out)} held-out images: {means}")
+    when = f"step {run.step}" if run.n else run.cfg.weights
+    print0(f"{when}, {len(held_out)} held-out images: {means}")
     run.log({"step": run.step, "epoch": run.epoch if run.n else 0, **scores})
 
 
