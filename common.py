@@ -1261,7 +1261,8 @@ class Run:
     def join(self):
         """Device and, under torchrun, process group."""
         if self.gpu:
-            torch.accelerator.set_device_index(self.device.index)
+            if self.device.type != "mps":  # there is one
+                torch.accelerator.set_device_index(self.device.index)
             torch.set_float32_matmul_precision("high")
         if "RANK" in os.environ and not dist.is_initialized():
             limit = timedelta(minutes=10)
