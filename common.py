@@ -1174,9 +1174,9 @@ class Run:
         self.cfg, self.method, self.out = cfg, method, Path(cfg.out or f"runs/{method}")
         self.rank, self.world_size = read_environment()
         self.is_main, found = self.rank == 0, torch.accelerator.current_accelerator(check_available=True)
-        kind = found.type if found else "cpu"  # cuda, xpu, mps: what they lack falls back to what they have
-        self.gpu, self.device = kind != "cpu", torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
-        self.device = self.device if self.gpu else torch.device("cpu")
+        self.gpu, self.device = found is not None, torch.device("cpu")
+        if self.gpu:  # cuda, xpu, mps: what they lack falls back to what they have
+            self.device = torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
         self.amp_dtype = amp_dtype(cfg.amp, self.device)
         self.normalize = Normalize(cfg.mean, cfg.std, self.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -71,11 +71,21 @@ def official_settings(path, content, script):
             "noise": 0.0}
 
 
+def examples_of(run, source, sample_noise, normalize=None):
+    """run.examples; what cannot be read is named, and UserError if that is all."""
+    if not run.cfg.pictures:
+        raise UserError("--pictures 0: how many are to be drawn?")
+    examples = run.examples(source, sample_noise, normalize)
+    for name, why in run.new_bad_files.items():
+        print0(f"unreadable: {name}: {why}")
+    if len(run.new_bad_files) == len(source):
+        raise UserError(f"none of the {len(source)} images of --data {run.cfg.data} can be read")
+    return examples
+
+
 def draw_file(run, model, source, sample_noise, save_pictures, normalize=None):
     """One picture, --out, of what --draw's weights make of --pictures images of `source`."""
     path, content = run.cfg.draw, read_file(run.cfg.draw)
-    if not run.cfg.pictures:
-        raise UserError("--draw and --pictures 0: how many?")
     if not run.is_main:
         return
     generator = getattr(model, "generator", None)
@@ -87,11 +97,7 @@ def draw_file(run, model, source, sample_noise, save_pictures, normalize=None):
                         "mae_visualize_... or mae_pretrain_..._full.pth")
     out = new_file(run.cfg.out, ".png")
     load_weights(network, path, prefix="", content=content)
-    examples = run.examples(source, sample_noise, normalize)
-    for name, why in run.new_bad_files.items():
-        print0(f"unreadable: {name}: {why}")
-    if len(run.new_bad_files) == len(source):
-        raise UserError(f"none of the {len(source)} images of --data {run.cfg.data} can be read")
+    examples = examples_of(run, source, sample_noise, normalize)
     save_pictures(out, model.to(run.device), examples, run)
     print0(f"{out}: {len(examples[0])} images of {run.cfg.data}")
 
@@ -269,9 +275,7 @@ def draw_attention(cfg, run):
     model = ViT(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans).to(run.device)
     ignore = ("decoder", "mask_token", "fuse_", "head.", "fc_norm.")
     load_weights(model, cfg.attention, ("norm.",), ignore)  # which follows what is looked at
-    images, _ = run.examples(source, lambda: torch.zeros(0))
-    for name, why in run.new_bad_files.items():
-        print0(f"unreadable: {name}: {why}")
+    images, _ = examples_of(run, source, lambda: torch.zeros(0))
     to_patches, distances = attention_of(model, images)
     shown = sorted({round(i * (model.depth - 1) / 5) for i in range(6)})
     columns = [run.normalize.undo(images)]

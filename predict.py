@@ -59,6 +59,12 @@ def write_csv(path, rows):
     write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 
+def write_confusion(out, classes, matrix):
+    """matrix: (classes, classes), by label and answer"""
+    lines = [[name, *line] for name, line in zip(classes, matrix.tolist(), strict=True)]
+    write_csv(out / "confusion.csv", [["class", *classes], *lines])
+
+
 def evaluate_file(cfg, run, make_model, report):
     """--mode evaluate: scores, per_class.csv and confusion.csv in --out."""
     model, classes, named = load_finished(cfg, make_model)
@@ -79,8 +85,7 @@ def evaluate_file(cfg, run, make_model, report):
         rows.append([name, n, right, share, other, int(times)])
     head = ["class", "images", "right", "accuracy", "taken_for", "times"]
     write_csv(run.out / "per_class.csv", [head, *rows])
-    lines = [[name, *line] for name, line in zip(classes, matrix.tolist(), strict=True)]
-    write_csv(run.out / "confusion.csv", [["class", *classes], *lines])
+    write_confusion(run.out, classes, matrix)
     worst = sorted((row for row in rows if row[1]), key=lambda row: row[3])
     for name, n, right, _, other, times in worst[:5]:
         print0(f"  {name}: {right} of {n} right" + f"; {times} taken for {other}" * bool(times))

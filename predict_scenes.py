@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import overlay
 import transfer_data as data
-from coco import coco_results, coco_target, coco_truth, count_objects
+from coco import coco_results, coco_truth, count_objects
 from common import (
     EXTENSIONS,
     UserError,
@@ -27,7 +27,7 @@ from common import (
     read_file,
     write_atomically,
 )
-from predict import write_csv
+from predict import write_confusion, write_csv
 
 
 def load_finished(cfg, run, script):
@@ -60,14 +60,14 @@ def evaluate_file(cfg, run, script):
     rows = [[name, *(scores.get(f"eval/{score}/{name}", "") for score in names)] for name in classes]
     write_csv(run.out / "per_class.csv", [["class", *names], *rows])
     if cfg.task == "seg":
-        lines = [[name, *line] for name, line in zip(classes, matrix.tolist(), strict=True)]
-        write_csv(run.out / "confusion.csv", [["class", *classes], *lines])
+        write_confusion(run.out, classes, matrix)
     more = ", confusion.csv (pixels: a line per class, a column per answer)" if cfg.task == "seg" else ""
     print0(f"done: {run.out}/per_class.csv, log.jsonl{more}")
 
 
 class Photos:
-    """Images without targets as transfer_seg_det.py evaluates them: an empty one stands for each."""
+    """Images without targets as transfer_seg_det.py evaluates them: the image as it is stands for its target,
+    for detection in a dict, as such targets are."""
 
     def __init__(self, source, det):
         self.source, self.det, self.in_chans, self.name = source, det, source.in_chans, source.name
@@ -77,8 +77,7 @@ class Photos:
 
     def read(self, index):
         image, _ = self.source.read(index)
-        size = image.shape[1:]
-        return image, coco_target(*size, [], []) if self.det else torch.zeros(size, dtype=torch.uint8)
+        return image, {"image": image} if self.det else image
 
 
 def names_of(source):
@@ -135,7 +134,8 @@ def predict_scenes(cfg, run, script):
     """--predict: of each image pictures/NAME.png, the prediction on it; and labels/NAME.png, or of all
     detections results.json, in COCO's format, with images.json, which explains its ids."""
     cfg.data = cfg.predict
-    source, det = Photos(open_data(cfg, "all"), cfg.task == "det"), cfg.task == "det"
+    det = cfg.task == "det"
+    source = Photos(open_data(cfg, "all"), det)
     run.start(None)
     model, meta = load_finished(cfg, run, script)
     paths, ids, classes = names_of(source), image_ids(source), list(meta["classes"])
@@ -148,7 +148,8 @@ def predict_scenes(cfg, run, script):
         if batch["bad"]:
             continue
         i, found = batch["index"].item(), script.predict(model, batch, run)
-        image = TF.to_dtype(source.read(i)[0], torch.uint8, scale=True)
+        image = batch["target"][0]["image"] if det else batch["target"][0]
+        image = TF.to_dtype(image, torch.uint8, scale=True)
         height, width = image.shape[1:]
         images.append({"id": ids[i], "file_name": source.name(i), "height": height, "width": width})
         if det:

@@ -5,7 +5,6 @@ import csv
 import hashlib
 import os
 import zipfile
-from collections import Counter
 
 import numpy as np
 from torchvision import datasets
@@ -43,13 +42,18 @@ def open_labelled(cfg):
     return hold_out(source, cfg.val_split)
 
 
+def held_out_folder(root):
+    """The first of HELD_OUT in the folder `root`, or None"""
+    return next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
+
+
 def open_part(cfg, data, split, classes=None):
     """Labelled images of `data`: "train" or "val", where there are both, or "all"; "rest" is "train" if there
     is one, else "all". classes: those that `data` may have."""
     root, held_out = data_path(data), None
     part = root
     if root and root.is_dir() and split != "all":
-        held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
+        held_out = held_out_folder(root)
         train = root / "train" if (root / "train").is_dir() else None
         part = held_out if split == "val" else train or (root if split == "rest" else None)
         if not part:
@@ -88,13 +92,12 @@ def open_part(cfg, data, split, classes=None):
 
 def open_held_out(cfg, classes=None):
     """The images to evaluate on: those of open_labelled's "val", or all of --data that hold none out."""
-    root = data_path(cfg.data)
-    if cfg.val or cfg.val_split:
-        if cfg.val:
-            return open_part(cfg, cfg.val, "all", classes)
+    if cfg.val:
+        return open_part(cfg, cfg.val, "all", classes)
+    if cfg.val_split:
         return hold_out(open_part(cfg, cfg.data, "rest", classes), cfg.val_split)["val"]
-    parts = [name for name in ("train", *HELD_OUT) if root and (root / name).is_dir()]
-    whole = root and not parts and root.suffix != ".npz"
+    root = data_path(cfg.data)
+    whole = root and root.suffix != ".npz" and not ((root / "train").is_dir() or held_out_folder(root))
     if whole:
         print0(f"all of {cfg.data} is evaluated, as nothing says what is held out")
     return open_part(cfg, cfg.data, "all" if whole else "val", classes)
@@ -108,7 +111,7 @@ def next_steps(run):
         return [run.command("finetune.py", mode="linear", weights=weights, out=out) + " --demo"]
     root, held_out = data_path(cfg.data), cfg.data in NAMED_DATA or cfg.data == "shapes"
     if root and root.is_dir():
-        held_out = (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT)
+        held_out = (root / "train").is_dir() and held_out_folder(root)
     elif root and root.suffix == ".npz":
         held_out = "split" in np.load(root).files
     if run.source.classes and len(run.source.classes) > 1:
@@ -203,25 +206,25 @@ def open_list(path, in_chans, split, turn):
     if split == "val":
         raise UserError(f"--data {path}: a list does not say what is held out: add --val LIST, or "
                         "--val_split 0.2")
-    labels = [row[1] for row in rows if len(row) > 1 and row[1]]
     if not rows:
         raise UserError(f"{path} lists 0 paths: expected a line for each image")
-    if labels and len(labels) < len(rows):
-        first = next(row[0] for row in rows if len(row) < 2 or not row[1])
-        raise UserError(f"{path} has {len(rows)} paths, {len(labels)} with a label; {first!r} has none")
-    labelled = dict(zip((row[0] for row in rows), labels, strict=True)) if labels else {}
-    twice = Counter(map(tuple, rows))
-    if labels and len(labelled) < len(twice):
-        name = next(name for name, label in twice if labelled[name] != label)
-        raise UserError(f"{path}: {name!r} is listed with two labels")
-    if labels and len(labelled) < len(rows):  # else one could be trained on and held out
+    bare = [row[0] for row in rows if not any(row[1:])]
+    if len(bare) == len(rows):
+        paths = [str(path.parent / name) for name in bare]
+        return ImageFiles(paths, [-1] * len(paths), None, in_chans, turn)
+    if bare:
+        raise UserError(f"{path} has {len(rows)} paths, {len(rows) - len(bare)} with a label; {bare[0]!r} "
+                        "has none")
+    labelled = dict(rows)
+    if twice := [name for name, label in rows if labelled[name] != label]:
+        raise UserError(f"{path}: {twice[0]!r} is listed with two labels")
+    if len(labelled) < len(rows):  # else one could be trained on and held out
         print0(f"{path}: {len(rows) - len(labelled)} lines are there twice, and count once")
-    number = all(label.isdecimal() for label in labels)
-    classes = sorted(set(labels), key=int if number else str) or None
-    index = {name: i for i, name in enumerate(classes or ())}
-    names = list(labelled) if labels else [row[0] for row in rows]
-    numbers = [index[label] for label in labelled.values()] if labels else [-1] * len(names)
-    return ImageFiles([str(path.parent / name) for name in names], numbers, classes, in_chans, turn)
+    numbers = all(label.isdecimal() for label in labelled.values())
+    classes = sorted(set(labelled.values()), key=int if numbers else str)
+    index = {name: i for i, name in enumerate(classes)}
+    paths = [str(path.parent / name) for name in labelled]
+    return ImageFiles(paths, [index[y] for y in labelled.values()], classes, in_chans, turn)
 
 
 def open_npz(path, in_chans, split):

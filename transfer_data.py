@@ -25,6 +25,7 @@ from common import (
     orientation,
     print0,
     stable_seed,
+    time_limit,
 )
 
 IGNORE = 255  # label of pixels that do not count
@@ -160,7 +161,7 @@ class LabelMaps(ImageFiles):
 
     def read(self, index):
         image, _ = super().read(index)
-        with Image.open(self.map_of(self.name(index)), formats=FORMATS) as file:
+        with time_limit(60), Image.open(self.map_of(self.name(index)), formats=FORMATS) as file:
             array = np.array(file.convert("RGB") if self.colours else file)
         if array.ndim != (3 if self.colours else 2):
             raise ValueError(f"the label map has the shape {array.shape}, expected one channel of class "

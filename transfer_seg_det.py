@@ -573,7 +573,7 @@ def predict(model, batch, run):
     """A batch of one test image -> its label map or dict of detections, in the image's pixels."""
     with run.autocast():
         output = model.predict(run.normalize(batch["image"]))
-    return output if run.cfg.task == "det" else resize(output[None], batch["target"].shape[1:])[0].argmax(0)
+    return output if run.cfg.task == "det" else resize(output[None], batch["target"].shape[-2:])[0].argmax(0)
 
 
 @torch.inference_mode()
@@ -720,7 +720,7 @@ def train(cfg, run):
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
         others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", *model.encoder.unused_names)
         load_weights(model.encoder, cfg.weights, ignore=others, prefix=prefix, content=content)
-    run.start(len(source), f"lr {cfg.lr:.3g}", cfg.iters, cfg.warmup_iters)
+    run.start(len(source), f"lr {cfg.lr:.3g}", steps, cfg.warmup_iters)
     if cfg.task == "det" and held_out.most > cfg.max_detections:
         print0(f"an image to evaluate has {held_out.most} objects, more than --max_detections "
                f"{cfg.max_detections}")

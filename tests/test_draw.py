@@ -72,6 +72,11 @@ def test_a_run_leaves_curves_times_and_the_command_draws_attention(unbroken, tmp
     assert "new file" in run_script([*command, run / "encoder.pth"], tmp_path, expect=2)
     best = unbroken / "finetune.py/best.pth"
     assert "attention2.png" in run_script([*command, best, "--out", "attention2.png"], tmp_path)
+    (tmp_path / "broken.jpg").write_bytes(b"x")
+    words = ["draw.py", "--attention", best, "--data", "broken.jpg", "--out", "none.png"]
+    assert "none of the 1 images" in run_script(words, tmp_path, expect=2)
+    words = [*command, best, "--out", "none.png", "--pictures", 0]
+    assert "how many" in run_script(words, tmp_path, expect=2)
     torch.save(ResNet50(8).state_dict(), tmp_path / "resnet.pth")
     output = run_script([*command, "resnet.pth"], tmp_path, expect=2)
     assert "holds resnet50: expected a ViT" in output and output.count("\n") == 1

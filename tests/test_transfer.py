@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import signal
+import time
 import types
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from conftest import ROOT, run_script, sabotaged
 from malformed import MALFORMED, write_set
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngImageFile
 from pycocotools import mask as rle
 from torch import nn
 from torchvision.models import resnet50
@@ -514,6 +516,14 @@ def test_annotations_as_labelling_tools_write_them(tmp_path, capsys):
     for mask, entry in zip(source.read(0)[1]["masks"], truth.loadAnns([1, 2]), strict=True):
         assert (mask.numpy() == truth.annToMask(entry)).all() and mask.any()
     assert coco.average_precision(truth, results, [1])["eval/mask_ap"] == pytest.approx(100)
+
+
+def test_a_label_map_is_not_read_for_ever(scenes, monkeypatch):
+    source, load = data.LabelMaps(scenes / "ade", "val", RGB), PngImageFile.load
+    monkeypatch.setattr(data, "time_limit", lambda seconds: common.time_limit(0.1))
+    monkeypatch.setattr(PngImageFile, "load", lambda image: time.sleep(0.3) or load(image))
+    with pytest.raises(TimeoutError):
+        source.read(0)
 
 
 def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
