@@ -818,7 +818,8 @@ def amp_dtype(amp, device):
         amp = "bf16" if device.type == "xpu" else "off"
     elif amp == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # younger than torch 2.11
-        amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "off"
+        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY can forbid it
+        amp = "bf16" if wide and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")) else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 

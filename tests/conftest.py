@@ -150,11 +150,14 @@ def unbroken(tmp_path_factory, small_npz):
     each. SCRIPT.py@8, @13 and @18 are that folder after these updates."""
     from commands import SCRIPTS
 
-    folder = tmp_path_factory.mktemp("unbroken")
+    folder, runs = tmp_path_factory.mktemp("unbroken"), []
     for script, command in SCRIPTS.items():
         copy = "import shutil; shutil.copytree(self.out, f'{self.out}@{self.step}')"
         golden = sabotaged(folder, command, "Run.save", copy, "self.step in (8, 13, 18)")
-        run_script([*golden, "--data", small_npz, "--out", script], folder)
+        runs.append(Started([*golden, "--data", small_npz, "--out", script], folder))
+    for run in runs:
+        code, output = run.wait()
+        assert code == 0, output
     return folder
 
 

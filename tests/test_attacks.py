@@ -301,13 +301,16 @@ def test_the_death_of_a_worker_does_not_pass_for_a_full_disk(tmp_path):
 # ---- terminals and logs
 
 
-@pytest.mark.parametrize("output", ["full", "closed", "gone"])
-def test_a_run_outlives_its_terminal(unbroken, small_npz, tmp_path, output):
-    where = {"full": ">/dev/full", "closed": ">&-", "gone": "| true"}[output]
-    command = [sys.executable, ROOT / MAE[0], *MAE[1:], "--data", small_npz, "--out", tmp_path / "run"]
-    line = f"set -o pipefail; {shlex.join(map(str, command))} {where}"
-    subprocess.run(["bash", "-c", line], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
-    assert_same_run(unbroken / "mae_mff.py", tmp_path / "run")
+def test_a_run_outlives_its_terminal(unbroken, small_npz, tmp_path):
+    outputs = {"full": ">/dev/full", "closed": ">&-", "gone": "| true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command, runs = [sys.executable, ROOT / MAE[0], *MAE[1:], "--data", small_npz, "--out"], []
+    for name, where in outputs.items():
+        line = f"set -o pipefail; {shlex.join(map(str, [*command, tmp_path / name]))} {where}"
+        runs.append(subprocess.Popen(["bash", "-c", line], env=environment))
+    assert [run.wait(200) for run in runs] == [0, 0, 0]
+    for name in outputs:
+        assert_same_run(unbroken / "mae_mff.py", tmp_path / name)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU])
