@@ -818,7 +818,7 @@ def amp_dtype(amp, device):
         amp = "bf16" if device.type == "xpu" else "off"
     elif amp == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # younger than torch 2.11
-        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY can forbid it
+        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # unless forbidden
         amp = "bf16" if wide and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")) else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
@@ -866,11 +866,15 @@ def batch_statistics(model):
 
 def remember_statistics(model):
     """A function that puts BatchNorm's statistics back as they are now: for an update that is skipped."""
-    before = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]
+    now = batch_statistics(model)
+    groups = [[x for x in now if x.dtype == dtype] for dtype in {x.dtype for x in now}]
+    before = [[torch.empty_like(x) for x in group] for group in groups]
+    for old, group in zip(before, groups, strict=True):
+        torch._foreach_copy_(old, group)  # one kernel, not one for each
 
     def restore():
-        for buffer, value in before:
-            buffer.copy_(value)
+        for old, group in zip(before, groups, strict=True):
+            torch._foreach_copy_(group, old)
 
     return restore
 
@@ -890,7 +894,7 @@ class RunConfig:
     mean: tuple[float, ...] | None = None  # per channel, of values in [0, 1]; default: the data's, ImageNet's
     std: tuple[float, ...] | None = None  # likewise
     exif: Literal["auto", "apply", "ignore"] = "auto"  # rotation tags of photographs
-    workers: int | None = None  # loader processes per process; default: its share of the cores, at most 8
+    workers: int | None = None  # loader processes per process; default: its share of the cores less one
     max_bad: float = 0.01  # share of files that may be unreadable; five may always, unless it is 0
     check_data: bool = False  # read all images, report, and exit
     # run
@@ -899,6 +903,7 @@ class RunConfig:
     seed: int = 0  # of everything random
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; auto: where it is fast
     compile: bool = False  # compile the model with torch.compile
+    deterministic: bool = False  # on a GPU: only kernels that give the same bits again, which are slower
     save_minutes: float = 10.0  # minutes between checkpoints; also at each epoch's end, on SIGTERM
     log_every: int = 20  # updates between two log lines
     tensorboard: bool = False  # write the log for TensorBoard, too
@@ -1178,17 +1183,21 @@ class Run:
         self.gpu, self.device = found is not None, torch.device("cpu")
         if self.gpu:  # cuda, xpu, mps: what they lack falls back to what they have
             self.device = torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
+            if self.device.index >= (n := torch.accelerator.device_count()):
+                raise UserError(f"LOCAL_RANK {self.device.index}, but this machine shows {n} {found.type} "
+                                f"devices: start at most {n} processes here (torchrun --nproc_per_node {n})")
         self.amp_dtype = amp_dtype(cfg.amp, self.device)
         self.normalize = Normalize(cfg.mean, cfg.std, self.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.workers = min(8, share) if cfg.workers is None else cfg.workers
+        self.workers = max(1, share - 1) if cfg.workers is None else cfg.workers
         self.step, self.stop_requested, self.stopping, self.skipped = 0, False, False, ""
         self.bad_files, self.new_bad_files, self.bad_limit = {}, {}, 0  # {path: reason}
         self.saved = {"skipped_nonfinite": 0, "skipped_overflow": 0, "in_a_row": 0, "window": []}
         self.inputs, self.launcher = {}, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.updates, self.seconds, self.waited = 0, 0.0, 0.0  # since the last log line
         self.board, self.is_stage = None, False  # TensorBoard's; a part of another run
+        self.windows = 0  # log lines so far
         if not self.gpu:
             keep_freed_memory()
 
@@ -1265,6 +1274,10 @@ class Run:
             if self.device.type != "mps":  # there is one
                 torch.accelerator.set_device_index(self.device.index)
             torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = not self.cfg.deterministic
+        if self.cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)  # some have no such kernel
         if "RANK" in os.environ and not dist.is_initialized():
             limit = timedelta(minutes=10)
             store, *_ = next(dist.rendezvous("env://", timeout=limit))
@@ -1312,7 +1325,8 @@ class Run:
         # No broadcast of buffers at each step: they are constants, or BatchNorm's, each process's own.
         names = inspect.signature(DistributedDataParallel).parameters  # newer torch renames the argument
         name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return DistributedDataParallel(model, [self.device] if self.gpu else None, **{name: False})
+        how = {name: False, "gradient_as_bucket_view": True}  # the latter saves a copy of all gradients
+        return DistributedDataParallel(model, [self.device] if self.gpu else None, **how)
 
     def gather(self, value):
         """A plain value of every process, in a list."""
@@ -1469,6 +1483,10 @@ class Run:
         grad_norm = means.pop("grad_norm", None)
         rate, wait = self.updates * self.cfg.batch_size / self.seconds, self.waited / self.seconds
         left = timedelta(seconds=round((self.steps - step) * self.cfg.batch_size / rate))
+        self.windows += 1
+        if self.windows == 2 and wait > 0.2:  # the first one has the start of the workers
+            print0(f"waiting for images {wait:.0%} of the time: more --workers (now {self.workers}), or "
+                   "shrink the images to a short side of 256 (RUNNING.md)")
         print0(f"epoch {self.epoch:.2f} step {step}/{self.steps} loss {means.get('loss', math.nan):.4f} "
                f"lr {lr:.2e} data_wait {wait:.0%} {rate:,.{0 if rate >= 10 else 2}f} images/s, {left} left")
         self.log({"step": step, "epoch": round(self.epoch, 4), **{f"train/{k}": v for k, v in means.items()},
@@ -1605,7 +1623,8 @@ class Run:
                     hint = f"; {other} is good: mv it over {path}, then --resume"
             raise UserError(f"--resume: {error}{hint}") from None
         for name, value in self.state.items():
-            value.load_state_dict(content[name])
+            if content[name]:  # a scaler's is empty unless it scaled
+                value.load_state_dict(content[name])
         self.bad_files, self.step = content["bad_files"], content["step"]
         self.saved |= content["saved"]
         print0(f"resumed from {path}: step {self.step}, epoch {self.epoch:.2f}")
@@ -1675,7 +1694,7 @@ def launch(config_type, presets, train, method, open_sets=None):
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # a stream that was closed: the next file to be opened would get its number, and its output
     os.close(descriptor)
-    cfg = parse_config(config_type, presets)
+    cfg, run = parse_config(config_type, presets), None
     try:
         run = Run(cfg, method)
         if cfg.check_data:
@@ -1692,7 +1711,11 @@ def launch(config_type, presets, train, method, open_sets=None):
     except KeyboardInterrupt:  # in training: the second one
         exit_with(method, UserError("interrupted", code=130))
     except RuntimeError as error:
-        if not re.search("Connection (closed|reset) by peer|Timed out waiting", str(error)):
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            now = getattr(run, "micro_batch", cfg.batch_size)
+            exit_with(method, UserError(f"out of memory: lower --micro_batch, now {now}", code=1))
+        lost = "Connection (closed|reset) by peer|Timed out waiting"
+        if not isinstance(error, dist.DistError) and not re.search(lost, str(error)):
             raise
         exit_with(method, UserError(f"another process has ended or hangs: {first_line(error)}", code=1))
     if dist.is_initialized():

@@ -79,6 +79,12 @@ class ResidualBlock(nn.Module):
         return self.id_path(x) + self.res_path(x) / 64  # 1 / (number of blocks)^2, as released
 
 
+class Upsample(nn.Upsample):
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):  # which would leave float32 behind
+            return super().forward(x)
+
+
 def half(first, widths, kernels, resample, last):
     """Encoder or decoder: convolution `first`, four groups of two blocks resampled in between, `last`."""
     n_in, parts = len(first.w), OrderedDict(input=first)
@@ -104,7 +110,7 @@ class DVAE(nn.Module):
         first, last = Conv(in_chans, width, 7), Conv(8 * width, vocab_size, 1)
         self.encoder = half(first, widths, (3, 3, 3, 1), nn.MaxPool2d(2), last)
         first, last = Conv(vocab_size, width // 2, 1), Conv(width, 2 * in_chans, 1)
-        self.decoder = half(first, widths[::-1], (1, 3, 3, 3), nn.Upsample(scale_factor=2), last)
+        self.decoder = half(first, widths[::-1], (1, 3, 3, 3), Upsample(scale_factor=2), last)
         self.to(memory_format=torch.channels_last)
 
     def view(self, pixels):

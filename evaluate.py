@@ -21,7 +21,8 @@ def eval_batches(source, run):
             rows = [x[good] for x in rows]
         images, labels, numbers = rows
         if len(numbers):
-            yield run.normalize(images), labels.to(run.device), numbers.to(run.device)
+            labels, numbers = (x.to(run.device, non_blocking=True) for x in (labels, numbers))
+            yield run.normalize(images), labels, numbers
     run.share_bad_files()
     if all(source.name(i) in run.bad_files for i in range(len(source))):
         raise UserError(f"none of the {len(source)} images to evaluate can be read")
@@ -68,7 +69,7 @@ def extract(model, source, run):
     for x in (features, labels, seen) if run.world_size > 1 else ():
         dist.all_reduce(x)  # every row was filled by one process and is zero on the others
     numbers = seen.nonzero()[:, 0]
-    wrong = len(source) - int(features.isfinite().all(1).sum())
+    wrong = int((~features.isfinite().all(1)).sum())
     if wrong:
         raise UserError(f"features of {wrong} of {len(source)} images are not finite: {run.cfg.weights} is "
                         "damaged or of a run that diverged, or --amp off is needed")

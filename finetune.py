@@ -372,7 +372,9 @@ def batches_of_rows(features, labels, keys):
     """A probe's micro-batches from features that are computed once, in place of images."""
     for batch in keys:
         numbers = torch.tensor([index for _, index in batch]) % len(labels)  # fewer, if some are unreadable
-        yield features[numbers], labels[numbers], numbers
+        rows = numbers.pin_memory() if features.is_cuda else numbers
+        rows = rows.to(features.device, non_blocking=True)
+        yield features[rows], labels[rows], numbers
 
 
 @torch.no_grad()

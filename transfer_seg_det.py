@@ -297,7 +297,8 @@ def make_encoder(cfg):
 
 
 def resize(x, size):
-    return F.interpolate(x, size, mode="bilinear")
+    with torch.autocast(x.device.type, enabled=False):  # which would leave float32 behind, twice the bytes
+        return F.interpolate(x, size, mode="bilinear")
 
 
 def classifier(inputs, classes, dropout=0.1):
@@ -511,6 +512,7 @@ class Detector(nn.Module):
             mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm),
             box_predictor=FastRCNNPredictor(1024, classes + 1),
             mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
+        self.model.transform.normalize = lambda image: image  # done: no copies of mean and deviation
         heads = self.model.roi_heads
         if not masks:
             heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
@@ -726,6 +728,7 @@ def train(cfg, run):
                f"{cfg.max_detections}")
     if run.gpu and run.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.backends.cudnn.benchmark = False  # it would try kernels for every size of a held-out image
     ddp = run.prepare(model)
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)

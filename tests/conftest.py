@@ -24,7 +24,7 @@ from shapes import Shapes  # noqa: E402  (found through the line above)
 
 # Importing torch takes longer than most runs: they are forked from a process that has done so.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torchvision.transforms.v2", "conftest", "common"])
+FORKS.set_forkserver_preload(["torch", "torchvision.transforms.v2", "conftest", "common", "torch._dynamo"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 

@@ -43,6 +43,7 @@ def test_without_what_only_posix_has_and_with_spawned_workers(tmp_path):
 @pytest.mark.parametrize("kind, amp", [("mps", None), ("xpu", torch.bfloat16)])
 def test_other_accelerators_are_taken_and_fall_back(monkeypatch, tmp_path, capsys, kind, amp):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.setattr(common, "Normalize", lambda *_: None)  # would want the device
     run = common.Run(Config(out=str(tmp_path)), "mae_mff")
     assert (run.device, run.gpu, run.amp_dtype) == (torch.device(kind, 0), True, amp)

@@ -1,0 +1,222 @@
+"""Every script on a CUDA that is not there (fake_cuda.py): what a GPU would refuse, wait for, or compute in
+float32; and what `Run` does at the start and at the end on a GPU.
+
+Cannot be seen here: values, speed, NCCL, DDP's hooks, memory's fragments. benchmarks/gpu.py is for these."""
+
+import os
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+from commands import FOLDER
+from conftest import FORKS
+from test_transfer import scenes  # noqa: F401  (a fixture)
+
+import common
+import mae_mff
+import transfer_seg_det
+
+try:
+    import fake_cuda
+except ImportError as error:
+    pytest.skip(f"fake_cuda.py uses private parts of torch that have gone: {error}", allow_module_level=True)
+
+SLOW = "MINMIM_SLOW_TESTS" in os.environ
+TINY = "--data IMAGES --img_size 32 --patch_size 4 --batch_size 4 --epochs 0.048 --workers 0"  # three updates
+TUNE = f"{TINY} --warmup_epochs 0"
+VIT = f"{TUNE} --model nano --pictures 2"
+TWO = VIT.replace(".048", ".032") + " --fuse_layers 3"
+TUNE += " --weights none"
+RESNET = "--resnet_width 8 --img_size 64 --patch_size 8"
+PROBE = "--model nano --mode linear --mixup 0 --cutmix 0"
+SCENES = ("--weights none --iters 3 --eval_every 3 --warmup_iters 0 --batch_size 2 --workers 0 --pictures 2 "
+          "--img_size 64 --channels 16")
+SEG, DET = f"{SCENES} --data ADE --patch_size 8", f"{SCENES} --data COCO --task det --patch_size 8 --rois 16"
+TOKENS = f"--tokenizer {FOLDER.name}/tokenizer.pth"
+LOGITS = {"convolution in convert_dalle.py:forward": 1}  # the tokenizer's last, in float32 on purpose
+RUNS = {  # {name: (script, flags, products in float32 that are meant)}
+    "mae": ("mae_mff", f"{VIT} --fuse_layers 3", {}),
+    "mff, pixmim": ("mae_mff", f"{VIT} --target pixmim --fuse_layers 0,3", {}),
+    "mae, two micro-batches": ("mae_mff", f"{VIT} --fuse_layers 3 --micro_batch 2", {}),
+    "ddae": ("ddae", VIT, {}),
+    "respix": ("cim", f"{VIT} {TOKENS}", LOGITS),
+    "revdet, resnet": ("cim", f"{VIT} {TOKENS} {RESNET} --enhancer resnet50 --objective revdet", LOGITS),
+    "cim's mae": ("cim", f"{VIT} --generator mae", {}),
+    "generator alone": ("cim", f"{VIT} {TOKENS} --objective none", LOGITS),
+    "tokenizer": ("convert_dalle", f"{TINY} --pictures 2 --vocab_size 32 --tokenizer_width 8", None),
+    "electra": ("vision_electra", VIT, {}),
+    "revcol, column": ("revcol_v2", f"{VIT} --memory column", {}),
+    "revcol, plain": ("revcol_v2", f"{VIT} --memory plain", {}),
+    "finetune": ("finetune", f"{TUNE} --model nano --ema 0.9", {}),
+    "finetune, bce": ("finetune", f"{TUNE} --model nano --loss bce --repeats 2", {}),
+    "finetune, resnet": ("finetune", f"{TUNE} {RESNET} --model resnet50 --drop_path 0.1", {}),
+    "finetune, revcol": ("finetune", f"{TUNE} --model revcol_nano --recompute", {}),
+    "linear": ("finetune", f"{TUNE} {PROBE} --augment crop", {}),
+    "linear, cached": ("finetune", f"{TUNE} {PROBE} --augment none --erasing 0", {}),
+    "seg": ("transfer_seg_det", f"{SEG} --model nano", {}),
+    "seg, fcn": ("transfer_seg_det", f"{SEG} {RESNET} --model resnet50 --head fcn --optimizer sgd", {}),
+    "det": ("transfer_seg_det", f"{DET} --model nano --window 4", {}),
+    "det, revcol": ("transfer_seg_det", f"{DET} --model revcol_nano --recompute", {}),
+}
+OTHERS = {mode: f"{TUNE.replace('0.048', '2')} --model nano --mode {mode}" for mode in ("knn", "layers")}
+HALF = ["mae", "seg"] + ["ddae", "respix", "electra", "revcol, column", "finetune", "det"] * SLOW
+RUNS |= {f"{name}, fp16": (RUNS[name][0], f"{RUNS[name][1]} --amp fp16", RUNS[name][2]) for name in HALF}
+FAULTS = {  # {what is planted in "mae": (code, what finds it)}
+    "a number is asked for": ("loss = script.masked_mse\n"
+                              "script.masked_mse = lambda *x: loss(*x) * (1 if loss(*x).item() == 0 else 2)",
+                              lambda found: "mae_mff.py:forward" in found["waits"]),
+    "a tensor on the CPU": ("loss = script.masked_mse\n"
+                            "script.masked_mse = lambda p, t, m: loss(p, t + torch.ones(t.shape), m)",
+                            lambda found: "found at least two devices" in found),
+    "no autocast": ("import contextlib\ncommon.Run.autocast = lambda run: contextlib.nullcontext()",
+                    lambda found: len(found["float32"]) > 3),
+    "a blocking copy": ("loss = script.masked_mse\n"
+                        "script.masked_mse = lambda *x: loss(*x) * torch.ones(2, device='cpu').to('cuda')[0]",
+                        lambda found: found["copies"] == {"mae_mff.py:forward": 1}),
+    "a copy that is not asked to be non-blocking": (
+        "def call(self, x):\n    return (x.to(self.mean.device).float() / 255 - self.mean) / self.std\n"
+        "common.Normalize.__call__ = call", lambda found: "common.py:batches" in found["copies"]),
+    "memory that is not pinned": (
+        "old = torch.utils.data.DataLoader.fake\n"
+        "def fake(self, x):\n    self.pin = False\n    return old(self, x)\n"
+        "torch.utils.data.DataLoader.fake = fake", lambda found: "common.py:__call__" in found["copies"]),
+}
+
+
+def vitmae():
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    return ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True))
+
+
+def vitmae_loss(model, images):
+    return model(images).loss
+
+
+@pytest.fixture(scope="module")
+def traced(scenes, small_npz, tmp_path_factory):  # noqa: F811
+    """{name: a function that waits for that run and returns what fake_cuda found}, two at a time."""
+    folder = tmp_path_factory.mktemp("cuda")
+    places = {"IMAGES": small_npz, "ADE": scenes / "ade", "COCO": scenes / "coco"}
+
+    def words(text):
+        return [places.get(word, word) for word in text.split()]
+
+    jobs = {name: ("trace", (script, words(flags))) for name, (script, flags, _) in RUNS.items()}
+    jobs |= {name: ("trace", ("mae_mff", words(TWO), code, False)) for name, (code, _) in FAULTS.items()}
+    base = "--data IMAGES --fuse_layers 11 --batch_size 32 --epochs 0.256 --workers 0 --pictures 0"
+    jobs |= {name: ("trace", ("finetune", words(flags))) for name, flags in OTHERS.items()}
+    jobs["base"] = "trace", ("mae_mff", words(base), "", False)
+    jobs["theirs"] = "trace_update", (vitmae, vitmae_loss, (32, 3, 224, 224))
+    with FORKS.Pool(2, maxtasksperchild=1) as pool:
+        handles = {name: pool.apply_async(fake_cuda.task, (*job, folder / name.replace(" ", "_")))
+                   for name, job in jobs.items()}
+        yield lambda name: handles[name].get(200)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_update_waits_once_and_multiplies_in_half_precision(traced, name):
+    """Three updates, stopped and resumed after the first, with evaluation, pictures and files."""
+    found, script = traced(name), RUNS[name][0]
+    assert isinstance(found, dict), found
+    waits, copies = dict(found["waits"]), dict(found["copies"])
+    assert waits.pop("common.py:agree") == 1  # the one host synchronisation
+    if name.startswith("det"):  # torchvision's detector asks for every number of boxes
+        waits.pop(f"{script}.py:forward"), copies.pop(f"{script}.py:forward")
+    assert not waits and not copies
+    assert RUNS[name][2] is None or found["float32"] == RUNS[name][2]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_modes_without_training(traced, name):
+    assert isinstance(traced(name), dict), traced(name)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(traced, name):
+    assert FAULTS[name][1](traced(name)), traced(name)
+
+
+def test_fewer_kernels_and_bytes_than_transformers(traced):
+    """An update of MAE, ViT-B/16 at 224 px, bf16, 32 images; 0.76 and 0.90 were found."""
+    pytest.importorskip("transformers")
+    ours, theirs = traced("base"), traced("theirs")
+    assert isinstance(ours, dict) and isinstance(theirs, dict), (ours, theirs)
+    assert ours["kernels"] <= 0.85 * theirs["kernels"] and ours["stored"] <= 0.92 * theirs["stored"]
+
+
+# ---- the start and the end of a run
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Four devices to look at, none to compute on; what is asked of them, in order."""
+    asked = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda i: asked.append(("set_device", i)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(common, "Normalize", lambda *_: None)
+    return asked
+
+
+def under_torchrun(monkeypatch, **given):
+    names = {"RANK": 2, "WORLD_SIZE": 4, "LOCAL_RANK": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in (names | given).items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_the_process_group_is_nccls_on_a_device_that_was_set_before(gpu, monkeypatch, tmp_path):
+    under_torchrun(monkeypatch)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 2, 4)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: gpu.append((backend, how)))
+    common.Run(mae_mff.Config(out=str(tmp_path)), "mae_mff").join()
+    (_, index), (backend, how) = gpu
+    assert (index, backend, how["device_id"]) == (2, "nccl", torch.device("cuda", 2))
+    assert (how["rank"], how["world_size"]) == (2, 4)
+
+
+def message(monkeypatch, capsys, tmp_path, train=None):
+    """What launch prints and its exit code."""
+    monkeypatch.setattr(common.sys, "argv", ["mae_mff.py", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        common.launch(mae_mff.Config, mae_mff.presets, train, "mae_mff")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error, stop.value.code
+
+
+def test_more_processes_than_devices(gpu, monkeypatch, capsys, tmp_path):
+    under_torchrun(monkeypatch, RANK=0, LOCAL_RANK=4)
+    error, code = message(monkeypatch, capsys, tmp_path)
+    assert "LOCAL_RANK 4" in error and "--nproc_per_node 4" in error and code == 2
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "--micro_batch, now 256"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 b"), "--micro_batch"),
+    (dist.DistBackendError("NCCL error in: x.cpp:1\nncclRemoteError"), "another process has ended or hangs"),
+])
+def test_errors_of_the_device_and_of_nccl_in_one_line(monkeypatch, capsys, tmp_path, error, words):
+    def train(cfg, run):
+        run.micro_batch = 256
+        raise error
+
+    said, code = message(monkeypatch, capsys, tmp_path, train)
+    assert words in said and code == 1
+
+
+def test_a_bf16_checkpoint_goes_on_in_fp16(tmp_path):
+    """After NaN, when --amp may change: the scaler of bf16 has no state."""
+    run = types.SimpleNamespace(
+        state={"scaler": torch.amp.GradScaler("cpu", enabled=True)}, saved={}, cfg=None, epoch=0.0,
+        read_checkpoint=lambda path: {"scaler": {}, "bad_files": {}, "step": 3, "saved": {}})
+    common.Run.restore(run, tmp_path / "last.pth")
+    assert run.step == 3 and run.state["scaler"].get_scale() == 2.0**16
+
+
+def test_resizing_keeps_half_precision():
+    x = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert transfer_seg_det.resize(x, (4, 4)).dtype == torch.bfloat16
