@@ -499,15 +499,20 @@ def time_limit(seconds):
 
 
 def read_image(path, in_chans, turn=True):
-    """Decode one file to (in_chans, H, W), as `as_image`; turn: as its EXIF says. JPEG goes through
-    torchvision, which is faster; its PNG decoder can crash on a damaged file, where Pillow raises."""
+    """Decode one file to (in_chans, H, W), as `as_image`; turn: as its EXIF says."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > 2**31:  # reading a pipe would never end
         raise ValueError("no regular file, or one of more than 2 GB")
-    if path.lower().endswith(".npy"):
-        return as_image(np.load(path, allow_pickle=False), in_chans)
     with open(path, "rb", buffering=0) as file:
         file.readinto(buffer := bytearray(status.st_size))
+    return decode_image(buffer, path, in_chans, turn)
+
+
+def decode_image(buffer, name, in_chans, turn):
+    """read_image for a file's content, a bytearray. JPEG goes through torchvision, which is faster; its PNG
+    decoder can crash on a damaged file, where Pillow raises."""
+    if name.lower().endswith(".npy"):
+        return as_image(np.load(io.BytesIO(buffer), allow_pickle=False), in_chans)
     with Image.open(io.BytesIO(buffer), formats=FORMATS) as image:  # the header; refuses decompression bombs
         data = np.frombuffer(buffer, np.uint8)
         if image.format in ("JPEG", "MPO"):
@@ -591,7 +596,11 @@ def list_images(root):
 
 
 def open_folder(root, in_chans, turn=True):
-    """ImageFiles below `root`; classes: the first-level folders, if all images are in one."""
+    """ImageFiles below `root`; classes: the first-level folders, if all images are in one. Or Shards."""
+    if any(Path(root).glob("*.tar")):
+        from shards import find_shards, open_shards  # a script that is copied elsewhere runs without it
+
+        return open_shards(find_shards(root), in_chans, turn)
     paths = list_images(root)
     inside = [os.path.relpath(path, root) for path in paths]
     if any(os.sep not in name for name in inside):
@@ -747,16 +756,18 @@ def split_batch(batch_size, micro_batch, world_size):
 @functools.lru_cache(maxsize=4)
 def names_digest(source):
     """(number of images, checksum of their names below what the first and the last share)"""
-    names = [source.name(i) for i in range(len(source))]
-    shared = len(os.path.commonprefix([*names[:1], *names[-1:]]))
-    text = "\n".join(name[shared:] for name in names)
-    return len(source), hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest()
+    n, digest = len(source), hashlib.blake2b(digest_size=4)
+    shared = len(os.path.commonprefix([source.name(0), source.name(n - 1)])) if n else 0
+    for i in range(n):
+        digest.update(os.fsencode(source.name(i)[shared:] + "\n"))
+    return n, digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
     """permutation(seed, epoch) of range(n): the order of one pass, whatever the number of processes."""
-    return np.random.Generator(np.random.Philox(key=stable_seed(seed, epoch))).permutation(n)
+    numbers = np.arange(n, dtype=np.uint32)  # half the memory of what permutation(n) gives, and the same
+    return np.random.Generator(np.random.Philox(key=stable_seed(seed, epoch))).permutation(numbers)
 
 
 def training_keys(run):

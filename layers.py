@@ -79,7 +79,7 @@ def train_heads(features, labels, widths, num_classes, cfg):
     for step in range(steps):
         epoch, first = divmod(step * B, n)  # as in training: an update may go on into the next pass
         order = np.concatenate([epoch_order(n, cfg.seed, epoch), epoch_order(n, cfg.seed, epoch + 1)])
-        rows = torch.from_numpy(order[first : first + B]).to(features.device)
+        rows = torch.from_numpy(order[first : first + B].astype(np.int64)).to(features.device)
         set_lr(optimizer, warmup_cosine(step * B / n, cfg.peak_lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs))
         parts = features[rows].split(widths, dim=1)
         optimizer.zero_grad(set_to_none=True)

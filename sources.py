@@ -21,6 +21,7 @@ from common import (
     tell_others,
 )
 from shapes import Shapes
+from shards import find_shards, open_shards
 
 NAMED_DATA = ("cifar10", "cifar100", "stl10", "cars")
 HELD_OUT = ("val", "validation", "valid", "test")  # folders next to train/, the first one that is there
@@ -166,10 +167,15 @@ def hold_out(source, share):
 def open_source(cfg, root, split, data=None):
     """As common.open_data, for a `root` that is a file, or None if there is nothing of that name."""
     data, turn = data or cfg.data, cfg.exif != "ignore"
+    if shards := find_shards(root or data):
+        if split == "val":
+            raise UserError(f"--data {data}: a tar does not say what is held out: add --val TARS, or "
+                            "--val_split 0.2")
+        return open_shards(shards, cfg.in_chans, turn)
     if root is None and data not in NAMED_DATA:
         flag = "--predict" if getattr(cfg, "predict", None) else "--data"
-        raise UserError(f"{flag} {data} does not exist: give a folder of images, a list of paths, an .npz, "
-                        f"or shapes|{'|'.join(NAMED_DATA)}; or try --demo")
+        raise UserError(f"{flag} {data} does not exist: give a folder of images, a list of paths, .tar, "
+                        f".npz, or shapes|{'|'.join(NAMED_DATA)}; or try --demo")
     try:
         if data in NAMED_DATA:
             return open_torchvision(data, cfg.in_chans, split, cfg.download)

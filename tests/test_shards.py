@@ -1,0 +1,170 @@
+"""Images in tars: the same as in a folder, whatever the layout; what is damaged is named."""
+
+import io
+import json
+import os
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from commands import SCRIPTS
+from conftest import run_script
+from PIL import Image
+from torture import log
+
+import common
+import finetune
+import shards
+
+MAE = SCRIPTS["mae_mff.py"]
+
+
+def picture(i):
+    pixels = np.random.default_rng(i).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_tar(path, files):
+    """files: {name: bytes}"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def in_folders(n=40):
+    return {f"set/class{i % 2}/{i:02}.png": picture(i) for i in range(n)}
+
+
+def opened(data, *flags):
+    flags = ["--data", str(data), "--weights", "none", "--mode", "knn", *flags]
+    return common.open_data(common.parse_config(finetune.Config, finetune.presets, flags), "all")
+
+
+def one_tar(root):
+    return write_tar(root / "all.tar", {"set/": b"", "set/read.me": b"x"} | in_folders())
+
+
+def webdataset(root):
+    for start in (0, 20):
+        files = {}
+        for i in range(start, start + 20):
+            files |= {f"{i:06}.png": picture(i), f"{i:06}.cls": b"%d\n" % (5 * (i % 2) + 5)}
+        write_tar(root / f"train-{start:04}.tar", files)
+    return root / "train-*.tar"
+
+
+def tar_of_tars(root):
+    inner = {f"class{kind}.tar": write_tar(root / f"{kind}/x", {
+        f"class{kind}_{i:02}.png": picture(i) for i in range(kind, 40, 2)}).read_bytes() for kind in (0, 1)}
+    return write_tar(root / "imagenet.tar", inner)
+
+
+def folder_of_tars(root):
+    for kind in (0, 1):
+        files = {name: x for name, x in in_folders().items() if f"class{kind}" in name}
+        write_tar(root / f"{kind}.tar", files)
+    return root
+
+
+@pytest.mark.parametrize("layout", [one_tar, webdataset, tar_of_tars, folder_of_tars])
+def test_images_and_classes_of_every_layout(tmp_path, capsys, layout):
+    data = layout(tmp_path / "data")
+    source = opened(data)
+    assert len(source) == 40 and len(source.classes) == 2
+    assert source.classes == (["5", "10"] if layout is webdataset else ["class0", "class1"])
+    names = [source.name(i) for i in range(40)]
+    assert len(set(names)) == 40 and all(".tar/" in name for name in names)
+    for i, name in enumerate(names):
+        number = int(name.rpartition("/")[2].split(".")[0].split("_")[-1])
+        image, label = source.read(i)
+        expected = common.decode_image(bytearray(picture(number)), "x.png", 3, True)
+        assert torch.equal(image, expected) and label == number % 2
+    assert ("2 other files" in capsys.readouterr().out) == (layout is one_tar)
+    shards.build_index = None  # the list is there
+    try:
+        assert opened(data).classes == source.classes
+    finally:
+        shards.build_index = build_index
+
+
+build_index = shards.build_index
+
+
+def test_the_list_is_made_anew_for_other_tars_and_needs_no_place(tmp_path, capsys):
+    path = one_tar(tmp_path)
+    assert len(opened(path)) == 40
+    listing, = tmp_path.glob(".list_of_*.npz")
+    listing.write_bytes(listing.read_bytes()[:500])  # damaged
+    assert len(opened(path)) == 40
+    write_tar(path, in_folders(20))
+    os.utime(path, (time.time() + 9, time.time() + 9))
+    assert len(opened(path)) == 20
+    listing.unlink()
+    listing.mkdir()  # may not be written
+    assert len(opened(path)) == 20 and capsys.readouterr().out.count("images") == 4
+
+
+def test_what_is_damaged_is_named_and_the_rest_is_read(tmp_path, capsys):
+    whole = one_tar(tmp_path).read_bytes()
+    last = whole.rindex(b"set/class1/39.png")  # its header
+    cut, torn = tmp_path / "cut.tar", tmp_path / "torn.tar"
+    cut.write_bytes(whole[: last + 700])  # inside of the last image
+    torn.write_bytes(whole[:last] + b"\xff" * 512 + whole[last + 512 :])
+    for path in (cut, torn):
+        assert len(opened(path)) == 39 and f"{path} is damaged after" in capsys.readouterr().out
+    spoiled = tmp_path / "spoiled.tar"
+    spoiled.write_bytes(whole[: last + 512] + b"\xff" * 100 + whole[last + 612 :])
+    source = opened(spoiled)
+    with pytest.raises(Exception, match="."):
+        source.read(39)
+    samples = common.KeyedSamples(source, common.EvalCrop((8, 8)), 0, 2)
+    (name, _), = samples[0, 39]["bad"]
+    assert name == f"{spoiled}/set/class1/39.png"
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"read.me": b"x"}, "no image in"),
+    ({}, "no image in"),
+])
+def test_tars_without_images(tmp_path, files, words):
+    with pytest.raises(common.UserError, match=words):
+        opened(write_tar(tmp_path / "x.tar", files))
+
+
+def test_names_with_brackets_and_lists_of_tars(tmp_path):
+    assert len(opened(one_tar(tmp_path / "a[1]"))) == 40 and len(opened(tmp_path / "a[1]")) == 40
+    (tmp_path / "names.tar.txt").write_text("a.png\n")
+    assert len(opened(tmp_path / "names.tar.txt")) == 1
+
+
+def test_compressed_tars_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(common.UserError, match="compressed"):
+        opened(tmp_path / "x.tar.gz")
+
+
+def test_training_on_tars_equals_training_on_the_folder_and_resumes(tmp_path):
+    for name, content in in_folders().items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    by_name = dict(sorted(in_folders().items()))  # the folder's order
+    write_tar(tmp_path / "tars/all.tar", by_name)
+    command = [*MAE, "--batch_size", 10, "--epochs", 2]
+    run_script([*command, "--data", "set", "--out", "folder"], tmp_path)
+    run_script([*command, "--data", "tars", "--out", "tar", "--workers", 2], tmp_path, 2)
+    losses = [[line["train/loss"] for line in log(tmp_path / out)] for out in ("folder", "tar")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    output = run_script([*command, "--data", "tars", "--out", "tar", "--resume"], tmp_path)
+    assert "resumed from" in output
+    command = ["finetune.py", "--mode", "knn", "--weights", "tar/encoder.pth", "--val_split", 0.2, "--data"]
+    run_script([*command, "tars/all.tar", "--out", "knn"], tmp_path)
+    assert json.loads((tmp_path / "knn/log.jsonl").read_text())["eval/n"] == 8
