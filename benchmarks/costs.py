@@ -90,6 +90,8 @@ def main():
     parser.add_argument("--table", default="docs/COSTS.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    sizes = [path.stat().st_size for path in Path(args.data).rglob("*") if path.is_file()]
+    kilobytes = sum(sizes) / len(sizes) / 1000
     rates = {augment: per_core(args.data, augment) for augment in ("crop", "full")}
     lines = []
     with tempfile.TemporaryDirectory() as folder:
@@ -118,8 +120,9 @@ Written by `python benchmarks/costs.py --data PHOTOS`; commit {git_commit()}, to
 
 - Hours of one card for {IMAGES:,} images (ImageNet-1K, 224 px; about 140 GB on disk) at {SHARE:.0%} of its
   peak; N cards take an N-th. [GPU.md](GPU.md) has the shares that were measured: 23 to 36 %, so expect more.
-- Cores: one of this machine decodes and crops {rates["crop"]:.0f} of the photographs in a second, and gives
-  {rates["full"]:.0f} the full augmentation; images with a short side of 256 take fewer cores.
+- Cores: one of this machine decodes and crops {rates["crop"]:.0f} photographs in a second, and gives
+  {rates["full"]:.0f} the full augmentation, of {kilobytes:.0f} kB on average. ImageNet's have 110 kB and take
+  longer in proportion, unless they are [shrunk](RUNNING.md#speed).
 - GiB: parameters, gradients, optimizer and stored activations at the default micro-batch of one process (256;
   Vision ELECTRA 160), without what an operation needs for itself; half the micro-batch, about half of it.
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import statistics
+import subprocess
 import sys
 import types
 
@@ -17,6 +18,7 @@ import replicate
 import throughput
 import torch
 from conftest import ROOT
+from PIL import Image
 from scipy import stats
 from torchvision.io import decode_image
 
@@ -152,6 +154,19 @@ def test_a_page_keeps_what_is_outside_the_marks(tmp_path):
     page.write_text(f"before\n{begin}old\n{end}after\n")
     replicate.write_table("new\n", page)
     assert page.read_text() == f"before\n{begin}new\n{end}after\n"
+
+
+def test_the_script_that_shrinks_photographs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/RUNNING.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "PHOTOS/a").mkdir(parents=True)
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.new("RGB", (900, 600), "red").save(tmp_path / "PHOTOS/a/wide.JPG", exif=turned)
+    Image.new("RGBA", (40, 30), "red").save(tmp_path / "PHOTOS/small.png")
+    (tmp_path / "shrink.py").write_text(code)
+    subprocess.run([sys.executable, "shrink.py"], cwd=tmp_path, check=True, timeout=60)
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "SMALL").rglob("*.jpg")}
+    assert sizes == {"wide.jpg": (256, 384), "small.jpg": (40, 30)}
 
 
 def test_every_start_fits():
