@@ -2,16 +2,19 @@
 
 checks   Twenty updates of every script in float32, bf16 and fp16, three at a time: exit code, and losses
          against tests/golden.json, which a CPU wrote in float32. A run that is killed and resumed against one
-         that was left alone. The tests that need a GPU.
+         that was left alone, and on two GPUs, if there are two, against one. The tests that need a GPU.
+demos    The demo of each pre-training script, all at once: exit code, seconds, first and last loss.
+data     With --data PHOTOS: updates of MAE, ViT-B/16, on these: images/s, share of the time spent waiting.
 speed    One update of every method, ViT-B/16 at 224 px in bf16, from pinned 8-bit images to the optimizer:
          images/s, share of the speed of a large matrix product (MFU; FLOPs counted, attention included), peak
          memory; eager and compiled. MAE's also in fp16 and at another micro-batch; transformers' ViTMAE.
 
-    python benchmarks/gpu.py                  on a CPU: a rehearsal at tiny size
+    python benchmarks/gpu.py --data PHOTOS    on a CPU: a rehearsal at tiny size
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,20 +37,27 @@ from throughput import (
 )
 from torture import commands
 
+from common import EXTENSIONS
+
 CUDA = DEVICE.type == "cuda"
 SIZE, BATCH = ("base", 256) if CUDA else ("tiny", 2)
 HEAVY = {"CIM-ResPix": 4, "CIM-RevDet": 4, "Vision ELECTRA": 2, "DDAE": 2}  # their batch is BATCH over this
 
 
-def launch(words, folder):
-    """(exit code, losses of log.jsonl, end of the output) of a script"""
-    script, *flags = words
-    result = subprocess.run([sys.executable, str(ROOT / script), *flags, "--out", str(folder)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def log(folder):
+    """The lines of a run's log that are on training"""
     path = folder / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    losses = [line["train/loss"] for line in lines if "train/loss" in line]
-    return result.returncode, losses, result.stdout.strip()[-300:]
+    return [line for line in lines if "train/loss" in line]
+
+
+def launch(words, folder, processes=1):
+    """(exit code, losses of log.jsonl, end of the output) of a script"""
+    script, *flags = words
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *torchrun * (processes > 1), str(ROOT / script), *flags, "--out", str(folder)]
+    result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return result.returncode, [line["train/loss"] for line in log(folder)], result.stdout.strip()[-300:]
 
 
 def furthest(losses, expected):
@@ -80,6 +90,12 @@ def checks(folder):
     run.kill()
     run.wait()
     resumed = launch([*words, "--resume"], folder / "killed")[1]
+    two = "Two processes: there is one GPU."
+    if torch.cuda.device_count() > 1 or not CUDA:
+        code, losses, output = launch([*jobs["mae_mff"], "--amp", "off"], folder / "two", 2)
+        two = (f"Two processes, {'NCCL' if CUDA else 'gloo'}: {len(losses)} updates, "
+               f"{furthest(losses, whole):.1%} from one in bf16." if code == 0
+               else f"Two processes FAILED ({code}): {output}")
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     tests = subprocess.run([*pytest, "tests/test_revcol_v2.py", "-k", "column_equals"], cwd=ROOT, text=True,
                            stdout=subprocess.PIPE)
@@ -87,8 +103,38 @@ def checks(folder):
             "float32; detection draws boxes by their scores, so rounding changes what it learns from.", "",
             *table(["script", "float32 (TF32)", *precisions[1:]], rows),
             f"Killed and resumed against unbroken, bf16: {len(resumed)} of {len(whole)} losses, largest "
-            f"difference {furthest(resumed, whole):.2g}.", "",
+            f"difference {furthest(resumed, whole):.2g}.", "", two, "",
             f"Tests of RevColV2 that a GPU adds to: {tests.stdout.strip().splitlines()[-1]}.", ""]
+
+
+def demos(folder):
+    def row(script):
+        short = [] if CUDA else ["--epochs", "0.03", "--warmup_epochs", "0.01"]
+        begin = time.monotonic()
+        code, losses, output = launch([script, "--demo", *short], folder / script)
+        if code:
+            return [script, f"FAILED ({code}): {output}", "", "", ""]
+        return [script, "ends", f"{time.monotonic() - begin:.0f}", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"]
+
+    scripts = [f"{module.__name__}.py" for module in dict.fromkeys(module for module, _ in METHODS.values())]
+    with ThreadPoolExecutor(5 if CUDA else 1) as pool:
+        rows = list(pool.map(row, scripts))
+    return table(["demo", "", "seconds, all at once", "first loss", "last loss"], rows)
+
+
+def data(folder, photos):
+    n = sum(path.suffix.lower() in EXTENSIONS for path in Path(photos).rglob("*"))
+    batch = min(BATCH, 1 << (n.bit_length() - 1))
+    size = [] if CUDA else ["--model", "tiny"]
+    updates, every = (60, "20") if CUDA else (6, "3")
+    words = ["mae_mff.py", "--data", photos, "--batch_size", str(batch), "--epochs", str(updates * batch / n),
+             "--log_every", every, "--pictures", "0", *size]
+    code, _, output = launch(words, folder / "run")
+    if code:
+        return [f"FAILED ({code}): {output}", ""]
+    last = log(folder / "run")[-1]
+    return [f"{n} photographs, batch {batch}: {last['images_per_second']:,.0f} images/s, "
+            f"{last['data_wait']:.0%} of the time spent waiting for images; {os.cpu_count()} cores.", ""]
 
 
 def measure(update, images, flops, peak):
@@ -142,7 +188,8 @@ def speed():
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="checks,speed", help="by commas (default both)")
+    parser.add_argument("--parts", default="checks,demos,data,speed", help="by commas (default all)")
+    parser.add_argument("--data", help="photographs, for that part")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.md"), help="(default runs/gpu.md)")
     parser.add_argument("--commit", default="", help="to be named, where there is no git")
     args = parser.parse_args()
@@ -153,7 +200,12 @@ def main():
     for part in args.parts.split(","):
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            found = checks(Path(folder)) if part == "checks" else speed()
+            if part == "speed":
+                found = speed()
+            elif part == "data":
+                found = data(Path(folder), args.data) if args.data else ["Not measured: no --data.", ""]
+            else:
+                found = {"checks": checks, "demos": demos}[part](Path(folder))
         lines += [f"## {part.capitalize()}", "", *found]
         args.out.write_text("\n".join(lines))
         print(f"{part}: {time.monotonic() - begin:.0f} s", flush=True)
