@@ -92,9 +92,11 @@ class Config(RunConfig):
     mask: Literal["random", "block"] = "random"  # hide single patches or BEiT's blocks (table 4)
     sampling: Literal["softmax", "argmax", "uniform"] = "softmax"  # how hidden tokens are drawn (table 7)
     pixel_norm: Literal["window", "patch", "none"] = "window"  # ResPix's target (table 6)
+    window: int = 8  # pixels of a window's side; small patches want half of theirs, as the paper's 8 of 16
     window_per_channel: bool = False  # a window's mean and deviation per channel
     rgb_std: float = 0.1  # deviation of an MAE's colours, of values in [0, 1]
     generator_init: str | None = None  # last.pth of --objective none, or of a raw-pixel MAE; not shared
+    generator_target: Literal["raw"] | None = None  # of an MAE's file that does not say what it predicts
     freeze_generator: bool = False  # and leave it as it is (A.1)
     # optimisation: table 13
     epochs: float = 300.0  # passes over the data
@@ -211,12 +213,22 @@ def window_statistics(images, per_channel=False, size=8):
 def pixel_statistics(images, cfg):
     """Mean and deviation, for images (B, C, H, W), that --pixel_norm takes out of ResPix's target."""
     if cfg.pixel_norm == "window":
-        return window_statistics(images, cfg.window_per_channel)
+        return window_statistics(images, cfg.window_per_channel, cfg.window)
     if cfg.pixel_norm == "none":
         return torch.zeros_like(images), torch.ones_like(images)
     patches = patchify(images, cfg.patch_size)
     mean, deviation = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()  # MAE's
     return (unpatchify(x.expand_as(patches), cfg.patch_size, cfg.grid) for x in (mean, deviation))
+
+
+def revdet_scores(verdict, replaced, loss):
+    """What RevDet has learned, {name: scalar}: AUC, the probability that a replaced token's verdict (B, L) is
+    above an original one's; and gain, the entropy of the labels (B, L) minus the loss: 0 for their mean."""
+    share, n, ones = replaced.mean(), replaced.numel(), replaced.sum()
+    ranks = verdict.flatten().argsort().argsort() + 1.0
+    auc = ((ranks * replaced.flatten()).sum() - ones * (ones + 1) / 2) / (ones * (n - ones))
+    entropy = F.binary_cross_entropy(share, share)
+    return {"revdet_auc": auc, "revdet_gain": entropy - loss}
 
 
 # ---- generator and enhancer --------------------------------------------------------------------------------
@@ -380,7 +392,7 @@ class CorruptedImageModel(nn.Module):
                 else:
                     verdict, weight = pred.flatten(1), 1
                     enhancer_loss = F.binary_cross_entropy_with_logits(verdict, replaced.float())
-                    terms["revdet_accuracy"] = ((verdict > 0) == replaced).float().mean()
+                    terms |= revdet_scores(verdict.detach(), replaced.float(), enhancer_loss)
             loss = weight * enhancer_loss + (0 if self.cfg.freeze_generator else loss)
             terms |= {"enhancer_loss": enhancer_loss, "replaced": replaced.float().mean()}
         return loss, {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
@@ -431,7 +443,7 @@ def save_pictures(path, model, examples, run):
     if cfg.objective == "respix":
         images = model.normalize(pixels)
         mean, deviation = pixel_statistics(images, cfg)
-        template = window_statistics(images, cfg.window_per_channel)[0].expand_as(images)
+        template = window_statistics(images, cfg.window_per_channel, cfg.window)[0].expand_as(images)
         restored = {"template": template, "output": pred * deviation + mean}
         columns |= {name: x * model.pixel_std + model.pixel_mean for name, x in restored.items()}
         caption += "; template: the window's mean (fig. 4); output: for corrupted 1"
@@ -450,9 +462,10 @@ def load_generator(generator, cfg, tokenizer):
         raise UserError(f"{cfg.generator_init} was trained with another tokenizer than {cfg.tokenizer}")
     raw = content.get("method") == "cim" or content.get("config", {}).get("target") == "raw"
     raw = raw or getattr(content.get("args"), "norm_pix_loss", True) is False  # in MAE's own files
+    raw = raw or cfg.generator_target == "raw"
     if cfg.generator == "mae" and not raw:
         raise UserError(f"{cfg.generator_init} does not say that it predicts raw pixels: train it with "
-                        "mae_mff.py --target raw")
+                        "mae_mff.py --target raw; if you know that it does, --generator_target raw")
     load_weights(generator, cfg.generator_init, prefix="generator.", content=content)
 
 

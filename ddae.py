@@ -47,6 +47,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import nn
 
@@ -97,7 +98,8 @@ class Config(RunConfig):
     learn_beta: bool = True  # --no-learn_beta fixes beta (table 7)
     reg: Literal["sqrt", "literal", "none"] = "sqrt"  # eq. (6)'s last term: scaled, as printed, none
     target: Literal["channel", "mae", "raw"] | None = None  # pixels: per patch and channel, per patch, raw
-    feature_norm: Literal["layer", "none"] = "layer"  # LayerNorm without parameters on features and target
+    feature_norm: Literal["layer", "instance", "channel", "none"] = "layer"  # see normalize_features
+    feature_ramp: float = 0.0  # share of the run in which the feature loss grows from 0 (BootMAE: 0.25)
     momentum: tuple[float, float, float] = (0.999, 0.9999, 0.99999)  # teacher's, at epochs 0, 100, 400
     # optimisation: appendix A; min_lr, betas, clip_grad: MAE's
     epochs: float = 800.0  # passes over the data
@@ -114,7 +116,7 @@ class Config(RunConfig):
     draw: str | None = None  # draw what these weights (last.pth) predict, to --out X.png
     pictures: int = 8  # images drawn at each epoch's end; 0 = none
 
-    ranges = RunConfig.ranges | {"beta_init": (-100, 100), "momentum": (0, 1)}
+    ranges = RunConfig.ranges | {"beta_init": (-100, 100), "momentum": (0, 1), "feature_ramp": (0, 1)}
     start_from = ("init",)
 
     def __post_init__(self):
@@ -247,6 +249,30 @@ def pixel_target(images, patch_size, kind):
     return (patches - mean) / deviation, mean, deviation
 
 
+def normalize_features(features, wanted, kind):
+    """What eq. (5) compares, from predictions and the teacher's features (K or 1, B, L, D). layer: both under
+    a LayerNorm without parameters; instance: likewise, the target without its image's mean token before;
+    channel: the target's channels of deviation 1 over all tokens of the micro-batch; none. All but the first
+    are arms of ours: an untrained teacher's features are nearly one vector."""
+    if kind == "channel":
+        deviation, mean = torch.std_mean(wanted, (1, 2), keepdim=True)
+        return features, (wanted - mean) / (deviation + 1e-5)
+    if kind == "instance":
+        wanted = wanted - wanted.mean(2, keepdim=True)
+    if kind == "none":
+        return features, wanted
+    return (F.layer_norm(x, x.shape[-1:], eps=1e-6) for x in (features, wanted))
+
+
+def shares_of_target(wanted):
+    """Shares of a target (B, L, D), of its mean square, {name: scalar}: constant over images and positions;
+    beyond that, the mean of each position over the images, and of each image over its positions."""
+    total, constant = wanted.square().mean(), wanted.mean((0, 1)).square().mean()
+    means = {"position": wanted.mean(0), "image": wanted.mean(1)}
+    shares = {name: (mean.square().mean() - constant) / total for name, mean in means.items()}
+    return {f"target/{name}": share for name, share in (shares | {"constant": constant / total}).items()}
+
+
 # ---- model -------------------------------------------------------------------------------------------------
 
 
@@ -287,8 +313,6 @@ class DeepDynamicAutoEncoder(ViT):
             depth = cfg.decoder_depth if cfg.decoder == "ddae" else 2
             self.feature_decoder = Decoder(D, D, depth, VIT_SIZES[cfg.model][2], D, self.grid)
             self.teacher = ViT(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans).requires_grad_(False)
-            plain = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
-            self.feature_norm = plain if cfg.feature_norm == "layer" else nn.Identity()
         self.beta = nn.Parameter(torch.tensor(cfg.beta_init), requires_grad=cfg.learn_beta)
         self.init_weights()
         self.update_teacher(0.0)
@@ -321,9 +345,10 @@ class DeepDynamicAutoEncoder(ViT):
         """Momentum encoder on the whole image: every level's patch tokens (K, B, L, D)."""
         return self.outputs(self.teacher, self.teacher.prepend_cls(self.teacher.embed(images)))[:, :, 1:]
 
-    def forward(self, images, distance):
+    def forward(self, images, distance, ramp=1.0):
         """Returns the loss, eq. (6), and its terms: eqs. (3), (5), (6) as added; the last level's mean
-        squared error on hidden patches, comparable between runs; beta under its block's number."""
+        squared error on hidden patches, comparable between runs; beta under its block's number. ramp: the
+        weight of eq. (5)."""
         cfg = self.cfg
         deep_pixel, deep_feature = (cfg.dds in ("both", kind) for kind in ("pixel", "feature"))
         latent, ids_restore = self.encode(images, distance)
@@ -338,12 +363,13 @@ class DeepDynamicAutoEncoder(ViT):
             target, *_ = pixel_target(images.float(), self.patch_size, cfg.target)
             terms = {"eq3_pixel": weighted_mse(pixels, target, weight if deep_pixel else mask[None], mask)}
             if cfg.distill:
-                features, wanted = (self.feature_norm(x.float()) for x in (features, wanted))
+                features, wanted = normalize_features(features.float(), wanted.float(), cfg.feature_norm)
                 weight = weight if deep_feature else mask[None]
-                terms["eq5_distill"] = weighted_mse(features, wanted, weight, mask)
+                terms["eq5_distill"] = ramp * weighted_mse(features, wanted, weight, mask)
             if cfg.reg != "none":
                 terms["eq6_reg"] = 0.5 * regulariser(h, mask, cfg.reg == "literal")
             loss = sum(terms.values())
+            terms |= shares_of_target(wanted[-1]) if cfg.distill else {}
             terms |= {"loss": loss, "mse": weighted_mse(pixels[-1:].detach(), target, mask[None], mask)}
         terms |= {f"beta/{i}": beta for i, beta in zip(self.levels, self.beta.unbind(), strict=True)}
         return loss, {name: value.detach() for name, value in terms.items()}
@@ -356,10 +382,11 @@ def train_step(model, batches, optimizer, scaler, run):
     """One update of run.accum_steps micro-batches and of the teacher; returns terms and grad_norm as
     floats."""
     optimizer.zero_grad(set_to_none=True)
-    total = {}
+    total, share = {}, run.cfg.feature_ramp
+    ramp = torch.full((), min(1.0, run.step / run.steps / share) if share else 1.0, device=run.device)
     for images, distance in run.micro_batches(model, batches):
         with run.autocast():
-            loss, terms = model(images, distance)
+            loss, terms = model(images, distance, ramp)
         scaler.scale(loss / run.accum_steps).backward()
         total = {name: total.get(name, 0) + term / run.accum_steps for name, term in terms.items()}
     scaler.unscale_(optimizer)

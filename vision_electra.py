@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from common import (
     VIT_SIZES,
@@ -94,7 +95,12 @@ class Config(RunConfig):
     levels: Literal[*LEVELS] = "both"  # of the verdicts; none: no discriminator, an MAE of raw pixels
     adversarial: Literal["nonsaturating", "none"] = "nonsaturating"  # the generator's second loss
     gan_weight: float = 0.2  # weight of that loss (supplement, table 1)
+    gan_ratio: float = 0.0  # or: its gradient on the decoder's last layer, as a share of L_rec's; 0 = off
+    adversarial_levels: Literal["both", "image", "patch"] = "both"  # of the verdicts that it deceives
+    blur: float = 0.0  # deviation in pixels of a Gaussian blur of all that the discriminator sees
     generator_warmup_epochs: float = 0.0  # passes before that loss counts
+    generator_waits: bool = False  # in these passes the generator learns nothing at all
+    generator_lr_scale: float = 1.0  # its learning rate = the discriminator's times this
     generator_init: str | None = None  # generator from an MAE of raw pixels, ours (last.pth) or official
     discriminator_init: str | None = None  # discriminator from these weights (ours, official MAE, timm)
     # optimisation: supplement, 0.1
@@ -122,6 +128,10 @@ class Config(RunConfig):
             raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
         if self.levels == "none" and self.discriminator_init:
             raise ValueError("--levels none has no discriminator for --discriminator_init")
+        if self.levels != "none" and not set(LEVELS[self.adversarial_levels]) & set(LEVELS[self.levels]):
+            raise ValueError(f"--adversarial_levels {self.adversarial_levels}, but --levels {self.levels}")
+        if self.gan_ratio and self.compile:
+            raise ValueError("--gan_ratio takes gradients inside the forward pass: not with --compile")
 
 
 # With a GAN weight of 0.2 a generator of this size deceives and reconstructs worse: hence 0.005, once the
@@ -232,11 +242,14 @@ class Generator(ViT):
 class Discriminator(ViT):
     def __init__(self, cfg):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
+        self.blur = cfg.blur
         self.heads = nn.ModuleDict({level: nn.Linear(self.embed_dim, 1) for level in LEVELS[cfg.levels]})
         self.init_weights()
 
     def forward(self, images):
         """(B, C, H, W) -> verdicts {"image": (B,), "patch": (B, L)} float32, logits: > 0 is original."""
+        if self.blur:
+            images = gaussian_blur(images, [2 * math.ceil(2 * self.blur) + 1] * 2, [self.blur] * 2)
         x = super().forward(images)
         tokens = {"image": x[:, 0], "patch": x[:, 1:]}
         return {level: head(tokens[level]).squeeze(-1).float() for level, head in self.heads.items()}
@@ -267,6 +280,13 @@ class VisionElectra(nn.Module):
         composite = torch.where(where, unpatchify(pred, p, grid), images)
         return composite, {"image": torch.ones_like(mask[:, 0]), "patch": generated}
 
+    def balanced_weight(self, reconstruction, adversarial):
+        """The weight at which L_adv's gradient on the decoder's last layer is --gan_ratio times L_rec's
+        (VQGAN's adaptive weight)."""
+        last, losses = self.generator.decoder_pred.weight, (reconstruction, adversarial)
+        wanted, own = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in losses)
+        return self.cfg.gan_ratio * wanted / (own + 1e-8)
+
     def forward(self, images, noise, gan_weight):
         """Returns L_rec + gan_weight L_adv + L_D and its terms; without a discriminator L_rec alone."""
         pred, mask, diversity = self.generate(images, noise)
@@ -283,7 +303,11 @@ class VisionElectra(nn.Module):
         if gan_weight:  # once more, now with a gradient for the composite and none for the discriminator
             frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
             fake = functional_call(self.discriminator, frozen, (composite,))
-            adversarial = adversarial_loss(fake, generated)
+            chosen = fake.keys() & LEVELS[self.cfg.adversarial_levels]
+            adversarial = adversarial_loss({level: fake[level] for level in sorted(chosen)}, generated)
+            if self.cfg.gan_ratio:
+                gan_weight = self.balanced_weight(reconstruction, adversarial)
+                terms["gan_weight"] = gan_weight
         loss = reconstruction + gan_weight * adversarial + sum(by_level.values())
         terms |= {"loss": loss, "reconstruction_loss": reconstruction, "adversarial_loss": adversarial,
                   "generator_diversity": diversity}
@@ -304,6 +328,8 @@ def train_step(model, batches, optimizer, scaler, run):
         scaler.scale(loss / run.accum_steps).backward()
         total = {name: total.get(name, 0) + term / run.accum_steps for name, term in terms.items()}
     scaler.unscale_(optimizer)
+    if cfg.generator_waits and run.epoch < cfg.generator_warmup_epochs:
+        getattr(model, "module", model).generator.zero_grad(set_to_none=True)  # AdamW passes over it
     for name, network in getattr(model, "module", model).named_children():  # DDP's content
         total[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(network.parameters(), math.inf)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
@@ -411,7 +437,9 @@ def train(cfg, run):
             return
         load_initial(model, cfg)
     ddp = run.prepare(model)
-    optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
+    scaled = (lambda name: int("discriminator." in name)) if cfg.generator_lr_scale != 1 else None
+    groups = parameter_groups(model, cfg.weight_decay, (), scaled, cfg.generator_lr_scale)
+    optimizer = adamw(groups, cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
     run.load(model=model, optimizer=optimizer, scaler=scaler)
     crop = RandomResizedCrop(cfg.img_size, scale=(0.67, 1.0))

@@ -309,11 +309,11 @@ def test_corrupted_image_has_golden_tokens_where_visible(values):
 # ---- targets and losses
 
 
-@pytest.mark.parametrize("kind, per_channel", [("window", False), ("window", True), ("patch", False),
-                                               ("none", False)])
-def test_respix_target_and_loss(kind, per_channel):
+@pytest.mark.parametrize("kind, per_channel, side", [
+    ("window", False, 8), ("window", True, 8), ("window", False, 2), ("patch", False, 8), ("none", False, 8)])
+def test_respix_target_and_loss(kind, per_channel, side):
     """Windows: offsets -3 to +4, reflected, biased variance, all channels or each; patches: MAE's."""
-    model, arguments = build(2, pixel_norm=kind, window_per_channel=per_channel)
+    model, arguments = build(2, pixel_norm=kind, window_per_channel=per_channel, window=side)
     images = arguments[0] * 2 - 1
     target = images.clone()
     for row in range(32 if kind != "none" else 0):
@@ -321,7 +321,7 @@ def test_respix_target_and_loss(kind, per_channel):
             if kind == "patch":
                 rows, columns = (range(at // 4 * 4, at // 4 * 4 + 4) for at in (row, column))
             else:
-                places = ([at + i for i in range(-3, 5)] for at in (row, column))
+                places = ([at + i for i in range(1 - side // 2, side // 2 + 1)] for at in (row, column))
                 rows, columns = ([min(abs(i), 62 - i) for i in place] for place in places)
             around = images[:, :, list(rows)][..., list(columns)].flatten(2 if per_channel else 1)
             variance, mean = torch.var_mean(around, -1, correction=int(kind == "patch"))
@@ -354,7 +354,7 @@ def test_window_statistics_of_nearly_flat_areas_keep_their_digits(offset):
 
 
 @pytest.mark.parametrize("values", [{}, RESNET], ids=["ViT", "ResNet"])
-def test_revdet_loss_and_accuracy(values):
+def test_revdet_loss_and_what_it_has_learned(values):
     model, arguments = build(**values, objective="revdet")
     loss, terms, (corrupted, _, replaced, generator_loss, _) = twice(model.eval(), arguments)
     logits, truths = model.enhancer(corrupted * 2 - 1).flatten().tolist(), replaced.flatten().tolist()
@@ -362,8 +362,11 @@ def test_revdet_loss_and_accuracy(values):
     expected = sum(math.log(1 + math.exp(-logit if truth else logit)) for logit, truth in pairs) / len(pairs)
     assert terms["enhancer_loss"].item() == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(generator_loss.item() + expected, rel=1e-4)  # weight 1
-    hits = sum((logit > 0) == truth for logit, truth in pairs)
-    assert terms["revdet_accuracy"].item() == pytest.approx(hits / len(pairs))
+    above = [a > b for a, x in pairs for b, y in pairs if x and not y]
+    assert terms["revdet_auc"].item() == pytest.approx(sum(above) / len(above), rel=1e-4)
+    share = sum(truths) / len(truths)
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert terms["revdet_gain"].item() == pytest.approx(entropy - expected, abs=1e-4)
     assert terms["replaced"].item() == pytest.approx(sum(truths) / len(truths))
 
 
@@ -550,6 +553,7 @@ def test_generator_first_then_frozen(tmp_path, small_npz, tokenizer_file):
         flags = ["--generator", "mae", "--generator_init", f"{target}/last.pth", "--out", f"with_{target}"]
         output = run_script([*command, *flags], tmp_path, expect=code)
         assert ("does not say that it predicts raw pixels" in output) == bool(code)
+    run_script([*command, *flags, "--generator_target", "raw"], tmp_path)
 
 
 def test_statistics_of_batch_norm_survive_a_skipped_update():

@@ -1,7 +1,9 @@
 """ddae.py: masks, distances, weights, losses and teacher against slow versions; ablations; the command."""
 
+import contextlib
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -138,7 +140,7 @@ def test_its_mae_is_mae(flags):
     torch.testing.assert_close(ours(images, distance)[0], mae(images, (distance > 0).float())[0])
 
 
-@pytest.mark.parametrize("feature_norm", ["layer", "none"])
+@pytest.mark.parametrize("feature_norm", ["layer", "instance", "channel", "none"])
 def test_the_whole_loss_against_its_parts_written_out(feature_norm):
     model = build(beta_init=(-0.9, -0.5, 0.1, 0.4), feature_norm=feature_norm)
     model.teacher.load_state_dict(build().trunk_state())  # a teacher that differs
@@ -158,7 +160,12 @@ def test_the_whole_loss_against_its_parts_written_out(feature_norm):
         powers = torch.where(distance > 0, distance.clamp(min=1).pow(model.beta[i]).exp(), 0)
         h = powers / powers.sum(1, keepdim=True)
         feature, target = model.feature_decoder(model.norm(x)[None], restore)[0], full[:, 1:]
-        if feature_norm == "layer":
+        if feature_norm == "instance":
+            target = torch.stack([tokens - sum(tokens) / 64 for tokens in target])
+        if feature_norm == "channel":
+            every = target.flatten(0, 1)
+            target = (target - every.mean(0)) / (every.var(0).sqrt() + 1e-5)
+        if feature_norm in ("layer", "instance"):
             feature, target = (F.layer_norm(y, (128,), eps=1e-6) for y in (feature, target))
         error = ((model.pixel_decoder(model.norm(x)[None], restore)[0] - pixels) ** 2).mean(-1)
         error = error + ((feature - target) ** 2).mean(-1)
@@ -170,6 +177,38 @@ def test_the_whole_loss_against_its_parts_written_out(feature_norm):
     gradients = [torch.autograd.grad(value, model.beta)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=0)
     assert [terms[f"beta/{i}"] for i in (1, 2, 3, 4)] == model.beta.tolist()
+    half, more = model(images, distance, torch.tensor(0.5))  # --feature_ramp
+    torch.testing.assert_close(half, loss - 0.5 * terms["eq5_distill"])
+    assert more["eq5_distill"] == 0.5 * terms["eq5_distill"]
+
+
+def test_shares_of_a_feature_target():
+    constant, position, image, rest = (torch.randn(shape) for shape in ((8,), (6, 8), (5, 1, 8), (5, 6, 8)))
+    position, image = position - position.mean(0), image - image.mean(0)
+    rest = rest - rest.mean(0) - rest.mean(1, keepdim=True) + rest.mean((0, 1))
+    target = constant + position + image + rest
+    total = (target**2).mean()
+    for name, part in (("constant", constant), ("position", position), ("image", image)):
+        share = ddae.shares_of_target(target)[f"target/{name}"]
+        torch.testing.assert_close(share, (part**2).mean() / total, rtol=1e-4, atol=1e-6)
+
+
+def test_the_feature_loss_grows_over_the_ramp():
+    seen, run = [], types.SimpleNamespace(
+        step=0, steps=40, epoch=0.0, accum_steps=1, device=torch.device("cpu"), cfg=Config(feature_ramp=0.25),
+        micro_batches=lambda model, batches: batches, autocast=contextlib.nullcontext,
+        agree=lambda total, norm: ({}, False))
+    model = torch.nn.Linear(1, 1)
+
+    def forward(images, distance, ramp):
+        seen.append(ramp.item())
+        return model(images).sum(), {}
+
+    learner = type("Learner", (), {"parameters": model.parameters, "__call__": staticmethod(forward)})()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.0), torch.amp.GradScaler("cpu", enabled=False)
+    for run.step in (0, 5, 10, 39):
+        ddae.train_step(learner, [(torch.ones(1, 1), None)], optimizer, scaler, run)
+    assert seen == [0.0, 0.5, 1.0, 1.0]
 
 
 # ---- teacher

@@ -48,8 +48,10 @@ REPLACED = {
 }
 OWN = {
     "ddae": [
+        "total, share = ({}, run.cfg.feature_ramp)",
+        "ramp = torch.full((), min(1.0, run.step / run.steps / share) if share else 1.0, device=run.device)",
         "for images, distance in run.micro_batches(model, batches):",
-        "loss, terms = model(images, distance)",
+        "loss, terms = model(images, distance, ramp)",
         "momentum = np.interp(run.epoch, (0, 100, 400), run.cfg.momentum)",
         'getattr(model, "module", model).update_teacher(momentum)',
     ],
@@ -68,6 +70,8 @@ OWN = {
         "total, cfg = ({}, run.cfg)",
         'deceive = cfg.adversarial != "none" and run.epoch >= cfg.generator_warmup_epochs',
         "loss, terms = model(images, noise, cfg.gan_weight if deceive else 0.0)",
+        "if cfg.generator_waits and run.epoch < cfg.generator_warmup_epochs:",
+        'getattr(model, "module", model).generator.zero_grad(set_to_none=True)',
         'for name, network in getattr(model, "module", model).named_children():',
         'total[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(network.parameters(), math.inf)',
         "grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)",

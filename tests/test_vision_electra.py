@@ -7,8 +7,8 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import run_script, sabotaged
-from torch.nn import functional as F
 from torture import log
 
 import common
@@ -117,6 +117,51 @@ def test_one_backward_pass_equals_two_separate_ones(weight):
     assert separate.keys() == joint.keys()
     for name, gradient in separate.items():
         torch.testing.assert_close(joint[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("level", ["image", "patch"])
+def test_one_level_alone_deceives_and_its_weight_follows_the_gradient(level):
+    model, images, noise = build(adversarial_levels=level, gan_ratio=0.3)
+    last = model.generator.decoder_pred.weight
+    reconstruction, composite, generated = forward_in_parts(model, images, noise)
+    L_adv = adversarial_loss({level: model.discriminator(composite)[level]}, generated)
+    wanted, own = (torch.autograd.grad(x, last, retain_graph=True)[0] for x in (reconstruction, L_adv))
+    torch.manual_seed(7)
+    loss, terms = model(images, noise, 0.2)
+    torch.testing.assert_close(terms["gan_weight"], 0.3 * wanted.norm() / own.norm(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(terms["adversarial_loss"], L_adv.detach(), rtol=1e-5, atol=0)
+    expected = wanted + terms["gan_weight"] * own
+    found = gradients(model, loss)["generator.decoder_pred.weight"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_discriminator_sees_blurred_images():
+    sharp, images, _ = build()
+    blurred, *_ = build(blur=0.8)
+    blurred.load_state_dict(sharp.state_dict())
+    weights = [math.exp(-0.5 * (i / 0.8) ** 2) for i in range(-2, 3)]
+    kernel = torch.tensor(weights) / sum(weights)
+    padded = F.pad(images, (2,) * 4, mode="reflect").unfold(2, 5, 1).unfold(3, 5, 1)
+    smooth = torch.einsum("bchwij,i,j->bchw", padded, kernel, kernel)
+    for level, verdict in sharp.discriminator(smooth).items():
+        torch.testing.assert_close(blurred.discriminator(images)[level], verdict, rtol=1e-3, atol=1e-4)
+
+
+def test_a_generator_that_waits_and_one_that_learns_slowly(small_npz, tmp_path):
+    flags = ["--model", "nano", "--img_size", "32", "--patch_size", "4", "--batch_size", "50", "--epochs", "1", "--pictures", "0", "--workers", "0"]
+    for name, more in (("waits", ["--generator_waits", "--generator_warmup_epochs", 2]),
+                       ("slow", ["--generator_lr_scale", 1e-6]), ("free", [])):
+        run_script(["vision_electra.py", *flags, "--data", small_npz, "--out", name, *more], tmp_path)
+    moved = {}
+    for name in ("waits", "slow", "free"):
+        weights = torch.load(tmp_path / name / "last.pth", weights_only=True)["model"]
+        torch.manual_seed(0)
+        start = VisionElectra(Config(**NANO)).state_dict()
+        for network in ("generator", "discriminator"):
+            moved[name, network] = max((weights[key] - start[key]).abs().max().item()
+                                       for key in weights if key.startswith(network))
+    assert moved["waits", "generator"] == 0 and 0 < moved["slow", "generator"] < 1e-4 * moved["free", "generator"]
+    assert min(moved[name, "discriminator"] for name in ("waits", "slow", "free")) > 1e-6
 
 
 @pytest.mark.parametrize("values", [{"levels": "image"}, {"levels": "patch", "noise": 0.0}, {"paste": False},
