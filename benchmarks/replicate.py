@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import readings
 import torch
 from scipy import stats
 
@@ -57,6 +58,8 @@ READ_OUTS = {
     "linear": "--mode linear --augment none --batch_size 1024 --base_lr 1.0 --epochs 50 --warmup_epochs 5 "
               "--eval_every 50",
 }
+READ_OUTS["linear_mean"] = f"{READ_OUTS['linear']} --pool avg"
+HEADS = {"finetune": "fine-tuned", "linear": "linear probe", "linear_mean": "probe of the mean token"}
 
 
 @dataclass
@@ -80,7 +83,11 @@ def arms(scale):
     raw = f"--base_lr {scale['mae']} {fused} --target raw"
     ve = f"--base_lr {scale['ve']}"
     continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
-    return {
+    own = {"mae": f"{mae} {fused}", "ddae": ddae, "dds": f"{ddae} {steps}", "ve": ve, "cim": cim,
+           "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100, "half": "{half}"}
+    more = {name: Arm(*words.format(**own).split(" ", 1), start)
+            for name, (words, start) in readings.ARMS.items()}
+    return more | {
         "mae": Arm("mae_mff.py", f"{mae} {fused}"),
         "mff": Arm("mae_mff.py", mae),
         "mff_detach": Arm("mae_mff.py", f"{mae} --detach_shallow"),
@@ -154,6 +161,7 @@ CLAIMS = [
     Claim("ve", "a weight of 0.2 beats 0.5", "VE, supplement: +6.7", "ve", "ve_half"),
     Claim("revcol", "pre-training beats random weights", "RevColV2, supplement 2.1: +1.6",
           "revcol", "revcol_scratch"),
+    *(Claim(*claim, ways=ways) for *claim, ways in readings.CLAIMS),
 ]
 
 
@@ -224,7 +232,8 @@ class Bench:
                                     scale["batch"],
                                     "--epochs", f"{self.epochs:.6g}", "--warmup_epochs",
                                     f"{self.epochs / 10:.6g}",
-                                    "--pictures", 0, "--seed", seed, *start, *arm.flags.split()])
+                                    "--pictures", 0, "--seed", seed, *start,
+                                    *arm.flags.format(half=f"{self.epochs / 2:.4g}").split()])
         return self.out / name / str(seed) / "run/encoder.pth"
 
     def read_out(self, name, seed, ways):
@@ -237,10 +246,18 @@ class Bench:
             shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none",
                      "--layer_decay", 1]
         for way in ways:
-            epochs = [] if way == "linear" else ["--epochs", self.scale["tune_epochs"]]
+            epochs = [] if way in readings.PROBES else ["--epochs", self.scale["tune_epochs"]]
             self.run(f"{name}/{seed}_{way}",
                      ["finetune.py", "--data", self.labelled, *shape, *READ_OUTS[way].split(), *epochs,
                                               "--seed", seed])
+
+    def end_of_log(self, name):
+        """Means of readings.WATCHED over the last five lines of all seeds, in words"""
+        paths = [self.out / name / str(seed) for seed in self.args.seeds]
+        lines = [line for path in paths if (path / "done").exists() for line in read_log(path)[-5:]]
+        values = {key: [line[f"train/{key}"] for line in lines if f"train/{key}" in line]
+                  for key in readings.WATCHED}
+        return ", ".join(f"{key} {statistics.mean(some):.3g}" for key, some in values.items() if some)
 
     def results(self):
         """{(arm, seed): {way: top-1}} of all that is done."""
@@ -293,6 +310,9 @@ def cell(values):
 def table(bench):
     """Markdown: one row per claim, one per arm, of all that is done."""
     scale, seeds, results = bench.scale, bench.args.seeds, bench.results()
+    claims = [claim for claim in CLAIMS if claim.group in bench.args.only]
+    shown = [way for way in READ_OUTS if any(way in claim.ways for claim in claims)]
+    heads = " | ".join(HEADS[way] for way in shown)
     commits = sorted({file.read_text() for file in bench.out.glob("*/*/done")})
     spreads, widths = {}, {}
     for way in READ_OUTS:
@@ -309,13 +329,13 @@ def table(bench):
         f"{git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
         "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over "
-        f"all runs (fine-tuned {spreads['finetune']:.2f}, probe {spreads['linear']:.2f} points); expect "
+        f"all runs ({', '.join(f'{HEADS[way]} {spreads[way]:.2f}' for way in shown)} points); expect "
         "about 5 % false positives. *Within noise*: the interval contains 0. A claim of no difference "
         "*agrees* if the interval stays within a point.", "",
-        "| claim | paper (ImageNet) | fine-tuned | linear probe |", "|---|---|---|---|"]
-    for claim in CLAIMS:
+        f"| claim | paper (ImageNet) | {heads} |", "|---|---|" + "---|" * len(shown)]
+    for claim in claims:
         cells = []
-        for way in READ_OUTS:
+        for way in shown:
             first, second = ([results[name, seed][way] for seed in seeds
                               if way in results.get((name, seed), {})]
                              for name in (claim.first, claim.second))
@@ -327,11 +347,14 @@ def table(bench):
                 cells.append("")
         lines.append(f"| {claim.words} (`{claim.first}` - `{claim.second}`) | {claim.paper} | "
                      + " | ".join(cells) + " |")
-    lines += ["", "| run | seeds | fine-tuned | linear probe |", "|---|---|---|---|"]
+    watch = any(claim.group.endswith("_readings") for claim in claims)
+    lines += ["", f"| run | seeds | {heads} |" + " end of the training log |" * watch,
+              "|---|---|" + "---|" * (len(shown) + watch)]
     for name in bench.arms:
         found = [results[name, seed] for seed in seeds if (name, seed) in results]
         if found:
-            cells = [cell([result[way] for result in found if way in result]) for way in READ_OUTS]
+            cells = [cell([result[way] for result in found if way in result]) for way in shown]
+            cells += [bench.end_of_log(name)] if watch else []
             lines.append(f"| `{name}` | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -365,7 +388,8 @@ def main():
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
                         default=[0, 1, 2])
-    parser.add_argument("--only", help="groups of claims: mff,ddae,cim,ve,revcol (default all)")
+    parser.add_argument("--only", help="groups of claims (default mff,ddae,cim,ve,revcol; also "
+                        "ddae_readings,cim_readings,ve_readings: readings.py)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
     parser.add_argument("--out", type=Path, help="default runs/replicate_SCALE")
@@ -374,7 +398,8 @@ def main():
     parser.add_argument("--logs", type=Path, help="default OUT/logs")
     args = parser.parse_args()
     groups = dict.fromkeys(claim.group for claim in CLAIMS)
-    wanted = args.only.split(",") if args.only else list(groups)
+    papers = [group for group in groups if not group.endswith("_readings")]
+    wanted = args.only = args.only.split(",") if args.only else papers
     if unknown := set(wanted) - set(groups):
         parser.error(f"--only {','.join(unknown)}: there are {', '.join(groups)}")
     args.out = args.out or Path(f"runs/replicate_{args.scale}")

@@ -136,7 +136,7 @@ def test_intervals_are_those_of_a_t_test():
     values = {"mae": [40.0, 41.0, 43.0], "mff": [42.0, 45.0, 44.0]}
     results = {(name, seed): {"finetune": value}
                for name, seeds in values.items() for seed, value in enumerate(seeds)}
-    args = types.SimpleNamespace(seeds=[0, 1, 2], scale="small")
+    args = types.SimpleNamespace(seeds=[0, 1, 2], scale="small", only=["mff"])
     scale = replicate.SCALES["small"]
     bench = types.SimpleNamespace(args=args, scale=scale, arms=replicate.arms(scale), out=ROOT / "nowhere",
                                   epochs=1.0, results=lambda: results)
@@ -148,8 +148,9 @@ def test_intervals_are_those_of_a_t_test():
 
 def test_a_page_keeps_what_is_outside_the_marks(tmp_path):
     begin, end = replicate.MARKS
-    results = (ROOT / "docs/RESULTS.md").read_text()
-    assert results.count(begin) == results.count(end) == 1
+    for name in ("RESULTS", "READINGS"):
+        results = (ROOT / f"docs/{name}.md").read_text()
+        assert results.count(begin) == results.count(end) == 1
     page = tmp_path / "page.md"
     page.write_text(f"before\n{begin}old\n{end}after\n")
     replicate.write_table("new\n", page)

@@ -148,7 +148,8 @@ def test_the_discriminator_sees_blurred_images():
 
 
 def test_a_generator_that_waits_and_one_that_learns_slowly(small_npz, tmp_path):
-    flags = ["--model", "nano", "--img_size", "32", "--patch_size", "4", "--batch_size", "50", "--epochs", "1", "--pictures", "0", "--workers", "0"]
+    flags = ["--batch_size", 50, "--epochs", 1, "--pictures", 0, "--workers", 0]
+    flags += ["--model", "nano", "--img_size", 32, "--patch_size", 4]  # NANO
     for name, more in (("waits", ["--generator_waits", "--generator_warmup_epochs", 2]),
                        ("slow", ["--generator_lr_scale", 1e-6]), ("free", [])):
         run_script(["vision_electra.py", *flags, "--data", small_npz, "--out", name, *more], tmp_path)
@@ -160,7 +161,8 @@ def test_a_generator_that_waits_and_one_that_learns_slowly(small_npz, tmp_path):
         for network in ("generator", "discriminator"):
             moved[name, network] = max((weights[key] - start[key]).abs().max().item()
                                        for key in weights if key.startswith(network))
-    assert moved["waits", "generator"] == 0 and 0 < moved["slow", "generator"] < 1e-4 * moved["free", "generator"]
+    waits, slow, free = (moved[name, "generator"] for name in ("waits", "slow", "free"))
+    assert waits == 0 < slow < 1e-4 * free
     assert min(moved[name, "discriminator"] for name in ("waits", "slow", "free")) > 1e-6
 
 

@@ -1,0 +1,80 @@
+"""Open readings of three papers, as arms and comparisons of replicate.py: where a text leaves a choice, or a
+small run disagrees with it, what do runs say?
+
+    python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2 --table docs/READINGS.md \\
+        --only ddae_readings,ve_readings,cim_readings
+"""
+
+CONTINUED = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
+TOKENS = {"--tokenizer": "tokenizer/tokenizer.pth"}
+FROM_MAE = {"--init": "mae/encoder.pth"}
+# name: (flags, what it starts from). {x}: the flags of replicate.py's arms; {slow30}: MAE's rate over 30;
+# {half}: passes of half the run
+ARMS = {
+    "ddae_beta-1": ("ddae.py {ddae} --no-learn_beta --beta_init -1", {}),
+    "ddae_beta-.5": ("ddae.py {ddae} --no-learn_beta --beta_init -0.5", {}),
+    "ddae_beta.5": ("ddae.py {ddae} --no-learn_beta --beta_init 0.5", {}),
+    "ddae_2levels": ("ddae.py {ddae} --num_levels 2", {}),
+    "ddae_instance": ("ddae.py {ddae} --feature_norm instance", {}),
+    "ddae_channel": ("ddae.py {ddae} --feature_norm channel", {}),
+    "ddae_on": ("ddae.py {ddae}", FROM_MAE),
+    "mae_on": ("mae_mff.py {mae}", FROM_MAE),
+    "ddae_ramp": ("ddae.py {ddae} --feature_ramp 0.25", {}),
+    "ddae_random": ("ddae.py {ddae} --mask random", {}),
+    "dds_random": ("ddae.py {dds} --mask random", {}),
+    "ve_image": ("vision_electra.py {ve} --adversarial_levels image", CONTINUED),
+    "ve_ratio.1": ("vision_electra.py {ve} --gan_ratio 0.1", CONTINUED),
+    "ve_ratio.3": ("vision_electra.py {ve} --gan_ratio 0.3", CONTINUED),
+    "ve_slow": ("vision_electra.py {ve} --generator_lr_scale 0.1", CONTINUED),
+    "ve_alone": ("vision_electra.py {ve} --gan_weight 0", CONTINUED),
+    "ve_blur": ("vision_electra.py {ve} --gan_weight 0 --blur 1", CONTINUED),
+    "ve_waits": ("vision_electra.py {ve} --gan_ratio 0.1 --generator_waits --generator_warmup_epochs {half}",
+                 CONTINUED),
+    "ve_30": ("vision_electra.py --base_lr {slow30} --gan_ratio 0.1", CONTINUED),
+    "ve_100": ("vision_electra.py --base_lr {slow100} --gan_ratio 0.1", CONTINUED),
+    "respix_alone": ("cim.py {cim} --no-share", TOKENS),
+    "respix_alone_argmax": ("cim.py {cim} --no-share --sampling argmax", TOKENS),
+    "respix_alone_uniform": ("cim.py {cim} --no-share --sampling uniform", TOKENS),
+    "respix_window2": ("cim.py {cim} --window 2", TOKENS),
+    "respix_channels": ("cim.py {cim} --window_per_channel", TOKENS),
+    "revdet_uniform": ("cim.py {cim} --objective revdet --sampling uniform", TOKENS),
+}
+# What the last lines of a training log say of how much was learned
+WATCHED = ("mse", "beta/4", "target/constant", "reconstruction_loss", "image_accuracy_real",
+           "image_accuracy_fake", "patch_accuracy_fake", "gan_weight", "generator_accuracy", "enhancer_loss",
+           "revdet_auc", "revdet_gain")
+PROBES, BOTH = ("linear", "linear_mean"), ("finetune", "linear")
+CLAIMS = [  # group, words, where it is asked, first, second, read-outs
+    *(("ddae_readings", words, source, f"ddae_{name}", "ddae", PROBES) for name, words, source in (
+        ("beta-1", "beta fixed at -1 beats a learned one", "DDAE, table 7"),
+        ("beta-.5", "beta fixed at -0.5 beats a learned one", "DDAE, table 7"),
+        ("beta.5", "beta fixed at 0.5 beats a learned one", "DDAE, table 7"),
+        ("2levels", "two levels beat four, of four blocks", "the paper: every third of twelve"),
+        ("instance", "the target without its image's mean is better", "ours"),
+        ("channel", "the target standardised by channel is better", "data2vec's"),
+        ("ramp", "a ramp of the feature loss is better", "BootMAE's code"))),
+    ("ddae_readings", "from a trained encoder DDAE beats MAE going on", "ours", "ddae_on", "mae_on", PROBES),
+    ("ddae_readings", "DDAE with random masks beats MAE", "DDAE, abstract", "ddae_random", "mae", PROBES),
+    ("ddae_readings", "DDS with random masks beats MAE", "DDAE, table 2", "dds_random", "mae", PROBES),
+    *(("ve_readings", f"{words}: beats MAE going on", "VE, abstract", f"ve_{name}", "raw_on", PROBES)
+      for name, words in (
+          ("image", "the image level alone deceives"),
+          ("ratio.1", "gradient ratio .1"),
+          ("ratio.3", "gradient ratio .3"),
+          ("slow", "a tenth of the rate for the generator"),
+          ("alone", "no deceiving"),
+          ("blur", "no deceiving, both blurred"),
+          ("waits", "ratio .1, the generator waits"),
+          ("30", "ratio .1, MAE's rate / 30"),
+          ("100", "ratio .1, MAE's rate / 100"))),
+    ("cim_readings", "nothing shared, sampling beats argmax", "CIM, table 7", "respix_alone",
+     "respix_alone_argmax", BOTH),
+    ("cim_readings", "nothing shared, sampling beats uniform tokens", "CIM, table 7", "respix_alone",
+     "respix_alone_uniform", BOTH),
+    ("cim_readings", "sharing helps", "CIM, table 5", "respix", "respix_alone", BOTH),
+    ("cim_readings", "a window of half a patch beats one of two", "the paper: 8 of 16 px", "respix_window2",
+     "respix", BOTH),
+    ("cim_readings", "windows per channel beat joint ones", "open", "respix_channels", "respix", BOTH),
+    ("cim_readings", "RevDet of uniform tokens beats that of sampled ones", "a check", "revdet_uniform",
+     "revdet", BOTH),
+]
