@@ -14,6 +14,7 @@ from conftest import FORKS
 from test_transfer import scenes  # noqa: F401  (a fixture)
 
 import common
+import convert_dalle
 import mae_mff
 import transfer_seg_det
 
@@ -122,8 +123,8 @@ def test_an_update_waits_once_and_multiplies_in_half_precision(traced, name):
     assert isinstance(found, dict), found
     waits, copies = dict(found["waits"]), dict(found["copies"])
     assert waits.pop("common.py:agree") == 1  # the one host synchronisation
-    if name.startswith("det"):  # torchvision's detector asks for every number of boxes
-        waits.pop(f"{script}.py:forward"), copies.pop(f"{script}.py:forward")
+    if name.startswith("det"):  # torchvision's detector asks for every number of boxes; two images
+        assert waits.pop(f"{script}.py:forward") <= 33 and copies.pop(f"{script}.py:forward") <= 6
     assert not waits and not copies
     assert RUNS[name][2] is None or found["float32"] == RUNS[name][2]
 
@@ -177,6 +178,34 @@ def test_the_process_group_is_nccls_on_a_device_that_was_set_before(gpu, monkeyp
     assert (how["rank"], how["world_size"]) == (2, 4)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_are_chosen_by_speed_or_by_their_bits(gpu, monkeypatch, tmp_path, deterministic):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *how, **more: asked.append((how, more)))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)  # the other way round
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    common.Run(mae_mff.Config(out=str(tmp_path), deterministic=deterministic), "mae_mff").join()
+    assert torch.backends.cudnn.benchmark != deterministic
+    assert asked == ([((True,), {"warn_only": True})] if deterministic else [])
+
+
+def test_loader_workers_are_the_share_of_the_cores_less_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    for processes, workers in ((1, 63), (4, 15), (64, 1), (100, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert common.Run(mae_mff.Config(out=str(tmp_path)), "mae_mff").workers == workers
+
+
+def test_a_loader_that_is_too_slow_is_told_once(tmp_path, capsys):
+    run = common.Run(mae_mff.Config(out=str(tmp_path), workers=7), "mae_mff")
+    run.n = run.steps = 10**6
+    for waited in (9, 4, 4):
+        run.step, run.updates, run.seconds, run.waited = run.step + 20, 20, 10.0, waited
+        run.log_window(0.1)
+    printed = capsys.readouterr().out
+    assert printed.count("waiting for images") == 1 and "40% of the time: more --workers (now 7)" in printed
+
+
 def message(monkeypatch, capsys, tmp_path, train=None):
     """What launch prints and its exit code."""
     monkeypatch.setattr(common.sys, "argv", ["mae_mff.py", "--out", str(tmp_path / "run")])
@@ -220,3 +249,4 @@ def test_resizing_keeps_half_precision():
     x = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert transfer_seg_det.resize(x, (4, 4)).dtype == torch.bfloat16
+        assert convert_dalle.Upsample(scale_factor=2)(x).dtype == torch.bfloat16
