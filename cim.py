@@ -23,7 +23,8 @@ Data flow, in the order of the code (source, the paper's symbol; its name here a
 encoder.pth is the enhancer: a plain ViT, or a ResNet-50 under torchvision's names, without classifier.
 
 Ablations: the flags that name tables 4 to 10 below; A.1: --objective none (the generator alone), then
---generator_init FILE --freeze_generator. Not built: table 10's VQGAN tokenizer, random erasing (sec. 3.3).
+--generator_init FILE --freeze_generator. Table 10: --generator mae, or VQGAN's file as --tokenizer. Sec. 3.3:
+--generator erase; its "50 %" is read as the share of the area of one box, which random values fill.
 Not in the paper, our choice or BEiT's: one k for all images of an update; ResPix adds mean |e| and mean e^2;
 windows cover offsets -3 to +4, reflected at borders, all channels together; a ResNet's head is a 1 x 1
 convolution and a pixel shuffle; BatchNorm's statistics are each process's own; --rgb_std; --initial mae.
@@ -81,7 +82,7 @@ class Config(RunConfig):
     model: Literal[*VIT_SIZES] | None = None  # ViT, generator's width; default base, with a ResNet small
     patch_size: int = 16  # pixels
     resnet_width: int = 64  # ResNet: channels of its stem; 64 is x1, 128 x2, 256 x4 (table 8)
-    generator: Literal["beit", "mae"] = "beit"  # fills the hidden patches: visual tokens or pixels (table 10)
+    generator: Literal["beit", "mae", "erase"] = "beit"  # tokens; pixels (table 10); an erased box
     generator_depth: int | None = None  # its blocks (table 5); default 4, of an MAE those of --model
     share: bool = True  # patch embedding and two blocks, between ViTs that start together (table 5)
     initial: Literal["beit", "mae"] = "beit"  # values of ViTs; mae: sine-cosine positions, for short runs
@@ -121,8 +122,9 @@ class Config(RunConfig):
         self.model = self.model or ("base" if self.enhancer == "vit" else "small")
         self.grid = patch_grid(self.img_size, self.patch_size)
         mae, depth, L = self.generator == "mae", VIT_SIZES[self.model][1], math.prod(self.grid)
+        erase, vit = self.generator == "erase", self.enhancer == "vit"
         self.generator_depth = self.generator_depth or (depth if mae else min(4, depth))
-        self.share &= not (mae or self.generator_init) and self.enhancer == "vit" and self.objective != "none"
+        self.share &= vit and self.objective != "none" and not (mae or erase or self.generator_init)
         self.warmup_epochs = min(10.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
         paper = (98, 98) if mae else (100, 120)
         low, high = self.num_masked = self.num_masked or tuple(round(n * L / 196) for n in paper)
@@ -130,6 +132,9 @@ class Config(RunConfig):
             raise ValueError(f"--num_masked {low},{high} does not lie between 1 and {L - 1}, of {L} patches")
         if mae and (low != high or self.objective == "revdet" or self.sampling != "softmax"):
             raise ValueError("--generator mae has no tokens: one --num_masked, no revdet, no --sampling")
+        if erase and ((self.objective, self.sampling, self.mask) != ("respix", "softmax", "random")
+                      or self.generator_init):
+            raise ValueError("--generator erase: no --objective, --sampling, --mask, --generator_init")
         if not 1 + self.share <= self.generator_depth <= depth:
             raise ValueError(f"--generator_depth {self.generator_depth}: 2 to {depth}, or 1 and --no-share")
         if self.freeze_generator and not self.generator_init:
@@ -138,7 +143,7 @@ class Config(RunConfig):
             raise ValueError("--objective none goes with neither --generator_init nor --init")
         if self.enhancer == "resnet50" and (any(n % 32 for n in self.img_size) or 32 % self.patch_size):
             raise ValueError("a ResNet needs an --img_size of n x 32 and a --patch_size that divides 32")
-        if not (self.tokenizer or mae or self.check_data or self.demo and not self.generator_init):
+        if not (self.tokenizer or mae or erase or self.check_data or self.demo and not self.generator_init):
             raise ValueError("--tokenizer FILE is needed: `python convert_dalle.py --help` shows how")
 
 
@@ -196,6 +201,20 @@ def sample(logits, sampling):
         # Gumbel noise: torch.multinomial would raise on NaN, before the update can be skipped.
         logits = logits - torch.empty_like(logits).exponential_().log()
     return logits.argmax(-1)
+
+
+def erased_boxes(noise, size, share=0.5):
+    """Sec. 3.3's random erasing: (B, 1, H, W) bool, True in a box of this share of an image's area, of a
+    log-uniform aspect in .3 to 1/.3 that fits. Of noise (B, L) the first three numbers place it."""
+    (H, W), (u_aspect, u_top, u_left) = size, noise[:, :3, None].unbind(1)
+    area = share * H * W
+    low, high = math.log(max(0.3, area / W**2)), math.log(min(1 / 0.3, H**2 / area))
+    root = (0.5 * (low + (high - low) * u_aspect)).exp()
+    h, w = (math.sqrt(area) * root).round(), (math.sqrt(area) / root).round()
+    top, left = (u_top * (H - h + 1)).floor(), (u_left * (W - w + 1)).floor()
+    rows, columns = torch.arange(H, device=noise.device), torch.arange(W, device=noise.device)
+    inside = (rows >= top) & (rows < top + h), (columns >= left) & (columns < left + w)
+    return (inside[0][:, :, None] & inside[1][:, None])[:, None]
 
 
 def window_statistics(images, per_channel=False, size=8):
@@ -335,8 +354,9 @@ class CorruptedImageModel(nn.Module):
         self.cfg = cfg
         for name, values in (("pixel_mean", cfg.mean), ("pixel_std", cfg.std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
-        self.generator = MAEGenerator(cfg) if cfg.generator == "mae" else BEiTGenerator(cfg, vocab_size)
-        self.generator.requires_grad_(not cfg.freeze_generator)
+        if cfg.generator != "erase":
+            self.generator = MAEGenerator(cfg) if cfg.generator == "mae" else BEiTGenerator(cfg, vocab_size)
+            self.generator.requires_grad_(not cfg.freeze_generator)
         if cfg.objective != "none":
             self.enhancer = ViTEnhancer(cfg) if cfg.enhancer == "vit" else ResNetEnhancer(cfg)
         if cfg.share:
@@ -350,8 +370,12 @@ class CorruptedImageModel(nn.Module):
     def corrupt(self, pixels, noise, k):
         """Eqs. (1) and (2), for pixels (B, C, H, W) in [0, 1]; the k smallest of noise (B, L) are hidden.
 
-        Returns the corrupted image in [0, 1], no gradient; mask and replaced, (B, L) bool; L_gen; its terms.
+        Returns the corrupted image in [0, 1], no gradient; mask and replaced, (B, L) bool, or (B, 1, H, W) of
+        erased pixels; L_gen; its terms.
         """
+        if self.cfg.generator == "erase":
+            mask = erased_boxes(noise, pixels.shape[2:])
+            return torch.where(mask, torch.rand_like(pixels), pixels), mask, mask, 0.0, {}
         images, n = self.normalize(pixels), self.cfg.num_masked[1]
         order = noise.argsort(1)
         mask = order.argsort(1) < k
@@ -388,7 +412,11 @@ class CorruptedImageModel(nn.Module):
                     images = self.normalize(pixels)
                     mean, deviation = pixel_statistics(images, self.cfg)
                     target, weight = (images - mean) / deviation, 10
+                    if self.cfg.generator == "erase":
+                        pred, target = pred * replaced, target * replaced
                     enhancer_loss = F.l1_loss(pred, target) + F.mse_loss(pred, target)
+                    if self.cfg.generator == "erase":  # a mean over erased pixels alone
+                        enhancer_loss = enhancer_loss / replaced.float().mean()
                 else:
                     verdict, weight = pred.flatten(1), 1
                     enhancer_loss = F.binary_cross_entropy_with_logits(verdict, replaced.float())
@@ -433,6 +461,8 @@ def save_pictures(path, model, examples, run):
     corrupted, mask, replaced = samples[0]
 
     def shown(values):
+        if values.ndim == 4:
+            return values.float()
         return patches_to_pixels(values[..., None].float(), cfg.patch_size, cfg.grid)
 
     columns = {"original": pixels, "masked": torch.where(shown(mask) > 0, 0.5, pixels)}

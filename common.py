@@ -596,12 +596,16 @@ def list_images(root):
 
 
 def open_folder(root, in_chans, turn=True):
-    """ImageFiles below `root`; classes: the first-level folders, if all images are in one. Or Shards."""
-    if any(Path(root).glob("*.tar")):
+    """ImageFiles below `root`; classes: the first-level folders, if all images are in one. Or, if there are
+    tars instead, Shards."""
+    try:
+        paths = list_images(root)
+    except UserError:
+        if not any(Path(root).glob("*.tar")):
+            raise
         from shards import find_shards, open_shards  # a script that is copied elsewhere runs without it
 
         return open_shards(find_shards(root), in_chans, turn)
-    paths = list_images(root)
     inside = [os.path.relpath(path, root) for path in paths]
     if any(os.sep not in name for name in inside):
         return ImageFiles(paths, [-1] * len(paths), None, in_chans, turn)

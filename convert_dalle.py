@@ -1,13 +1,15 @@
-"""DALL-E's image tokenizer: the network, a safe conversion of OpenAI's files, training of smaller ones.
+"""DALL-E's image tokenizer: the network, a safe conversion of public files, training of smaller ones.
 
 Ramesh et al., Zero-Shot Text-to-Image Generation, arXiv 2102.12092 (appendix A). `cim.py` uses it.
 
 OpenAI's encoder.pkl and decoder.pkl are whole pickled modules. Unpickling runs whatever such a file says, and
 the modules in them fail on current torch. So an unpickler reads them that knows tensors and nothing else: a
 class of dall_e or torch.nn becomes an empty stand-in, any other name is refused. Only tensors are written.
+VQGAN's checkpoints (vqgan.py) are read in the same way, with stand-ins for pytorch_lightning's classes.
 
     wget https://cdn.openai.com/dall-e/encoder.pkl https://cdn.openai.com/dall-e/decoder.pkl
     python convert_dalle.py encoder.pkl decoder.pkl --out dalle.pth
+    python convert_dalle.py last.ckpt --out vqgan.pth
 
 Training uses DALL-E's loss and, our choice, a shorter schedule; it writes runs/tokenizer/tokenizer.pth.
 
@@ -170,9 +172,12 @@ def sha256(path):
 
 
 def load_tokenizer(path, grid, in_chans, device="cpu"):
-    """Frozen DVAE from a file of this script, of its weights' sizes. `digest`: the file's SHA-256."""
+    """Frozen DVAE or VQGAN from a file of this script, of its weights' sizes. `digest`: the file's
+    SHA-256."""
     content = read_file(path)
     weights = weights_of(content)
+    if "quantize.embedding.weight" in weights:
+        return load_vqgan(path, content, weights, grid, in_chans).to(device)
     first, last = "encoder.blocks.input.w", "encoder.blocks.output.conv.w"
     if not {first, last, "decoder.blocks.input.w"} <= weights.keys():
         raise UserError(f"{path} is no tokenizer with encoder and decoder: give a file of convert_dalle.py")
@@ -183,6 +188,20 @@ def load_tokenizer(path, grid, in_chans, device="cpu"):
     load_weights(tokenizer, path, content=content)
     tokenizer.digest = sha256(path)
     return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def load_vqgan(path, content, weights, grid, in_chans):
+    """load_tokenizer, for VQGAN's weights"""
+    from vqgan import VQGAN  # a script that is copied elsewhere runs without it
+
+    (entries, size), first = weights["quantize.embedding.weight"].shape, weights["encoder.conv_in.weight"]
+    if first.shape[1] != in_chans:
+        raise UserError(f"{path} is a tokenizer for images of {first.shape[1]} channels, --in_chans is "
+                        f"{in_chans}")
+    tokenizer = VQGAN(grid, entries, len(first), in_chans, size)
+    load_weights(tokenizer, path, content=content)
+    tokenizer.digest = sha256(path)
+    return tokenizer.eval().requires_grad_(False)
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -292,18 +311,22 @@ class StandIn:
     def __setstate__(self, state):  # an attack on the class itself, not an instance, ends in a TypeError
         vars(self).update(state)
 
+    def __setitem__(self, name, value):  # of pytorch_lightning's dictionaries, which are not needed
+        pass
+
 
 ALLOWED = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor",
            "torch._utils._rebuild_parameter", "torch.device", "torch.Size", "builtins.set", "__builtin__.set"}
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Knows tensors and their containers; classes of dall_e and torch.nn become stand-ins."""
+    """Knows tensors and their containers; classes of dall_e, torch.nn and pytorch_lightning become
+    stand-ins."""
 
     def find_class(self, module, name):  # asked for every global but torch's storages
         if f"{module}.{name}" in ALLOWED:
             return super().find_class(module, name)
-        if module.split(".")[0] == "dall_e" or module.startswith("torch.nn.modules."):
+        if module.split(".")[0] in ("dall_e", "pytorch_lightning") or module.startswith("torch.nn.modules."):
             return StandIn
         raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r}, which no tensor needs")
 
@@ -340,34 +363,49 @@ def unpickle(path):
     # torch.load hands TorchScript to torch.jit.load, which refuses a function as map_location first of all.
     content = torch.load(path, lambda storage, _: storage, pickle_module=RESTRICTED, weights_only=False)
     found = tensors(content) if isinstance(content, StandIn) else dict(content)
+    if isinstance(found.get("state_dict"), dict):  # VQGAN's, with the networks of its losses
+        found = {name: x for name, x in found["state_dict"].items() if not name.startswith("loss.")}
     if not found or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError("it holds no weights")
     return {name: value.float().clone() for name, value in found.items()}
 
 
+def expected_shapes(kind, weights):
+    """{name: shape} of a published tokenizer; VQGAN's has one of two numbers of entries."""
+    with torch.device("meta"):
+        if kind == "DALL-E":
+            network = DVAE((14, 14))
+        else:
+            from vqgan import VQGAN
+
+            network = VQGAN((14, 14), len(weights.get("quantize.embedding.weight", range(1024))))
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
 def convert():
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("encoder", help="OpenAI's encoder.pkl")
-    parser.add_argument("decoder", help="OpenAI's decoder.pkl")
+    parser.add_argument("encoder", help="OpenAI's encoder.pkl, or VQGAN's last.ckpt")
+    parser.add_argument("decoder", nargs="?", help="OpenAI's decoder.pkl")
     parser.add_argument("--out", default="dalle.pth", help="file to write (default dalle.pth)")
     args = parser.parse_args()
     try:
         if Path(args.out).exists():
             raise UserError(f"{args.out} exists already: give another --out")
-        weights = {f"{part}.{name}": value for part in ("encoder", "decoder")
-                   for name, value in read_file(getattr(args, part), load=unpickle).items()}
-        with torch.device("meta"):
-            expected = {name: value.shape for name, value in DVAE((14, 14)).state_dict().items()}
+        weights, kind = read_file(args.encoder, load=unpickle), "VQGAN"
+        if args.decoder:
+            kind, parts = "DALL-E", {"encoder": weights, "decoder": read_file(args.decoder, load=unpickle)}
+            weights = {f"{part}.{name}": x for part, found in parts.items() for name, x in found.items()}
         found = {name: value.shape for name, value in weights.items()}
-        if wrong := sorted({name for name, _ in expected.items() ^ found.items()}):
-            raise UserError(f"{len(wrong)} tensors of {args.encoder} and {args.decoder} are not DALL-E's, "
-                            f"{wrong[0]} for one; are they in this order?")
-        content = {"model": weights, "meta": {"method": "dalle"}}
+        if wrong := sorted({name for name, _ in expected_shapes(kind, weights).items() ^ found.items()}):
+            hint = "are they in this order?" if args.decoder else "DALL-E has two files"
+            raise UserError(f"{len(wrong)} tensors of {args.encoder} and {args.decoder} are not {kind}'s, "
+                            f"{wrong[0]} for one; {hint}")
+        content = {"model": weights, "meta": {"method": kind.lower().replace("-", "")}}
         write_atomically(args.out, lambda file: torch.save(content, file))
     except UserError as error:
         exit_with("convert_dalle", error)
-    for path in (args.encoder, args.decoder, args.out):
+    for path in filter(None, (args.encoder, args.decoder, args.out)):
         print(f"{path}: sha256 {sha256(path)}")
 
 

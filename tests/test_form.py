@@ -14,16 +14,19 @@ from conftest import ROOT
 import common
 
 # Our files that each one imports. LAZY: only where it needs them, to be copied without them.
-LAZY = {"common": {"shapes", "sources", "weights", "check", "draw"}, "finetune": {"layers", "predict"},
-        "transfer_seg_det": {"predict_scenes"}}
+LAZY = {"common": {"shapes", "sources", "shards", "weights", "check", "draw"},
+        "finetune": {"layers", "predict"}, "transfer_seg_det": {"predict_scenes"}, "convert_dalle": {"vqgan"}}
 IMPORTS = {
     "shapes": set(),
     "common": LAZY["common"],
     "weights": {"common"},
     "draw": {"common"},
-    "sources": {"common", "shapes"},
+    "shards": {"common"},
+    "sources": {"common", "shapes", "shards"},
     "check": {"common", "sources"},
-    **dict.fromkeys(("mae_mff", "ddae", "vision_electra", "revcol_v2", "convert_dalle"), {"common"}),
+    **dict.fromkeys(("mae_mff", "ddae", "vision_electra", "revcol_v2"), {"common"}),
+    "vqgan": set(),
+    "convert_dalle": {"common", "vqgan"},
     "cim": {"common", "convert_dalle"},
     "augment": {"common"},
     "evaluate": {"common"},

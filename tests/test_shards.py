@@ -141,6 +141,8 @@ def test_tars_without_images(tmp_path, files, words):
 
 def test_names_with_brackets_and_lists_of_tars(tmp_path):
     assert len(opened(one_tar(tmp_path / "a[1]"))) == 40 and len(opened(tmp_path / "a[1]")) == 40
+    (tmp_path / "a[1]/photo.png").write_bytes(picture(0))  # then the tar is a stray one
+    assert len(opened(tmp_path / "a[1]")) == 1
     (tmp_path / "names.tar.txt").write_text("a.png\n")
     assert len(opened(tmp_path / "names.tar.txt")) == 1
 
