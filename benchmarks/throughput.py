@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from importlib.metadata import version
 from pathlib import Path
 
@@ -495,13 +496,11 @@ def bench_wait(args):
         run.n, run.steps, run.micro_batch, run.accum_steps = len(source), 10**6, batch, 1
         crop = Slow(common.RandomResizedCrop((224, 224)), pause)
         loader = run.batches(source, crop, lambda: torch.rand(196))
-        for _ in range(8):  # what was loaded ahead
-            next(loader)
-            step()
-        run.waited, begin = 0.0, time.perf_counter()
-        for _ in range(steps):
-            next(loader)
-            step()
+        for i in range(8 + steps):
+            if i == 8:  # after what was loaded ahead
+                run.waited, begin = 0.0, time.perf_counter()
+            for _ in run.micro_batches(types.SimpleNamespace(), loader):
+                step()
         together, waited = time.perf_counter() - begin, run.waited
         begin = time.perf_counter()
         for _ in range(steps):
