@@ -146,13 +146,13 @@ def test_a_checkpoint_with_foreign_objects_is_converted(tmp_path, monkeypatch, c
         convert_dalle.load_tokenizer("vqgan.pth", (14, 14), 1)
 
 
-QUICK = ["cim.py", "--model", "nano", "--img_size", 32, "--patch_size", 4, "--batch_size", 50, "--epochs", 1,
+QUICK = ["cim.py", "--model", "nano", "--img_size", 32, "--patch_size", 8, "--batch_size", 50, "--epochs", 1,
          "--workers", 0, "--pictures", 2, "--log_every", 1, "--save_minutes", 0]
 
 
 @pytest.mark.parametrize("flags", [["--tokenizer", "vqgan.pth"], ["--generator", "erase"]], ids=str)
 def test_cim_trains_with_it_is_stopped_and_goes_on(small_npz, tmp_path, flags):
-    torch.save({"model": small((8, 8)).state_dict(), "meta": {"method": "vqgan"}}, tmp_path / "vqgan.pth")
+    torch.save({"model": small((4, 4)).state_dict(), "meta": {"method": "vqgan"}}, tmp_path / "vqgan.pth")
     command = [*QUICK, *flags, "--data", small_npz]
     run_script([*command, "--out", "whole"], tmp_path)
     stop = "os.kill(os.getpid(), signal.SIGTERM)"
