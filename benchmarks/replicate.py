@@ -329,8 +329,8 @@ def table(bench):
         f"{git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
         "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over "
-        f"all runs ({', '.join(f'{HEADS[way]} {spreads[way]:.2f}' for way in shown)} points); expect "
-        "about 5 % false positives. *Within noise*: the interval contains 0. A claim of no difference "
+        f"all runs ({', '.join(f'{HEADS[way]} {spreads[way]:.2f}' for way in shown)} points; nan: one seed); "
+        "expect about 5 % false positives. *Within noise*: the interval contains 0. A claim of no difference "
         "*agrees* if the interval stays within a point.", "",
         f"| claim | paper (ImageNet) | {heads} |", "|---|---|" + "---|" * len(shown)]
     for claim in claims:
@@ -342,7 +342,8 @@ def table(bench):
             if first and second:
                 difference = statistics.mean(first) - statistics.mean(second)
                 margin = widths[way] * math.sqrt(1 / len(first) + 1 / len(second))
-                cells.append(f"{difference:+.2f} ± {margin:.2f} {verdict(difference, margin, claim.equal)}")
+                around = "" if math.isnan(margin) else f" ± {margin:.2f}"
+                cells.append(f"{difference:+.2f}{around} {verdict(difference, margin, claim.equal)}")
             else:
                 cells.append("")
         lines.append(f"| {claim.words} (`{claim.first}` - `{claim.second}`) | {claim.paper} | "
