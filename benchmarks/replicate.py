@@ -7,8 +7,9 @@ of ImageNet need not hold after some minutes of CIFAR-10.
 
     python benchmarks/replicate.py --data cifar10.npz                          ViT-Tiny, 2,150 updates; GPU
     python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2   ViT-nano, 500 updates; CPU
+    python benchmarks/replicate.py --data tiny.npz --scale tiny_imagenet       ViT-Tiny, 4,000 updates; 64 px
 
-`--data` is an .npz of 32 x 32 px images with labels and `split`; CIFAR-10 as one:
+`--data` is an .npz of images, 32 or 64 px square, with labels and `split`; CIFAR-10 as one:
 
     import numpy as np, torchvision
     parts = [torchvision.datasets.CIFAR10("data", train, download=True) for train in (True, False)]
@@ -51,6 +52,9 @@ SCALES = {
     "full": {"model": "tiny", "updates": 2150, "batch": 256, "mae": "1.5e-3", "ve": "5e-4",
              "revcol": "1.5e-3", "cim": "2e-3",
              "images": 50_000, "tune_epochs": 5},
+    "tiny_imagenet": {"model": "tiny", "updates": 4000, "batch": 128, "mae": "3e-3", "ve": "1e-3",
+                      "revcol": "3e-3", "cim": "2e-3", "images": 20_000, "tune_epochs": 5, "img_size": 64,
+                      "patch_size": 8, "resnet": "--img_size 64 --patch_size 16"},
 }
 READ_OUTS = {
     "finetune": "--batch_size 64 --base_lr 2e-3 --warmup_epochs 0.3 --augment crop --mixup 0 --cutmix 0 "
@@ -76,15 +80,17 @@ def arms(scale):
     last = {"nano": 3, "tiny": 11}[scale["model"]]
     mae, fused = f"--base_lr {scale['mae']} --decoder_depth 1", f"--fuse_layers {last}"
     ddae, steps = f"{mae} --target mae --momentum 0.99", "--no-distill --decoder mae"
-    cim = f"--lr {scale['cim']} --generator_depth 2 --initial mae"
-    resnet = f"{cim} --enhancer resnet50 --resnet_width 16 --img_size 64 --patch_size 8"
+    cim = f"--lr {scale['cim']} --generator_depth {min(4, (last + 1) // 2)} --initial mae"
+    image = scale.get("resnet", "--img_size 64 --patch_size 8")
+    resnet = f"{cim} --enhancer resnet50 --resnet_width 16 {image}"
     tokenizer = {"--tokenizer": "tokenizer/tokenizer.pth"}
     # with the decoder that Vision ELECTRA's generator has
     raw = f"--base_lr {scale['mae']} {fused} --target raw"
     ve = f"--base_lr {scale['ve']}"
     continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
     own = {"mae": f"{mae} {fused}", "ddae": ddae, "dds": f"{ddae} {steps}", "ve": ve, "cim": cim,
-           "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100, "half": "{half}"}
+           "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100, "half": "{half}",
+           "window": scale.get("patch_size", 4) // 2}
     more = {name: Arm(*words.format(**own).split(" ", 1), start)
             for name, (words, start) in readings.ARMS.items()}
     return more | {
@@ -182,7 +188,8 @@ class Bench:
         self.epochs = self.scale["updates"] * self.scale["batch"] / len(train)
         pixels = images[train[:5000]].reshape(-1, 3) / 255
         mean, std = (",".join(f"{v:.4f}" for v in f(pixels, axis=0)) for f in (np.mean, np.std))
-        self.shape = ["--img_size", "32", "--patch_size", "4", "--mean", mean, "--std", std]
+        sides = self.scale.get("img_size", 32), self.scale.get("patch_size", 4)
+        self.shape = ["--img_size", sides[0], "--patch_size", sides[1], "--mean", mean, "--std", std]
         self.out.mkdir(parents=True, exist_ok=True)
         settings = json.dumps([self.scale, READ_OUTS, len(train), mean, std])
         file = self.out / "settings.json"
@@ -192,8 +199,10 @@ class Bench:
         self.labelled = self.out / "labelled.npz"  # what the read-outs learn from
         if not self.labelled.exists():
             first = train[: self.scale["images"]]
+            if len(np.unique(labels[first])) < len(np.unique(labels)):  # they lie class by class
+                first = train[np.linspace(0, len(train), len(first), endpoint=False).astype(int)]
             if len(np.unique(labels[first])) < len(np.unique(labels)):
-                sys.exit(f"{self.data}: the first {len(first):,} training images lack a class: shuffle them")
+                sys.exit(f"{self.data}: {len(first):,} evenly spaced training images lack a class")
             keep = np.concatenate([first, np.flatnonzero(split == 1)])
             with open(self.out / "labelled.tmp", "wb") as file:
                 np.savez(file, images=images[keep], labels=labels[keep], split=split[keep])
@@ -321,7 +330,8 @@ def table(bench):
         widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan
     lines = [
         f"`python benchmarks/replicate.py --data cifar10.npz --scale {bench.args.scale}`: size "
-        f"{scale['model']}, patches of 4 px, {scale['updates']} updates of {scale['batch']} images "
+        f"{scale['model']}, patches of {scale.get('patch_size', 4)} px, {scale['updates']} updates of "
+        f"{scale['batch']} images "
         f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: fine-tuned for "
         f"{scale['tune_epochs']} passes (layer decay 0.75; random weights 1), and by a linear probe on "
         "frozen features (class token; RevColV2: mean). Top-1 on the test images in %, mean ± standard "
