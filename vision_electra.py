@@ -303,8 +303,8 @@ class VisionElectra(nn.Module):
         if gan_weight:  # once more, now with a gradient for the composite and none for the discriminator
             frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
             fake = functional_call(self.discriminator, frozen, (composite,))
-            chosen = fake.keys() & LEVELS[self.cfg.adversarial_levels]
-            adversarial = adversarial_loss({level: fake[level] for level in sorted(chosen)}, generated)
+            fake = {level: s for level, s in fake.items() if level in LEVELS[self.cfg.adversarial_levels]}
+            adversarial = adversarial_loss(fake, generated)
             if self.cfg.gan_ratio:
                 gan_weight = self.balanced_weight(reconstruction, adversarial)
                 terms["gan_weight"] = gan_weight

@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -260,9 +261,11 @@ def install(meter, bf16=True):
     """Inside Fake, which asks before whether there is a CUDA."""
     answers = {"is_available": True, "is_bf16_supported": bf16, "current_device": 0, "device_count": 1,
                "get_device_name": "fake", "max_memory_allocated": 0, "set_device": None, "manual_seed": None,
-               "manual_seed_all": None}
+               "manual_seed_all": None, "is_current_stream_capturing": False}
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    if hasattr(fake_tensor, "init_gpu_context"):  # older torch asks for a context
+        fake_tensor.init_gpu_context = lambda device: None
     torch.accelerator.current_accelerator = lambda check_available=False: torch.device("cuda")
     torch.accelerator.set_device_index = lambda index: None
     torch.Tensor.backward, nn.Module._apply = backward, move

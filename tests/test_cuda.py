@@ -69,7 +69,7 @@ FAULTS = {  # {what is planted in "mae": (code, what finds it)}
                               lambda found: "mae_mff.py:forward" in found["waits"]),
     "a tensor on the CPU": ("loss = script.masked_mse\n"
                             "script.masked_mse = lambda p, t, m: loss(p, t + torch.ones(t.shape), m)",
-                            lambda found: "found at least two devices" in found),
+                            lambda found: "two" in found and "devices, cuda:0" in found),
     "no autocast": ("import contextlib\ncommon.Run.autocast = lambda run: contextlib.nullcontext()",
                     lambda found: len(found["float32"]) > 3),
     "a blocking copy": ("loss = script.masked_mse\n"
