@@ -96,7 +96,7 @@ def vitmae_loss(model, images):
 
 
 @pytest.fixture(scope="module")
-def traced(scenes, small_npz, tmp_path_factory):  # noqa: F811
+def traced(scenes, small_npz, tmp_path_factory, request):  # noqa: F811
     """{name: a function that waits for that run and returns what fake_cuda found}, two at a time."""
     folder = tmp_path_factory.mktemp("cuda")
     places = {"IMAGES": small_npz, "ADE": scenes / "ade", "COCO": scenes / "coco"}
@@ -110,6 +110,10 @@ def traced(scenes, small_npz, tmp_path_factory):  # noqa: F811
     jobs |= {name: ("trace", ("finetune", words(flags))) for name, flags in OTHERS.items()}
     jobs["base"] = "trace", ("mae_mff", words(base), "", False)
     jobs["theirs"] = "trace_update", (vitmae, vitmae_loss, (32, 3, 224, 224))
+    asked = [item for item in request.session.items if "traced" in getattr(item, "fixturenames", ())]
+    asked = {item.callspec.params["name"] if hasattr(item, "callspec") else "base" for item in asked}
+    asked |= {"theirs"} if "base" in asked else set()
+    jobs = {name: job for name, job in jobs.items() if name in asked}
     with FORKS.Pool(2, maxtasksperchild=1) as pool:
         handles = {name: pool.apply_async(fake_cuda.task, (*job, folder / name.replace(" ", "_")))
                    for name, job in jobs.items()}
