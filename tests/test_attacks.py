@@ -43,8 +43,9 @@ def assert_same_run(a, b):
 
 
 def terms(out):
-    """All values of the loss's terms in the order of the log."""
-    return [value for line in log(out) for name, value in line.items() if name.startswith("train/")]
+    """All values of the loss's terms in the order of the log, without those that are of a micro-batch."""
+    return [value for line in log(out) for name, value in line.items()
+            if name.startswith("train/") and not name.startswith("train/target/")]
 
 
 # ---- resume
