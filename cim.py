@@ -412,11 +412,10 @@ class CorruptedImageModel(nn.Module):
                     images = self.normalize(pixels)
                     mean, deviation = pixel_statistics(images, self.cfg)
                     target, weight = (images - mean) / deviation, 10
-                    if self.cfg.generator == "erase":
-                        pred, target = pred * replaced, target * replaced
-                    enhancer_loss = F.l1_loss(pred, target) + F.mse_loss(pred, target)
+                    share = 1.0
                     if self.cfg.generator == "erase":  # a mean over erased pixels alone
-                        enhancer_loss = enhancer_loss / replaced.float().mean()
+                        pred, target, share = pred * replaced, target * replaced, replaced.float().mean()
+                    enhancer_loss = (F.l1_loss(pred, target) + F.mse_loss(pred, target)) / share
                 else:
                     verdict, weight = pred.flatten(1), 1
                     enhancer_loss = F.binary_cross_entropy_with_logits(verdict, replaced.float())

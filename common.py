@@ -151,6 +151,12 @@ def sincos_pos_embed(dim, grid):
     return torch.cat([torch.zeros(1, dim), table.float()]).unsqueeze(0)
 
 
+def interpolate(x, *size, **how):
+    """F.interpolate in the dtype of x: autocast would leave float32 behind, twice the bytes."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, *size, **how)
+
+
 def resize_pos_embed(table, old_grid, new_grid):
     """(1, 1 + L, D) -> (1, 1 + L', D): bicubic in float32, class-token row unchanged."""
     patches = table[:, 1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()

@@ -40,6 +40,7 @@ from common import (
     UserError,
     adamw,
     exit_with,
+    interpolate,
     launch,
     load_weights,
     open_data,
@@ -81,10 +82,9 @@ class ResidualBlock(nn.Module):
         return self.id_path(x) + self.res_path(x) / 64  # 1 / (number of blocks)^2, as released
 
 
-class Upsample(nn.Upsample):
+class Upsample(nn.Module):
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # which would leave float32 behind
-            return super().forward(x)
+        return interpolate(x, scale_factor=2)
 
 
 def half(first, widths, kernels, resample, last):
@@ -112,7 +112,7 @@ class DVAE(nn.Module):
         first, last = Conv(in_chans, width, 7), Conv(8 * width, vocab_size, 1)
         self.encoder = half(first, widths, (3, 3, 3, 1), nn.MaxPool2d(2), last)
         first, last = Conv(vocab_size, width // 2, 1), Conv(width, 2 * in_chans, 1)
-        self.decoder = half(first, widths[::-1], (1, 3, 3, 3), Upsample(scale_factor=2), last)
+        self.decoder = half(first, widths[::-1], (1, 3, 3, 3), Upsample(), last)
         self.to(memory_format=torch.channels_last)
 
     def view(self, pixels):
@@ -176,32 +176,23 @@ def load_tokenizer(path, grid, in_chans, device="cpu"):
     SHA-256."""
     content = read_file(path)
     weights = weights_of(content)
+    network = DVAE
+    names = "encoder.blocks.input.w", "encoder.blocks.output.conv.w", "decoder.blocks.input.w"
     if "quantize.embedding.weight" in weights:
-        return load_vqgan(path, content, weights, grid, in_chans).to(device)
-    first, last = "encoder.blocks.input.w", "encoder.blocks.output.conv.w"
-    if not {first, last, "decoder.blocks.input.w"} <= weights.keys():
+        from vqgan import VQGAN as network  # a script that is copied elsewhere runs without it
+
+        names = "encoder.conv_in.weight", "quantize.embedding.weight", "decoder.conv_in.weight"
+    if not set(names) <= weights.keys():
         raise UserError(f"{path} is no tokenizer with encoder and decoder: give a file of convert_dalle.py")
-    width, channels = weights[first].shape[:2]
+    first, entries, _ = (weights[name] for name in names)
+    width, channels = first.shape[:2]
     if channels != in_chans:
         raise UserError(f"{path} is a tokenizer for images of {channels} channels, --in_chans is {in_chans}")
-    tokenizer = DVAE(grid, len(weights[last]), width, in_chans)
+    more = () if network is DVAE else entries.shape[1:]  # channels of VQGAN's codebook
+    tokenizer = network(grid, len(entries), width, in_chans, *more)
     load_weights(tokenizer, path, content=content)
     tokenizer.digest = sha256(path)
     return tokenizer.to(device).eval().requires_grad_(False)
-
-
-def load_vqgan(path, content, weights, grid, in_chans):
-    """load_tokenizer, for VQGAN's weights"""
-    from vqgan import VQGAN  # a script that is copied elsewhere runs without it
-
-    (entries, size), first = weights["quantize.embedding.weight"].shape, weights["encoder.conv_in.weight"]
-    if first.shape[1] != in_chans:
-        raise UserError(f"{path} is a tokenizer for images of {first.shape[1]} channels, --in_chans is "
-                        f"{in_chans}")
-    tokenizer = VQGAN(grid, entries, len(first), in_chans, size)
-    load_weights(tokenizer, path, content=content)
-    tokenizer.digest = sha256(path)
-    return tokenizer.eval().requires_grad_(False)
 
 
 # ---- training ----------------------------------------------------------------------------------------------

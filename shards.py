@@ -87,7 +87,7 @@ class Shards(ImageFiles):  # in the tars `paths`; index: build_index's
 
 def open_shards(paths, in_chans, turn=True):
     """Shards of these tars, by the list next to the first one, made if there is none or an old one."""
-    tars = np.array([[file.st_size, file.st_mtime_ns] for file in map(os.stat, paths)])
+    tars = np.array([[x.name, str(x.stat().st_size), str(x.stat().st_mtime_ns)] for x in paths])
     path, index = paths[0].parent / f".list_of_{len(paths)}_{paths[0].stem}.npz", {}
     with suppress(Exception):  # not there, or damaged
         index = dict(np.load(path, allow_pickle=False))

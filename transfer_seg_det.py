@@ -58,6 +58,7 @@ from common import (
     adamw,
     data_path,
     eval_keys,
+    interpolate,
     launch,
     load_weights,
     network_of,
@@ -297,8 +298,7 @@ def make_encoder(cfg):
 
 
 def resize(x, size):
-    with torch.autocast(x.device.type, enabled=False):  # which would leave float32 behind, twice the bytes
-        return F.interpolate(x, size, mode="bilinear")
+    return interpolate(x, size, mode="bilinear")
 
 
 def classifier(inputs, classes, dropout=0.1):

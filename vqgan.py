@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import interpolate
+
 MULTIPLES = (1, 1, 2, 2, 4)  # channels of the five resolutions, of `width`
 
 
@@ -52,10 +54,7 @@ class Resample(nn.Module):
         self.up, self.conv = up, nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=int(up))
 
     def forward(self, x):
-        if self.up:
-            with torch.autocast(x.device.type, enabled=False):  # which would leave float32 behind
-                x = F.interpolate(x, scale_factor=2)
-        return self.conv(x if self.up else F.pad(x, (0, 1, 0, 1)))
+        return self.conv(interpolate(x, scale_factor=2) if self.up else F.pad(x, (0, 1, 0, 1)))
 
 
 class Half(nn.Module):

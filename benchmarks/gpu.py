@@ -123,6 +123,8 @@ def demos(folder):
 
 
 def data(folder, photos):
+    if not photos:
+        return ["Not measured: no --data.", ""]
     n = sum(path.suffix.lower() in EXTENSIONS for path in Path(photos).rglob("*"))
     batch = min(BATCH, 1 << (n.bit_length() - 1))
     size = [] if CUDA else ["--model", "tiny"]
@@ -185,6 +187,10 @@ def speed():
             "FLOPs are those of our update; transformers' row is given MAE's.", "", *table(head, rows)]
 
 
+PARTS = {"checks": lambda folder, _: checks(folder), "demos": lambda folder, _: demos(folder), "data": data,
+         "speed": lambda *_: speed()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,12 +206,7 @@ def main():
     for part in args.parts.split(","):
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            if part == "speed":
-                found = speed()
-            elif part == "data":
-                found = data(Path(folder), args.data) if args.data else ["Not measured: no --data.", ""]
-            else:
-                found = {"checks": checks, "demos": demos}[part](Path(folder))
+            found = PARTS[part](Path(folder), args.data)
         lines += [f"## {part.capitalize()}", "", *found]
         args.out.write_text("\n".join(lines))
         print(f"{part}: {time.monotonic() - begin:.0f} s", flush=True)

@@ -257,9 +257,9 @@ def solid(x):
     return torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, FakeTensor) else x
 
 
-def install(meter, bf16=True):
+def install(meter):
     """Inside Fake, which asks before whether there is a CUDA."""
-    answers = {"is_available": True, "is_bf16_supported": bf16, "current_device": 0, "device_count": 1,
+    answers = {"is_available": True, "is_bf16_supported": True, "current_device": 0, "device_count": 1,
                "get_device_name": "fake", "max_memory_allocated": 0, "set_device": None, "manual_seed": None,
                "manual_seed_all": None, "is_current_stream_capturing": False}
     for name, value in answers.items():
@@ -300,7 +300,7 @@ def install(meter, bf16=True):
 # ---- runs --------------------------------------------------------------------------------------------------
 
 
-def trace(name, flags, plant="", stop=True, bf16=True):
+def trace(name, flags, plant="", stop=True):
     """What the last update of `python NAME.py FLAGS` met; without updates, all of it. stop: after the first
     update, and --resume. plant: code to run before, with the script as `script`: a fault to be found."""
     import common
@@ -308,7 +308,7 @@ def trace(name, flags, plant="", stop=True, bf16=True):
     script, met = importlib.import_module(name), []
     presets = getattr(script, "presets", lambda flags: script.DEMO if flags.demo else {})
     with Fake(allow_non_fake_inputs=True), Meter() as meter:
-        install(meter, bf16)
+        install(meter)
         common.KeyedSamples.__getitem__ = real(common.KeyedSamples.__getitem__)
         common.TF.to_pil_image = real(common.TF.to_pil_image)
         exec(plant, {"common": common, "script": script, "torch": torch})
@@ -341,11 +341,11 @@ def task(function, arguments, folder):
         return traceback.format_exc()
 
 
-def trace_update(make_model, loss_of, batch, bf16=True):
+def trace_update(make_model, loss_of, batch):
     """The same for other people's models: an update with autocast, clipping and a fused AdamW. loss_of(model,
     images); batch: shape of the images."""
     with Fake(allow_non_fake_inputs=True), Meter() as meter:
-        install(meter, bf16)
+        install(meter)
         model = make_model().cuda()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         images = torch.zeros(batch, device="cuda")

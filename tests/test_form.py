@@ -25,7 +25,7 @@ IMPORTS = {
     "sources": {"common", "shapes", "shards"},
     "check": {"common", "sources"},
     **dict.fromkeys(("mae_mff", "ddae", "vision_electra", "revcol_v2"), {"common"}),
-    "vqgan": set(),
+    "vqgan": {"common"},
     "convert_dalle": {"common", "vqgan"},
     "cim": {"common", "convert_dalle"},
     "augment": {"common"},
