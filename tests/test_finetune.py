@@ -4,7 +4,6 @@ versions; split and killed runs; files that cannot be read."""
 import json
 import math
 import os
-import random
 import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -142,7 +141,6 @@ def test_randaugment_draws_two_operations_each_half_of_the_time(monkeypatch):
 def test_random_erasing_is_timms():
     """Sides of its boxes, on an image so flat that many draws do not fit."""
     timms = pytest.importorskip("timm.data.random_erasing")
-    random.seed(0)
     images, found = torch.full((10000, 1, 12, 80), 9.0), []
     theirs = timms.RandomErasing(probability=1.0, mode="pixel", device="cpu")
     for erased in (augment.random_erasing(images, 1.0), theirs(images.clone())):
