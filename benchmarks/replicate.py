@@ -17,9 +17,9 @@ of ImageNet need not hold after some minutes of CIFAR-10.
              labels=np.concatenate([part.targets for part in parts]),
              split=np.repeat([0, 1], [50_000, 10_000]))
 
-Repeat the command to go on after a stop: what is finished is not run again. `--only mff,ddae` runs a part,
-`--jobs` so many at a time. Runs go to --out, the tables to --table, and all logs, one compressed file per
-kind of run, to --logs.
+Repeat the command to go on after a stop: what is finished is not run again, nor what --logs holds already.
+`--only mff,ddae` runs a part, `--jobs` so many at a time. Runs go to --out, the tables to --table, and all
+logs, one compressed file per kind of run, to --logs.
 """
 
 import argparse
@@ -62,8 +62,10 @@ READ_OUTS = {
     "linear": "--mode linear --augment none --batch_size 1024 --base_lr 1.0 --epochs 50 --warmup_epochs 5 "
               "--eval_every 50",
 }
+READ_OUTS["finetune_.9"] = f"{READ_OUTS['finetune']} --layer_decay 0.9"
 READ_OUTS["linear_mean"] = f"{READ_OUTS['linear']} --pool avg"
-HEADS = {"finetune": "fine-tuned", "linear": "linear probe", "linear_mean": "probe of the mean token"}
+HEADS = {"finetune": "fine-tuned", "finetune_.9": "fine-tuned, layer decay 0.9", "linear": "linear probe",
+         "linear_mean": "probe of the mean token"}
 
 
 @dataclass
@@ -89,8 +91,8 @@ def arms(scale):
     ve = f"--base_lr {scale['ve']}"
     continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
     own = {"mae": f"{mae} {fused}", "ddae": ddae, "dds": f"{ddae} {steps}", "ve": ve, "cim": cim,
-           "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100, "half": "{half}",
-           "window": scale.get("patch_size", 4) // 2}
+           "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100,
+           "half": "{half}", "few": "{few}", "window": scale.get("patch_size", 4) // 2}
     more = {name: Arm(*words.format(**own).split(" ", 1), start)
             for name, (words, start) in readings.ARMS.items()}
     return more | {
@@ -176,6 +178,7 @@ class Bench:
         self.args, self.scale = args, SCALES[args.scale]
         self.out, self.data = args.out.resolve(), args.data.resolve()
         self.arms = arms(self.scale)
+        self.logs = read_logs(args.logs)  # {run: lines} of earlier runs: these need not run again
         # arms that start from the same run wait for one another
         self.locks = collections.defaultdict(threading.Lock)
         if not self.data.is_file():
@@ -196,6 +199,10 @@ class Bench:
         if file.exists() and file.read_text() != settings:
             sys.exit(f"{self.out} has runs of another scale or of other images: give another --out")
         file.write_text(settings)
+        self.few = self.out / "few.npz"
+        if not self.few.exists():
+            spaced = np.linspace(0, len(train), 2000, endpoint=False).astype(int)
+            np.savez(self.few, images=images[train[spaced]])
         self.labelled = self.out / "labelled.npz"  # what the read-outs learn from
         if not self.labelled.exists():
             first = train[: self.scale["images"]]
@@ -242,12 +249,15 @@ class Bench:
                                     "--epochs", f"{self.epochs:.6g}", "--warmup_epochs",
                                     f"{self.epochs / 10:.6g}",
                                     "--pictures", 0, "--seed", seed, *start,
-                                    *arm.flags.format(half=f"{self.epochs / 2:.4g}").split()])
+                                    *arm.flags.format(half=f"{self.epochs / 2:.4g}", few=self.few).split()])
         return self.out / name / str(seed) / "run/encoder.pth"
 
     def read_out(self, name, seed, ways):
         """Pre-train one arm with one seed, unless that is done, and read it out."""
         flags = self.arms[name].flags.split()
+        ways = [way for way in ways if f"{name}/{seed}_{way}" not in self.logs]
+        if not ways:
+            return
         if self.arms[name].script:
             size = flags[flags.index("--img_size"):][:2] if "--img_size" in flags else []
             shape = [*self.shape, *size, "--weights", self.pretrain(name, seed)]
@@ -260,22 +270,30 @@ class Bench:
                      ["finetune.py", "--data", self.labelled, *shape, *READ_OUTS[way].split(), *epochs,
                                               "--seed", seed])
 
+    def read_log(self, run):
+        """Lines of a finished run, each with its commit; none of another."""
+        folder = self.out / run
+        if not (folder / "done").exists():
+            return self.logs.get(run, [])
+        commit = (folder / "done").read_text()
+        with open(folder / "run/log.jsonl") as log:
+            return [{"run": run, "commit": commit} | json.loads(line) for line in log]
+
     def end_of_log(self, name):
         """Means of readings.WATCHED over the last five lines of all seeds, in words"""
-        paths = [self.out / name / str(seed) for seed in self.args.seeds]
-        lines = [line for path in paths if (path / "done").exists() for line in read_log(path)[-5:]]
+        lines = [line for seed in self.args.seeds for line in self.read_log(f"{name}/{seed}")[-5:]]
         values = {key: [line[f"train/{key}"] for line in lines if f"train/{key}" in line]
                   for key in readings.WATCHED}
         return ", ".join(f"{key} {statistics.mean(some):.3g}" for key, some in values.items() if some)
 
     def results(self):
-        """{(arm, seed): {way: top-1}} of all that is done."""
-        found = collections.defaultdict(dict)
+        """{(arm, seed): {way: top-1}} of all that is done, and the commits that it was done at."""
+        found, commits = collections.defaultdict(dict), set()
         for name, seed, way in itertools.product(self.arms, self.args.seeds, READ_OUTS):
-            folder = self.out / name / f"{seed}_{way}"
-            if (folder / "done").exists():
-                found[name, seed][way] = read_log(folder)[-1]["eval/top1"]
-        return found
+            if lines := self.read_log(f"{name}/{seed}_{way}"):
+                found[name, seed][way] = lines[-1]["eval/top1"]
+                commits.add(lines[-1]["commit"])
+        return found, commits
 
 
 def git_commit():
@@ -283,9 +301,14 @@ def git_commit():
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def read_log(folder):
-    with open(folder / "run/log.jsonl") as log:
-        return [json.loads(line) for line in log]
+def read_logs(folder):
+    """What write_logs wrote: {run: its lines}."""
+    runs = collections.defaultdict(list)
+    for file in folder.glob("*.jsonl.gz"):
+        with gzip.open(file, "rt") as log:
+            for line in map(json.loads, log):
+                runs[line["run"]].append(line)
+    return runs
 
 
 def pooled_spread(results, way):
@@ -318,11 +341,11 @@ def cell(values):
 
 def table(bench):
     """Markdown: one row per claim, one per arm, of all that is done."""
-    scale, seeds, results = bench.scale, bench.args.seeds, bench.results()
+    scale, seeds = bench.scale, bench.args.seeds
+    results, commits = bench.results()
     claims = [claim for claim in CLAIMS if claim.group in bench.args.only]
     shown = [way for way in READ_OUTS if any(way in claim.ways for claim in claims)]
     heads = " | ".join(HEADS[way] for way in shown)
-    commits = sorted({file.read_text() for file in bench.out.glob("*/*/done")})
     spreads, widths = {}, {}
     for way in READ_OUTS:
         spreads[way], freedom = pooled_spread(results, way)
@@ -335,8 +358,8 @@ def table(bench):
         f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: fine-tuned for "
         f"{scale['tune_epochs']} passes (layer decay 0.75; random weights 1), and by a linear probe on "
         "frozen features (class token; RevColV2: mean). Top-1 on the test images in %, mean ± standard "
-        f"deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(commits)}, table of "
-        f"{git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
+        f"deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(sorted(commits))}, "
+        f"table of {git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
         "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over "
         f"all runs ({', '.join(f'{HEADS[way]} {spreads[way]:.2f}' for way in shown)} points; nan: one seed); "
@@ -383,9 +406,9 @@ def write_logs(bench, folder):
     """NAME.jsonl.gz: log lines of all finished runs of one arm; `run`: arm/seed, or arm/seed_read-out."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in bench.arms:
-        lines = [json.dumps({"run": f"{name}/{done.parent.name}"} | line)
-                 for done in sorted(bench.out.glob(f"{name}/*/done"))
-                 for line in read_log(done.parent)]
+        runs = {f"{name}/{done.parent.name}" for done in bench.out.glob(f"{name}/*/done")}
+        runs |= {run for run in bench.logs if run.split("/")[0] == name}
+        lines = [json.dumps(line) for run in sorted(runs) for line in bench.read_log(run)]
         if lines:
             with (open(folder / f"{name}.jsonl.gz", "wb") as file,
                   gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed):
