@@ -8,6 +8,7 @@ of ImageNet need not hold after some minutes of CIFAR-10.
     python benchmarks/replicate.py --data cifar10.npz                          ViT-Tiny, 2,150 updates; GPU
     python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2   ViT-nano, 500 updates; CPU
     python benchmarks/replicate.py --data tiny.npz --scale tiny_imagenet       ViT-Tiny, 4,000 updates; 64 px
+    python benchmarks/replicate.py --data tiny.npz --scale photographs --only shares   docs/figures/shares.png
 
 `--data` is an .npz of images, 32 or 64 px square, with labels and `split`; CIFAR-10 as one:
 
@@ -55,6 +56,10 @@ SCALES = {
     "tiny_imagenet": {"model": "tiny", "updates": 4000, "batch": 128, "mae": "3e-3", "ve": "1e-3",
                       "revcol": "3e-3", "cim": "2e-3", "images": 20_000, "tune_epochs": 5, "img_size": 64,
                       "patch_size": 8, "resnet": "--img_size 64 --patch_size 16"},
+    "photographs": {"model": "nano", "updates": 2000, "batch": 128, "mae": "4e-3", "ve": "1e-3",
+                    "revcol": "4e-3", "cim": "2e-3", "images": 100_000, "tune_epochs": 1,
+                    "tune_updates": 1000, "img_size": 64, "patch_size": 8,
+                    "resnet": "--img_size 64 --patch_size 16"},
 }
 READ_OUTS = {
     "finetune": "--batch_size 64 --base_lr 2e-3 --warmup_epochs 0.3 --augment crop --mixup 0 --cutmix 0 "
@@ -64,8 +69,11 @@ READ_OUTS = {
 }
 READ_OUTS["finetune_.9"] = f"{READ_OUTS['finetune']} --layer_decay 0.9"
 READ_OUTS["linear_mean"] = f"{READ_OUTS['linear']} --pool avg"
+SHARES = {"share_1": 0.01, "share_5": 0.05, "share_25": 0.25, "share_100": 1.0}  # of the labelled images
+WAYS = READ_OUTS | dict.fromkeys(SHARES, READ_OUTS["finetune"])
 HEADS = {"finetune": "fine-tuned", "finetune_.9": "fine-tuned, layer decay 0.9", "linear": "linear probe",
-         "linear_mean": "probe of the mean token"}
+         "linear_mean": "probe of the mean token",
+         **{way: f"fine-tuned, {share:.0%} of the labels" for way, share in SHARES.items()}}
 
 
 @dataclass
@@ -170,6 +178,11 @@ CLAIMS = [
     Claim("revcol", "pre-training beats random weights", "RevColV2, supplement 2.1: +1.6",
           "revcol", "revcol_scratch"),
     *(Claim(*claim, ways=ways) for *claim, ways in readings.CLAIMS),
+    *(Claim("shares", f"{words} beats random weights", "", name, scratch, ways=tuple(SHARES))
+      for words, name, scratch in (
+          ("MAE", "mae", "scratch"), ("MFF", "mff", "scratch"), ("DDAE", "ddae", "scratch"),
+          ("CIM (RevDet) on a ResNet", "resnet_revdet", "resnet_scratch"),
+          ("RevColV2", "revcol", "revcol_scratch"))),
 ]
 
 
@@ -265,10 +278,30 @@ class Bench:
             shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none",
                      "--layer_decay", 1]
         for way in ways:
-            epochs = [] if way in readings.PROBES else ["--epochs", self.scale["tune_epochs"]]
-            self.run(f"{name}/{seed}_{way}",
-                     ["finetune.py", "--data", self.labelled, *shape, *READ_OUTS[way].split(), *epochs,
-                                              "--seed", seed])
+            epochs, data = ["--epochs", self.scale["tune_epochs"]], self.labelled
+            if way in readings.PROBES:
+                epochs = []
+            elif way in SHARES:  # the same number of updates, whatever the share
+                data, images = self.share(SHARES[way])
+                epochs = self.scale["tune_updates"] * 64 / images
+                epochs = ["--epochs", epochs, "--warmup_epochs", epochs / 10]
+            words = ["finetune.py", "--data", data, *shape, *WAYS[way].split(), *epochs, "--seed", seed]
+            self.run(f"{name}/{seed}_{way}", words)
+
+    def share(self, part):
+        """Path of an .npz with evenly spaced training images and all test images, and the number of the
+        former."""
+        path = self.out / f"labelled_{part:g}.npz"
+        with self.locks[path.name]:
+            if not path.exists():
+                with np.load(self.labelled) as data:
+                    images, labels, split = (data[name] for name in ("images", "labels", "split"))
+                train = np.flatnonzero(split == 0)
+                train = train[np.linspace(0, len(train), int(part * len(train)), endpoint=False).astype(int)]
+                keep = np.concatenate([train, np.flatnonzero(split == 1)])
+                np.savez(path, images=images[keep], labels=labels[keep], split=split[keep])
+            with np.load(path) as data:
+                return path, int((data["split"] == 0).sum())
 
     def read_log(self, run):
         """Lines of a finished run, each with its commit; none of another."""
@@ -289,7 +322,7 @@ class Bench:
     def results(self):
         """{(arm, seed): {way: top-1}} of all that is done, and the commits that it was done at."""
         found, commits = collections.defaultdict(dict), set()
-        for name, seed, way in itertools.product(self.arms, self.args.seeds, READ_OUTS):
+        for name, seed, way in itertools.product(self.arms, self.args.seeds, WAYS):
             if lines := self.read_log(f"{name}/{seed}_{way}"):
                 found[name, seed][way] = lines[-1]["eval/top1"]
                 commits.add(lines[-1]["commit"])
@@ -344,10 +377,10 @@ def table(bench):
     scale, seeds = bench.scale, bench.args.seeds
     results, commits = bench.results()
     claims = [claim for claim in CLAIMS if claim.group in bench.args.only]
-    shown = [way for way in READ_OUTS if any(way in claim.ways for claim in claims)]
+    shown = [way for way in WAYS if any(way in claim.ways for claim in claims)]
     heads = " | ".join(HEADS[way] for way in shown)
     spreads, widths = {}, {}
-    for way in READ_OUTS:
+    for way in WAYS:
         spreads[way], freedom = pooled_spread(results, way)
         # of one run's interval
         widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan
@@ -423,7 +456,7 @@ def main():
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
                         default=[0, 1, 2])
     parser.add_argument("--only", help="groups of claims (default mff,ddae,cim,ve,revcol; also "
-                        "ddae_readings,cim_readings,ve_readings: readings.py)")
+                        "ddae_readings,cim_readings,ve_readings: readings.py; shares)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
     parser.add_argument("--out", type=Path, help="default runs/replicate_SCALE")
@@ -432,7 +465,7 @@ def main():
     parser.add_argument("--logs", type=Path, help="default OUT/logs")
     args = parser.parse_args()
     groups = dict.fromkeys(claim.group for claim in CLAIMS)
-    papers = [group for group in groups if not group.endswith("_readings")]
+    papers = [group for group in groups if not group.endswith(("_readings", "shares"))]
     wanted = args.only = args.only.split(",") if args.only else papers
     if unknown := set(wanted) - set(groups):
         parser.error(f"--only {','.join(unknown)}: there are {', '.join(groups)}")
