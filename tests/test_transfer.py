@@ -759,10 +759,14 @@ PAPERS = {  # what the papers' text prints
     "cim_fcn_160k_seg": {"iters": 160_000},
     "ve_seg": {"lr": 1e-4, "weight_decay": 0.05, "batch_size": 8, "img_size": (512, 512)},
     "ve_det": {"epochs": 100.0, "batch_size": 64, "lr": 8e-5, "weight_decay": 0.1, "img_size": (768, 768)},
-    "revcol_seg": {"iters": 160_000, "lr": 4e-5, "batch_size": 16, "layer_decay": 0.65, "drop_path": 0.1},
+    **dict.fromkeys(("revcol_seg", "revcol_l_seg"), {"iters": 160_000, "lr": 4e-5, "batch_size": 16,
+                                                     "layer_decay": 0.65, "drop_path": 0.1}),
     "revcol_det": {"epochs": 50.0, "batch_size": 32, "lr": 1e-4, "jitter": (0.1, 2.0), "drop_path": 0.2,
                    "layer_decay": 0.9},
     "revcol_l_det": {"epochs": 50.0, "drop_path": 0.3, "layer_decay": 0.9},
+    "revcol_cascade_det": {"detector": "cascade", "epochs": 100.0, "batch_size": 64, "lr": 1e-4,
+                           "jitter": (0.1, 2.0), "drop_path": 0.2, "layer_decay": 0.9},
+    "revcol_l_cascade_det": {"detector": "cascade", "epochs": 100.0, "batch_size": 64, "drop_path": 0.3},
 }
 
 
@@ -932,6 +936,6 @@ def test_a_revcol_fine_tuned_twice_serves_dense_tasks(scenes, small_npz, tmp_pat
     assert len(one["head.bias"]) == 10 and len(two["head.bias"]) == 3 and (one["fc_norm.weight"] != 1).any()
     kept = {name for name in one if not name.startswith("head.")}
     assert max((one[name] - two[name]).abs().max() for name in kept) < 1e-9
-    command = [*SEG, "--data", scenes / "ade", "--weights", "two/best.pth", "--iters", 1, "--pictures", 0, "--out", "s"]
-    output = run_script([*command, "--img_size", 32], tmp_path)
+    command = [*SEG, "--data", scenes / "ade", "--weights", "two/best.pth", "--iters", 1, "--pictures", 0]
+    output = run_script([*command, "--img_size", 32, "--out", "seg"], tmp_path)
     assert re.search(r"two/best\.pth: (\d+)/\1 tensors loaded; missing: none", output)
