@@ -789,7 +789,9 @@ def test_recipes_hold_the_papers_numbers():
 
 def test_updates_and_passes_override_each_other():
     for words, values in ((["--epochs", 3], (None, 3)), (["--task", "det", "--iters", 9], (9, None)),
-                          (["--task", "det", "--demo"], (340, None)), (["--task", "det"], (None, 100))):
+                          (["--task", "det", "--demo"], (340, None)),
+                          (["--task", "det", "--demo", "--detector", "cascade"], (260, None)),
+                          (["--task", "det"], (None, 100))):
         cfg = config("--weights", "none", *words)
         assert (cfg.iters, cfg.epochs) == values
 
