@@ -17,9 +17,9 @@ boxes that the one before has moved: these are better, so the next can ask for m
 Boxes are sampled once, before the first stage. Masks have one head. It learns from the first stage's boxes,
 and at test it sees the last one's.
 
-Numbers and details are those of ViTDet's code, by which RevColV2's supplement trains: every stage has weight
-1 (mmdetection: 1, .5, .25), gradients are scaled where boxes are pooled, a box moves alike for all classes.
-Our choice: a box that is empty once cut to the image stays, as background.
+Where the paper is silent this follows detectron2, whose ViTDet RevColV2's supplement follows: every stage has
+weight 1 (mmdetection: 1, .5, .25, and no division of gradients), a box moves alike for all classes. Our
+choice: a box that is empty once cut to the image stays, as background. RevColV2 prints none of this.
 """
 
 import torch
@@ -93,13 +93,11 @@ class CascadeHeads(RoIHeads):
                                  if self.has_mask() else {})
         logits = torch.stack(shares).mean(0).log()  # what postprocess_detections takes the softmax of
         parts = stages[-1].postprocess_detections(logits, found, boxes, image_shapes)
-        results = [dict(zip(("boxes", "scores", "labels"), image, strict=True))
-                   for image in zip(*parts, strict=True)]
+        names = ("boxes", "scores", "labels")
         if self.has_mask():
-            masks = self.mask_logits(features, [found["boxes"] for found in results], image_shapes)
-            masks = maskrcnn_inference(masks, [found["labels"] for found in results])
-            results = [found | {"masks": mask} for found, mask in zip(results, masks, strict=True)]
-        return results, {}
+            names, logits = (*names, "masks"), self.mask_logits(features, parts[0], image_shapes)
+            parts = (*parts, maskrcnn_inference(logits, parts[2]))
+        return [dict(zip(names, image, strict=True)) for image in zip(*parts, strict=True)], {}
 
     def mask_logits(self, features, boxes, image_shapes):
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
