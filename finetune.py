@@ -17,8 +17,8 @@ ResNet-50 (docs/WEIGHTS.md), or none. Model, size and normalisation come from th
 
 The head reads one vector per image. ViT: LayerNorm of the mean patch token (--pool avg, to fine-tune) or the
 class token after the final LayerNorm (--pool cls, to probe). ResNet: the mean of the last map. RevColV2: the
-mean of the top level of the last column (units that it does not depend on are left out, so such a file serves
-no dense task); a probe reads the last bottom-up column.
+mean of the top level of the last column (units that it does not depend on stay as they were, so that the file
+serves dense tasks, too); a probe reads the last bottom-up column.
 
 Our choice: the targets of `--loss bce` are the mixed, smoothed labels, without a threshold. augment.py has
 the augmentation, evaluate.py what all modes measure.

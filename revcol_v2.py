@@ -29,8 +29,9 @@ nothing leaks into a hidden cell; sizes *_flat have all levels at stride p, to s
 mask token per level; sine-cosine positions on each level's grid; MAE's masking, target, crop, flip and
 initial values; no losses on inner columns.
 
-Read-outs. Fine-tuning: mean of the last column's top level, without units that it does not depend on. Probe,
-kNN: that of the last bottom-up column. Dense tasks: all maps of the last column, the top one pooled again.
+Read-outs. Fine-tuning: mean of the last column's top level; units that it does not depend on stay as they
+were, for dense tasks. Probe, kNN: that of the last bottom-up column. Dense tasks: all maps of the last
+column, the top one pooled again.
 
     python revcol_v2.py --demo                                            three minutes on two CPU cores
     torchrun --nproc_per_node 8 revcol_v2.py --model base                 supplement, table 1; data/imagenet
@@ -266,16 +267,17 @@ class Unit(nn.Module):
 
 class Column(nn.Module):
     """One column. Bottom-up: levels 0 to 3, each from the one below and, in the column before, the one above.
-    Top-down: mirrored, from 3 to `lowest`. rate: drop path of the last block, from 0 at the first."""
+    Top-down: mirrored, computed down to `lowest`. rate: drop path of the last block, from 0 at the first."""
 
     def __init__(self, size, rate, top_down, first=False, lowest=0):
         super().__init__()
         depths = SIZES[size][1]
         self.top_down = top_down
-        self.order = list(range(TOP, lowest - 1, -1) if top_down else range(TOP + 1))
+        levels = range(TOP, -1, -1) if top_down else range(TOP + 1)
+        self.order = [level for level in levels if level >= lowest]
         rates = iter([rate * i / (sum(depths) - 1) for i in range(sum(depths))])
         self.units = nn.ModuleDict()
-        for level in self.order:
+        for level in levels:
             own = [next(rates) for _ in range(depths[level])]
             self.units[str(level)] = Unit(size, level, own, top_down, first)
 
@@ -293,8 +295,8 @@ class Column(nn.Module):
 
 
 class RevColV2(nn.Module):
-    """The network without heads. read: "dense" (all of it), "top" (what the last column's top level depends
-    on), "bottom_up" (these columns alone)."""
+    """The network without heads. read: "dense" (all of it), "top" (all, but what the last column's top level
+    does not depend on is neither computed nor learned), "bottom_up" (these columns alone)."""
 
     def __init__(self, size, img_size, patch_size, in_chans=3, drop_path=0.0, columns=2, memory="column",
                  read="dense"):
@@ -311,9 +313,18 @@ class RevColV2(nn.Module):
         lowest.reverse()
         self.top_down = nn.ModuleList(Column(size, drop_path, True, lowest=n) for n in lowest if n <= TOP)
         # How the names start that a file of the whole network has and this read-out has not.
-        self.unused_names = [f"top_down.{i}.units.{j}." for i in range(columns) for j in range(lowest[i])]
+        self.unused_names = ["top_down."] if read == "bottom_up" else []
         self.last_layer = 1 + max(self.layer_id(name) for name, _ in self.named_parameters())
         init_linear(self)
+        self.requires_grad_()
+
+    def requires_grad_(self, requires_grad=True):
+        """Of what is computed; the rest stays as it is."""
+        super().requires_grad_(requires_grad)
+        for column in self.top_down:
+            for level in set(range(TOP + 1)) - set(column.order):
+                column.units[str(level)].requires_grad_(False)
+        return self
 
     @torch.no_grad()
     def keep_invertible(self):

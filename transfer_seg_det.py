@@ -6,8 +6,9 @@
     --head linear  one linear layer on a ViT's normalised last map; --head fcn: FCN on a ResNet-50 with its
                    last two stages dilated (both: CIM sec. 3.2)
 --task det   boxes and masks; AP by pycocotools
-    torchvision's Mask R-CNN with ViTDet's heads (Li et al., ECCV 2022) on large-scale jitter. A ViT without
-    class token, in windows but for four blocks, with a simple feature pyramid; others: an FPN on their maps
+    torchvision's Mask R-CNN with ViTDet's heads (Li et al., ECCV 2022) on large-scale jitter; --detector
+    cascade: three box heads, cascade.py. A ViT without class token, in windows but for four blocks, with a
+    simple feature pyramid; others: an FPN on their maps
 
 --weights takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's
 ResNet-50, or `none`. Layout of --data, memory, use of the result: docs/TRANSFER.md.
@@ -93,6 +94,7 @@ class Config(RunConfig):
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up, and as many top-down, columns; likewise
     drop_path: float = 0.1  # ViT, RevColV2: stochastic depth of the last block
+    detector: Literal["mask_rcnn", "cascade"] = "mask_rcnn"  # detection: one box head, or three in a row
     window: int = 14  # detection, ViT: side of its attention windows in patches; 0 = global attention
     recompute: bool = False  # ViT, RevColV2: compute activations again in the backward pass
     channels: int | None = None  # width of the decoder; default: UperNet on a ViT 768, else 512; det 256
@@ -141,6 +143,7 @@ class Config(RunConfig):
             f"--head {self.head} is not for {self.model}: linear is for ViTs, fcn for resnet50":
                 seg and not {"uper": True, "linear": vit, "fcn": resnet}[self.head],
             "--head and --compile are for --task seg": not seg and (not uper or self.compile),
+            "--detector is for --task det": seg and self.detector != "mask_rcnn",
             f"--img_size {H},{W}: --task det wants one number, a multiple of 32":
                 not seg and (H != W or H % 32 > 0),
             f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}":
@@ -163,7 +166,8 @@ DEFAULTS = {
 
 
 # What a finished model says of itself, so that it can be used without its flags.
-MODEL = ("task", "head", "channels", "window", "rpn_convs", "inference", "max_detections", "zero_is_ignore")
+MODEL = ("task", "head", "channels", "detector", "window", "rpn_convs", "inference", "max_detections",
+         "zero_is_ignore")
 
 
 def presets(flags):
@@ -182,6 +186,8 @@ def presets(flags):
     for recipe in filter(None, (flags.recipe, "demo" if flags.demo else None)):
         chosen = read_recipe(Config, f"{recipe}_{task}")
         values |= {"epochs": None} | chosen if "iters" in chosen else chosen
+    if flags.demo and flags.detector == "cascade":
+        values["iters"] = 260  # three heads take longer: as many minutes as with one
     weights = flags.weights or values.get("weights", "none")
     if weights != "none":
         try:
@@ -498,6 +504,7 @@ class Detector(nn.Module):
     def __init__(self, cfg, classes, masks=True):
         super().__init__()
         backbone, width, side = Backbone(cfg), cfg.channels, cfg.img_size[0]
+        box_head = functools.partial(FastRCNNConvFCHead, (width, 7, 7), [width] * 4, [1024], norm_layer=norm)
         strides = (*backbone.strides, 2 * backbone.strides[-1])
         anchors = AnchorGenerator(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * 5)
         self.model = MaskRCNN(
@@ -508,11 +515,14 @@ class Detector(nn.Module):
             rpn_post_nms_top_n_train=1000, box_batch_size_per_image=cfg.rois,
             box_detections_per_img=cfg.max_detections,
             box_roi_pool=roi_align(7, backbone.strides), mask_roi_pool=roi_align(14, backbone.strides),
-            box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer=norm),
-            mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm),
+            box_head=box_head(), mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm),
             box_predictor=FastRCNNPredictor(1024, classes + 1),
             mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
         self.model.transform.normalize = lambda image: image  # done: no copies of mean and deviation
+        if cfg.detector == "cascade":
+            from cascade import CascadeHeads  # only this one needs it
+
+            self.model.roi_heads = CascadeHeads(self.model.roi_heads, box_head)
         heads = self.model.roi_heads
         if not masks:
             heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
@@ -525,8 +535,8 @@ class Detector(nn.Module):
 
     def forward(self, images, targets):
         """images (B, C, S, S), targets: [{"boxes" (n, 4), "labels" (n,), "masks" (n, S, S)}] -> loss, {name:
-        detached}: the sum of torchvision's five (without masks, four), means over the batch's sampled boxes
-        (masks: over pixels)"""
+        detached}: the sum of torchvision's five (without masks, four; a cascade's stages add theirs), means
+        over the batch's sampled boxes (masks: over pixels)"""
         terms = self.model(list(images), targets)
         terms = {"loss": sum(terms.values()), **terms}
         return terms["loss"], {name.removeprefix("loss_"): value.detach() for name, value in terms.items()}

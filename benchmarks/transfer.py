@@ -27,6 +27,7 @@ ROWS = [  # flags, images per forward pass
     ("--task seg --model base --img_size 512 --recompute", 2),
     ("--task seg --model resnet50 --head fcn --img_size 512", 2),
     ("--task det --model base --img_size 512", 1),
+    ("--task det --model base --img_size 512 --detector cascade", 1),
     ("--task det --model base --img_size 768", 1),
     ("--task det --model base --img_size 1024", 1),
     ("--task det --model base --img_size 1024 --recompute", 1),

@@ -15,7 +15,8 @@ import common
 
 # Our files that each one imports. LAZY: only where it needs them, to be copied without them.
 LAZY = {"common": {"shapes", "sources", "shards", "weights", "check", "draw"},
-        "finetune": {"layers", "predict"}, "transfer_seg_det": {"predict_scenes"}, "convert_dalle": {"vqgan"}}
+        "finetune": {"layers", "predict"}, "transfer_seg_det": {"cascade", "predict_scenes"},
+        "convert_dalle": {"vqgan"}}
 IMPORTS = {
     "shapes": set(),
     "common": LAZY["common"],
@@ -36,7 +37,9 @@ IMPORTS = {
     "transfer_data": {"common"},
     "coco": {"common", "shapes", "transfer_data"},
     "overlay": {"transfer_data"},
-    "transfer_seg_det": {"common", "revcol_v2", "transfer_data", "coco", "overlay", "predict_scenes"},
+    "cascade": set(),
+    "transfer_seg_det": {"common", "revcol_v2", "transfer_data", "coco", "overlay"}
+    | LAZY["transfer_seg_det"],
     "predict_scenes": {"common", "transfer_data", "coco", "overlay", "predict"},
 }
 # Of train_step and the loop: lines of mae_mff.py that others may replace, and all lines of their own.

@@ -253,7 +253,8 @@ def test_scales_keep_away_from_0_and_do_not_decay():
 
 @pytest.mark.parametrize("columns", [1, 2, 4])
 def test_read_outs_are_parts_of_the_whole(columns):
-    """A part loads what is not in unused_names, has the whole's features, and uses all of its parameters."""
+    """A part loads what is not in unused_names, has the whole's features, and uses all parameters that learn;
+    no others are computed."""
     whole = randomised(RevColV2("tiny", (32, 32), 4, columns=columns)).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -262,17 +263,20 @@ def test_read_outs_are_parts_of_the_whole(columns):
         part = RevColV2("tiny", (32, 32), 4, columns=columns, read=read).eval()
         weights, unused = whole.state_dict(), tuple(part.unused_names)
         part.load_state_dict({name: weights[name] for name in weights if not name.startswith(unused)})
+        for p in part.requires_grad_().parameters():
+            p.data = p if p.requires_grad else torch.full_like(p, math.nan)
         found = part.features(images)
         torch.testing.assert_close(found, features)
         found.square().sum().backward()
-        assert all(p.grad.any() for p in part.parameters())
+        assert all(p.grad.any() for p in part.parameters() if p.requires_grad)
         last = max(part.layer_id(name) for name, _ in part.named_parameters())
         assert part.layer_id("head.weight") == last + 1  # right after what is there
 
 
-def test_layer_ids_and_drop_path():
-    """Depth in the column's own order, plus the column; top-down columns counted on."""
-    model = RevColV2("tiny", (32, 32), 4, drop_path=0.6)  # depths 1, 1, 2, 3
+@pytest.mark.parametrize("read", ["dense", "top"])
+def test_layer_ids_and_drop_path(read):
+    """Depth in the column's own order, plus the column; top-down columns counted on; whatever is read."""
+    model = RevColV2("tiny", (32, 32), 4, drop_path=0.6, read=read)  # depths 1, 1, 2, 3
     expected = {"stem.weight": 0, "bottom_up.0.units.0.blocks.0.mlp.fc1.weight": 1,
                 "bottom_up.0.units.3.blocks.2.norm1.bias": 7, "bottom_up.1.units.0.up.proj.weight": 2,
                 "bottom_up.1.units.3.a": 2, "bottom_up.1.units.2.blocks.1.attn.qkv.weight": 5,
@@ -280,7 +284,7 @@ def test_layer_ids_and_drop_path():
                 "top_down.1.units.0.blocks.0.norm.bias": 10, "top_down.1.units.0.a": 4, "head.weight": 11}
     assert {name: model.layer_id(name) for name in expected} == expected
     for column in [*model.bottom_up, *model.top_down]:
-        rates = [block.drop_path for level in column.order for block in column.units[str(level)].blocks]
+        rates = [block.drop_path for unit in column.units.values() for block in unit.blocks]
         assert rates == pytest.approx([0.1 * i for i in range(7)])
 
 
