@@ -316,7 +316,8 @@ def load_model(cfg, num_classes):
             print0(f"{cfg.weights} is fine-tuned: read out as then, by its norm of the mean token (pool avg)")
         ignore = ["decoder", "mask_token", "fuse_", "head.", "fc.", *model.unused_names]
         ignore += [] if "fc_norm.weight" in model.state_dict() else ["fc_norm."]  # kept if both have it
-        load_weights(model, cfg.weights, ("head.", "fc_norm.", "fc."), ignore, content=content)
+        missing = ("head.", "fc_norm.", "fc.", *getattr(model, "idle_names", ()))
+        load_weights(model, cfg.weights, missing, ignore, content=content)
     model.requires_grad_(cfg.mode == "finetune")
     model.head.requires_grad_(True)
     return model

@@ -314,6 +314,9 @@ class RevColV2(nn.Module):
         self.top_down = nn.ModuleList(Column(size, drop_path, True, lowest=n) for n in lowest if n <= TOP)
         # How the names start that a file of the whole network has and this read-out has not.
         self.unused_names = ["top_down."] if read == "bottom_up" else []
+        # ... and of what it has and does not compute.
+        self.idle_names = [f"top_down.{i}.units.{level}." for i, column in enumerate(self.top_down)
+                           for level in range(TOP + 1) if level not in column.order]
         self.last_layer = 1 + max(self.layer_id(name) for name, _ in self.named_parameters())
         init_linear(self)
         self.requires_grad_()
@@ -321,9 +324,9 @@ class RevColV2(nn.Module):
     def requires_grad_(self, requires_grad=True):
         """Of what is computed; the rest stays as it is."""
         super().requires_grad_(requires_grad)
-        for column in self.top_down:
-            for level in set(range(TOP + 1)) - set(column.order):
-                column.units[str(level)].requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if name.startswith(tuple(self.idle_names)):
+                parameter.requires_grad_(False)
         return self
 
     @torch.no_grad()
