@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from augment import erase_and_mix, repeated_keys, training_batches
+from beit import BEIT_SIZES, TABLE, RelPosViT
 from common import (
     NETWORK,
     VIT_SIZES,
@@ -71,7 +72,7 @@ from evaluate import batches_of_features, eval_batches, evaluate, extract, knn, 
 from revcol_v2 import SIZES, RevColV2, cell_grid
 from sources import open_held_out, open_labelled
 
-MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
+MODELS = (*VIT_SIZES, *BEIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Config(RunConfig):
     mode: Literal["finetune", "linear", "knn", "layers", "features", "evaluate"] | None = None  # see above
     recipe: str | None = None  # a paper's settings: the flags in recipes/NAME.txt
     weights: str | None = None  # file of weights, or none for random ones
-    model: Literal[*MODELS] = "base"  # a ViT's size, resnet50 or revcol_SIZE; default: what the file says
+    model: Literal[*MODELS] = "base"  # a ViT's SIZE, beit_SIZE, resnet50, revcol_SIZE; default: the file's
     patch_size: int = 16  # pixels; likewise
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up columns, and as many top-down; likewise
@@ -255,6 +256,10 @@ class Classifier(ViT):
     forward = classify
 
 
+class BeitClassifier(Classifier, RelPosViT):
+    """The same for a ViT with relative positions."""
+
+
 class RevColClassifier(RevColV2):
     """The same for RevColV2: on the last column after a fresh LayerNorm, or the last bottom-up one."""
 
@@ -299,7 +304,8 @@ class ResNetClassifier(ResNet50):
 
 def make_model(cfg, num_classes):
     classifiers = {"ViT": Classifier, "ResNet": ResNetClassifier, "RevColV2": RevColClassifier}
-    return classifiers[family(cfg.model)](cfg, num_classes)
+    classifier = BeitClassifier if cfg.model in BEIT_SIZES else classifiers[family(cfg.model)]
+    return classifier(cfg, num_classes)
 
 
 def load_model(cfg, num_classes):
@@ -314,7 +320,8 @@ def load_model(cfg, num_classes):
             model.norm_the_mean()
             cfg.pool = model.pool
             print0(f"{cfg.weights} is fine-tuned: read out as then, by its norm of the mean token (pool avg)")
-        ignore = ["decoder", "mask_token", "fuse_", "head.", "fc.", *model.unused_names]
+        ignore = ["decoder", "mask_token", "fuse_", "lm_head.", "cls_pt_layers.", "head.", "fc.",
+                  *model.unused_names]
         ignore += [] if "fc_norm.weight" in model.state_dict() else ["fc_norm."]  # kept if both have it
         load_weights(model, cfg.weights, ("head.", "fc_norm.", "fc."), ignore, content=content)
     model.requires_grad_(cfg.mode == "finetune")
@@ -471,7 +478,7 @@ def train(cfg, run):
         learner = model.head
         optimizer = LARS(learner.parameters(), cfg.weight_decay)
     else:
-        no_decay = ("pos_embed", "cls_token")
+        no_decay = ("pos_embed", "cls_token", TABLE)
         groups = parameter_groups(model, cfg.weight_decay, no_decay, model.layer_id, cfg.layer_decay)
         optimizer = adamw(groups, cfg.betas)
         average = {"ema": copy.deepcopy(model).requires_grad_(False)} if cfg.ema else {}

@@ -46,6 +46,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 import overlay
 import transfer_data as data
+from beit import BEIT_SIZES, TABLE, RelPosViT
 from coco import CocoScenes, DrawnScenes, average_precision, coco_results, coco_truth
 from common import (
     NETWORK,
@@ -76,7 +77,7 @@ from common import (
 )
 from revcol_v2 import SIZES, RevColV2, cell_grid
 
-MODELS = (*VIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
+MODELS = (*VIT_SIZES, *BEIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Config(RunConfig):
     recipe: str | None = None  # a paper's settings, recipes/NAME_TASK.txt; flags next to it win
     head: Literal["uper", "linear", "fcn"] = "uper"  # segmentation: the decoder
     weights: str | None = None  # file of the encoder's weights, or none for random ones
-    model: Literal[*MODELS] = "base"  # a ViT's size, resnet50 or revcol_SIZE; default: what the file says
+    model: Literal[*MODELS] = "base"  # a ViT's SIZE, beit_SIZE, resnet50, revcol_SIZE; default: the file's
     patch_size: int = 16  # pixels; likewise
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up, and as many top-down, columns; likewise
@@ -132,7 +133,7 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        (H, W), seg, vit = self.img_size, self.task == "seg", self.model in VIT_SIZES
+        (H, W), seg, vit = self.img_size, self.task == "seg", self.model in (*VIT_SIZES, *BEIT_SIZES)
         resnet, uper = self.model == "resnet50", self.head == "uper"
         self.channels = self.channels or (256 if not seg else 768 if vit and uper else 512)
         errors = {
@@ -214,21 +215,28 @@ class ViTEncoder(ViT):
             if det and cfg.window and number not in quarters:
                 block.attn = WindowAttention(self.embed_dim, block.attn.num_heads, self.grid, cfg.window)
         self.init_weights()
-        self.pos_embed.requires_grad_()
+        if self.pos_embed is not None:
+            self.pos_embed.requires_grad_()
         if cfg.head == "uper":  # which is the default in detection, too
             self.norm, self.unused_names = nn.Identity(), ["norm."]
         if det:
             self.cls_token, self.unused_names = None, ["norm.", "cls_token"]
 
-    def forward(self, images):
-        h, w = grid = patch_grid(images.shape[2:], self.patch_size)
+    def tokens(self, images, grid):
         pos_embed = self.pos_embed if grid == self.grid else resize_pos_embed(self.pos_embed, self.grid, grid)
         x = self.patch_embed(images) + pos_embed[:, 1:]
-        if self.cls_token is not None:
-            x = torch.cat([(self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        maps = []
-        for number, block in enumerate(self.blocks, start=1):
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
+        if self.cls_token is None:
+            return x
+        return torch.cat([(self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+
+    def biases(self, grid):
+        return [None] * self.depth
+
+    def forward(self, images):
+        h, w = grid = patch_grid(images.shape[2:], self.patch_size)
+        x, maps, again = self.tokens(images, grid), [], self.recompute and self.training
+        for number, (block, bias) in enumerate(zip(self.blocks, self.biases(grid), strict=True), start=1):
+            x = checkpoint(block, x, bias, use_reentrant=False) if again else block(x, bias)
             if number in self.taps:
                 maps.append(self.norm(x)[:, -h * w :].transpose(1, 2).unflatten(2, grid))  # (B, D, h, w)
         return maps
@@ -241,12 +249,27 @@ class WindowAttention(Attention):
         super().__init__(dim, num_heads)
         self.grid, self.side = grid, side
 
-    def forward(self, x):  # (B, h*w, D)
+    def forward(self, x, bias=None):  # (B, h*w, D); bias of a window: see attend
         (h, w), side, D = self.grid, self.side, x.shape[-1]
         x = F.pad(x.unflatten(1, (h, w)), (0, 0, 0, -w % side, 0, -h % side))  # zeros on the right and below
         x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)  # B, rows, columns, s, s, D
-        x = super().forward(x.reshape(-1, side * side, D)).view(x.shape)
+        x = super().forward(x.reshape(-1, side * side, D), bias).view(x.shape)
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)
+
+
+class BeitEncoder(ViTEncoder, RelPosViT):
+    """The same with relative positions; a window has those of an image of its size."""
+
+    def tokens(self, images, grid):
+        x = self.patch_embed(images)
+        return x if self.cls_token is None else self.prepend_cls(x)
+
+    def biases(self, grid):
+        first = 1 if self.cls_token is None else 0
+        sides = [getattr(block.attn, "side", None) for block in self.blocks]
+        grids = [(side, side) if side else grid for side in sides]
+        tables = {grid: self.rel_pos_bias(grid)[:, first:, first:] for grid in dict.fromkeys(grids)}
+        return [tables[grid] for grid in grids]
 
 
 class ResNetEncoder(ResNet50):
@@ -291,7 +314,8 @@ class RevColEncoder(RevColV2):
 
 
 def make_encoder(cfg):
-    return {"resnet50": ResNetEncoder, "revcol": RevColEncoder}.get(cfg.model.split("_")[0], ViTEncoder)(cfg)
+    encoders = {"resnet50": ResNetEncoder, "revcol": RevColEncoder, "beit": BeitEncoder}
+    return encoders.get(cfg.model.split("_")[0], ViTEncoder)(cfg)
 
 
 # ---- segmentation ------------------------------------------------------------------------------------------
@@ -613,7 +637,7 @@ def learning_rate(step, cfg, steps):
 def make_optimizer(model, cfg):
     """With layer-wise decay inside the encoder; the decoder learns at the full rate."""
     groups = parameter_groups(
-        model, cfg.weight_decay, ("pos_embed", "cls_token"),
+        model, cfg.weight_decay, ("pos_embed", "cls_token", TABLE),
         lambda name: model.encoder.layer_id(name.split("encoder.", 1)[-1]),  # outside: after its last block
         cfg.layer_decay)
     sgd = cfg.optimizer == "sgd"
@@ -720,7 +744,8 @@ def train(cfg, run):
     if cfg.weights != "none":
         content = read_file(cfg.weights)
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
-        others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", *model.encoder.unused_names)
+        others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", "lm_head.", "cls_pt_layers.",
+                  *model.encoder.unused_names)
         load_weights(model.encoder, cfg.weights, ignore=others, prefix=prefix, content=content)
     run.start(len(source), f"lr {cfg.lr:.3g}", steps, cfg.warmup_iters)
     if cfg.task == "det" and held_out.most > cfg.max_detections:
