@@ -146,18 +146,19 @@ def test_segmentation_runs_the_network_on_scenes_of_any_size(file_of_simmim, siz
 
 
 def test_a_detectors_windows_attend_as_small_images():
-    """Three of four blocks of twelve look at 2 x 2 patches; the others at all of the scene."""
+    """Three of four blocks look at 2 x 2 patches, the others at all of the scene."""
     encoder = dense_encoder("det", "beit_tiny")
     torch.nn.init.normal_(encoder.rel_pos_bias.relative_position_bias_table)
-    biases = encoder.biases((2, 4))
-    assert [len(bias[0]) for bias in biases] == [4, 4, 8] * 4
-    left, right = torch.randn(2, 1, 2, 2, 192)
-    x = torch.cat([left, right], dim=2).flatten(1, 2)
-    found = encoder.blocks[0](x, biases[0]).unflatten(1, (2, 4))
+    biases = encoder.biases((4, 4))
+    assert [len(bias[0]) for bias in biases] == [4, 4, 16] * 4
+    scene = torch.randn(1, 4, 4, 192)
+    found = encoder.blocks[0](scene.flatten(1, 2), biases[0]).unflatten(1, (4, 4))
     plain = common.Block(192, 3)
     plain.load_state_dict(encoder.blocks[0].state_dict())
     small = encoder.rel_pos_bias((2, 2))[:, 1:, 1:]
-    for half, expected in ((found[:, :, :2], left), (found[:, :, 2:], right)):
-        expected = plain(expected.flatten(1, 2), small)
-        torch.testing.assert_close(half.flatten(1, 2), expected, atol=1e-5, rtol=1e-5)
+    for y in (0, 2):
+        for x in (0, 2):
+            window = scene[:, y : y + 2, x : x + 2].flatten(1, 2)
+            there = found[:, y : y + 2, x : x + 2].flatten(1, 2)
+            torch.testing.assert_close(there, plain(window, small), atol=1e-5, rtol=1e-5)
     assert encoder(torch.randn(1, 3, 32, 32))[0].shape == (1, 192, 4, 4)
