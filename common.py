@@ -375,7 +375,7 @@ def read_file(path, load=None):
 
 
 # What a file of weights says of its network and of the images that it was trained on.
-NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
+NETWORK = ("model", "patch_size", "resnet_width", "columns", "swin_window", "in_chans", "mean", "std")
 
 
 def weights_of(content, prefix=None):

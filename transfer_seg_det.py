@@ -76,8 +76,9 @@ from common import (
     training_keys,
 )
 from revcol_v2 import SIZES, RevColV2, cell_grid
+from swin import SWIN_SIZES, Swin
 
-MODELS = (*VIT_SIZES, *BEIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
+MODELS = (*VIT_SIZES, *BEIT_SIZES, *SWIN_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 
 
 @dataclass
@@ -89,10 +90,11 @@ class Config(RunConfig):
     recipe: str | None = None  # a paper's settings, recipes/NAME_TASK.txt; flags next to it win
     head: Literal["uper", "linear", "fcn"] = "uper"  # segmentation: the decoder
     weights: str | None = None  # file of the encoder's weights, or none for random ones
-    model: Literal[*MODELS] = "base"  # a ViT's SIZE, beit_SIZE, resnet50, revcol_SIZE; default: the file's
+    model: Literal[*MODELS] = "base"  # a ViT's SIZE, beit_, swin_, revcol_SIZE, resnet50; default: file's
     patch_size: int = 16  # pixels; likewise
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up, and as many top-down, columns; likewise
+    swin_window: int = 6  # Swin: side of its attention windows; likewise
     drop_path: float = 0.1  # ViT, RevColV2: stochastic depth of the last block
     window: int = 14  # detection, ViT: side of its attention windows in patches; 0 = global attention
     recompute: bool = False  # ViT, RevColV2: compute activations again in the backward pass
@@ -134,7 +136,7 @@ class Config(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         (H, W), seg, vit = self.img_size, self.task == "seg", self.model in (*VIT_SIZES, *BEIT_SIZES)
-        resnet, uper = self.model == "resnet50", self.head == "uper"
+        resnet, uper, swin = self.model == "resnet50", self.head == "uper", self.model in SWIN_SIZES
         self.channels = self.channels or (256 if not seg else 768 if vit and uper else 512)
         errors = {
             "--weights FILE is needed; none is the baseline with random weights":
@@ -146,10 +148,12 @@ class Config(RunConfig):
                 not seg and (H != W or H % 32 > 0),
             f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}":
                 not seg and not resnet and self.patch_size not in (4, 8, 16, 32),
-            "--layer_decay, --drop_path and --recompute are for ViTs and RevColV2":
-                resnet and (self.layer_decay != 1 or self.drop_path > 0 or self.recompute),
+            "--layer_decay, --drop_path and --recompute are for ViTs and RevColV2, Swin has the first two":
+                resnet and (self.layer_decay != 1 or self.drop_path > 0)
+                or (resnet or swin) and self.recompute,
             f"--img_size is one --patch_size of {self.patch_size}: at least two are needed":
-                not resnet and min((patch_grid if vit else cell_grid)(self.img_size, self.patch_size)) < 2,
+                not resnet and not swin
+                and min((patch_grid if vit else cell_grid)(self.img_size, self.patch_size)) < 2,
         }
         if wrong := [message for message, holds in errors.items() if holds]:
             raise ValueError(wrong[0])
@@ -301,6 +305,21 @@ class ResNetEncoder(ResNet50):
         return maps
 
 
+class SwinEncoder(Swin):
+    """The ends of the four stages, each after a LayerNorm of its own, as Swin's authors have it."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg.model, cfg.patch_size, cfg.swin_window, cfg.in_chans, cfg.drop_path)
+        self.channels = [self.embed_dim // 8 * 2**i for i in range(4)]
+        self.strides = [cfg.patch_size * 2**i for i in range(4)]
+        self.norm, self.unused_names = nn.Identity(), ["norm."]
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
+
+    def forward(self, images):
+        maps = zip(self.norms, self.maps(images), strict=True)
+        return [norm(x).permute(0, 3, 1, 2) for norm, x in maps]
+
+
 class RevColEncoder(RevColV2):
     """The four maps of RevColV2's last column, the top one pooled once more."""
 
@@ -314,7 +333,7 @@ class RevColEncoder(RevColV2):
 
 
 def make_encoder(cfg):
-    encoders = {"resnet50": ResNetEncoder, "revcol": RevColEncoder, "beit": BeitEncoder}
+    encoders = {"resnet50": ResNetEncoder, "revcol": RevColEncoder, "beit": BeitEncoder, "swin": SwinEncoder}
     return encoders.get(cfg.model.split("_")[0], ViTEncoder)(cfg)
 
 
@@ -746,7 +765,7 @@ def train(cfg, run):
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
         others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", "lm_head.", "cls_pt_layers.",
                   *model.encoder.unused_names)
-        load_weights(model.encoder, cfg.weights, ignore=others, prefix=prefix, content=content)
+        load_weights(model.encoder, cfg.weights, ("norms.",), others, prefix, content)
     run.start(len(source), f"lr {cfg.lr:.3g}", steps, cfg.warmup_iters)
     if cfg.task == "det" and held_out.most > cfg.max_detections:
         print0(f"an image to evaluate has {held_out.most} objects, more than --max_detections "
