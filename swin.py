@@ -27,8 +27,7 @@ class Swin(SwinTransformer):
         sizes = [patch_size] * 2, width, list(depths), list(heads), [window] * 2
         super().__init__(*sizes, stochastic_depth_prob=drop_path, num_classes=1)
         self.depths, self.embed_dim, self.head = depths, 8 * width, nn.Identity()
-        # A list: the name `features` under which torchvision has them may mean something else in a subclass.
-        self.stages = list(self.features)
+        self.stages = list(self._modules["features"])  # a subclass may have a method of that name
         if in_chans != 3:
             self.stages[0][0] = nn.Conv2d(in_chans, width, patch_size, patch_size)
 
