@@ -12,10 +12,10 @@
 --weights takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's
 ResNet-50, or `none`. Layout of --data, memory, use of the result: docs/TRANSFER.md.
 
-Not in the papers, our choice: no relative positions and no layer scale; positions, class token and vectors
-do not decay; torch's initial convolutions; losses are means over the pixels that count; a ResNet's BatchNorm
-learns in detection; heads have LayerNorm where MIMDet's have SyncBatchNorm. As in torchvision: RoIAlign
-without the half-pixel shift, box losses quadratic below 1/9, test images shrunk without antialiasing.
+Not in the papers, our choice: relative positions only of a file that has them, no layer scale; positions,
+class token and vectors do not decay; torch's initial convolutions; losses are means over pixels that count; a
+ResNet's BatchNorm learns in detection; heads have LayerNorm where MIMDet's have SyncBatchNorm. As in
+torchvision: RoIAlign without the half-pixel shift, box losses quadratic below 1/9, no antialiasing in tests.
 
     python transfer_seg_det.py --demo       on runs/mae_mff/encoder.pth: minutes on a CPU; --task det likewise
     torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --weights encoder.pth --zero_is_ignore
@@ -137,6 +137,7 @@ class Config(RunConfig):
         super().__post_init__()
         (H, W), seg, vit = self.img_size, self.task == "seg", self.model in (*VIT_SIZES, *BEIT_SIZES)
         resnet, uper, swin = self.model == "resnet50", self.head == "uper", self.model in SWIN_SIZES
+        grid_of = patch_grid if vit or swin else cell_grid
         self.channels = self.channels or (256 if not seg else 768 if vit and uper else 512)
         errors = {
             "--weights FILE is needed; none is the baseline with random weights":
@@ -152,8 +153,7 @@ class Config(RunConfig):
                 resnet and (self.layer_decay != 1 or self.drop_path > 0)
                 or (resnet or swin) and self.recompute,
             f"--img_size is one --patch_size of {self.patch_size}: at least two are needed":
-                not resnet and not swin
-                and min((patch_grid if vit else cell_grid)(self.img_size, self.patch_size)) < 2,
+                not resnet and min(grid_of(self.img_size, self.patch_size)) < 2,
         }
         if wrong := [message for message, holds in errors.items() if holds]:
             raise ValueError(wrong[0])
@@ -219,8 +219,7 @@ class ViTEncoder(ViT):
             if det and cfg.window and number not in quarters:
                 block.attn = WindowAttention(self.embed_dim, block.attn.num_heads, self.grid, cfg.window)
         self.init_weights()
-        if self.pos_embed is not None:
-            self.pos_embed.requires_grad_()
+        self.requires_grad_()  # positions, too
         if cfg.head == "uper":  # which is the default in detection, too
             self.norm, self.unused_names = nn.Identity(), ["norm."]
         if det:
@@ -270,8 +269,7 @@ class BeitEncoder(ViTEncoder, RelPosViT):
 
     def biases(self, grid):
         first = 1 if self.cls_token is None else 0
-        sides = [getattr(block.attn, "side", None) for block in self.blocks]
-        grids = [(side, side) if side else grid for side in sides]
+        grids = [(block.attn.side,) * 2 if hasattr(block.attn, "side") else grid for block in self.blocks]
         tables = {grid: self.rel_pos_bias(grid)[:, first:, first:] for grid in dict.fromkeys(grids)}
         return [tables[grid] for grid in grids]
 
@@ -316,8 +314,7 @@ class SwinEncoder(Swin):
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
 
     def forward(self, images):
-        maps = zip(self.norms, self.maps(images), strict=True)
-        return [norm(x).permute(0, 3, 1, 2) for norm, x in maps]
+        return [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, self.maps(images), strict=True)]
 
 
 class RevColEncoder(RevColV2):
@@ -763,8 +760,7 @@ def train(cfg, run):
     if cfg.weights != "none":
         content = read_file(cfg.weights)
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
-        others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", "lm_head.", "cls_pt_layers.",
-                  *model.encoder.unused_names)
+        others = ("head.", "fc", "decoder", "mask_token", "lm_head.", "cls_pt", *model.encoder.unused_names)
         load_weights(model.encoder, cfg.weights, ("norms.",), others, prefix, content)
     run.start(len(source), f"lr {cfg.lr:.3g}", steps, cfg.warmup_iters)
     if cfg.task == "det" and held_out.most > cfg.max_detections:

@@ -22,9 +22,10 @@ bce(s, y) is the binary cross-entropy of sigmoid(s) and y; s > 0 says original. 
 L_adv sees the discriminator's parameters detached, L_D sees x^ detached.
 encoder.pth is the discriminator, a plain ViT; last.pth has the generator too.
 
-From scratch, training often collapses (0.2). The paper's discriminator starts from SimMIM's ViT-B, which has
-relative positions; here any plain ViT works. How its generator starts is unknown; it must predict raw pixels,
-as mae_mff.py --target raw and MAE's mae_visualize_vit_base.pth do (others: --generator_warmup_epochs).
+From scratch, training often collapses (0.2). The paper's discriminator starts from SimMIM's ViT-B, whose
+relative positions only vision_electra_simmim.py has; here any plain ViT works. How its generator starts is
+unknown; it must predict raw pixels, as mae_mff.py --target raw and MAE's mae_visualize_vit_base.pth do
+(others: --generator_warmup_epochs).
 Ours: sigma = 0.1, on the encoder's normalised tokens; one linear layer per head; levels weigh 1 : 1; L_adv
 does not saturate; composites not clipped; lr = base_lr x batch / 512, as SimMIM's; one AdamW for both.
 

@@ -115,7 +115,7 @@ class Config(RunConfig):
 
 
 # As vision_electra.py's: a GAN weight of 0.2 is too much for networks of this size.
-DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4, "swin_window": 4,
+DEMO = {"data": "shapes", "img_size": (24, 24), "model": "nano", "patch_size": 4, "swin_window": 3,
         "epochs": 0.25, "gan_weight": 0.005, "generator_warmup_epochs": 0.17, "batch_size": 16,
         "base_lr": 2.4e-2, "warmup_epochs": 0.03, "log_every": 25}
 WARMSTART = {"discriminator": "none", "noise": 0.0, "mask_ratio": 0.6, "epochs": 0.6, "batch_size": 16,
