@@ -188,7 +188,7 @@ def attend(q, k, v, bias=None):
         # The bf16 backward pass of torch's fused CPU kernel is two to five times slower than these products.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class Attention(nn.Module):
