@@ -1,4 +1,4 @@
-"""Fine-tuning, linear probing, kNN and features of a pre-trained Vision Transformer, ResNet-50 or RevColV2.
+"""Fine-tuning, linear probing, kNN and features of a pre-trained ViT, Swin, ResNet-50 or RevColV2.
 
 finetune  the whole network, AdamW, MAE's recipe with MFF's numbers (its appendix, table 3). `--recipe NAME`
           reads a paper's flags from recipes/NAME.txt; flags next to it win.
@@ -16,8 +16,8 @@ ResNet-50 (docs/WEIGHTS.md), or none. Model, size and normalisation come from th
 --data needs labels, in train/ and val/ (or an .npz with `split`, or shapes, cifar10, cifar100, stl10, cars).
 
 The head reads one vector per image. ViT: LayerNorm of the mean patch token (--pool avg, to fine-tune) or the
-class token after the final LayerNorm (--pool cls, to probe). ResNet: the mean of the last map. RevColV2: the
-mean of the top level of the last column (units that it does not depend on are left out, so such a file serves
+class token after the final LayerNorm (--pool cls, to probe). ResNet, Swin: mean of their last map. RevColV2:
+the mean of the last column's top level (units that it does not depend on are left out, so such a file serves
 no dense task); a probe reads the last bottom-up column.
 
 Our choice: the targets of `--loss bce` are the mixed, smoothed labels, without a threshold. augment.py has

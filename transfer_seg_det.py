@@ -95,7 +95,7 @@ class Config(RunConfig):
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up, and as many top-down, columns; likewise
     swin_window: int = 6  # Swin: side of its attention windows; likewise
-    drop_path: float = 0.1  # ViT, RevColV2: stochastic depth of the last block
+    drop_path: float = 0.1  # ViT, Swin, RevColV2: stochastic depth of the last block
     window: int = 14  # detection, ViT: side of its attention windows in patches; 0 = global attention
     recompute: bool = False  # ViT, RevColV2: compute activations again in the backward pass
     channels: int | None = None  # width of the decoder; default: UperNet on a ViT 768, else 512; det 256
@@ -120,7 +120,7 @@ class Config(RunConfig):
     warmup_iters: int = 1500  # linear warm-up
     weight_decay: float = 0.05  # AdamW, SGD
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW; SGD: the first is the momentum
-    layer_decay: float = 0.65  # ViT, RevColV2: learning rate of a block = that of the next one times this
+    layer_decay: float = 0.65  # ViT, Swin, RevColV2: learning rate of a block = the next one's times this
     clip_grad: float = 0.0  # largest gradient norm; 0 = no clipping
     # evaluation
     inference: Literal["slide", "whole"] = "slide"  # segmentation: windows of --img_size, or the whole image
