@@ -33,7 +33,7 @@ import textwrap
 import threading
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -180,13 +180,15 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); no mask, as that rules out the fast kernels."""
+def attend(q, k, v, bias=None):
+    """softmax(q k^T / sqrt(d) + bias) v for (B, heads, N, d). No mask, and mostly no bias (heads, N, N): they
+    rule out the fast kernels."""
+    bias = None if bias is None else bias.to(q.dtype)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # The bf16 backward pass of torch's fused CPU kernel is two to five times slower than these products.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return scores.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        return (scores if bias is None else scores + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class Attention(nn.Module):
@@ -196,10 +198,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):  # (B, N, D)
+    def forward(self, x, bias=None):  # (B, N, D); bias: see attend
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, D))
+        return self.proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, N, D))
 
 
 class MLP(nn.Module):
@@ -231,8 +233,8 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x):
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
+    def forward(self, x, bias=None):
+        x = x + drop_path(self.attn(self.norm1(x), bias), self.drop_path, self.training)
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
 
@@ -336,14 +338,15 @@ def fill_from_visible(values, mask, grid):
 
 def load_pickled(path):
     """Content of a torch.save file. Opened here: torch would judge a path by its suffix."""
-    with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+    plain = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]  # MAE's arguments, SimMIM's settings
+    with open(path, "rb") as file, torch.serialization.safe_globals(plain):
         return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def read_file(path, load=None):
-    """Content of a file of weights (tensors, plain values and MAE's Namespace: nothing else is unpickled), or
-    what load(path) reads. Files from elsewhere, and transformers' folders, are turned into the form of ours.
-    UserError, in one line, if it cannot be read."""
+    """Content of a file of weights (tensors, plain values, MAE's and SimMIM's settings: nothing else is
+    unpickled), or what load(path) reads. Files from elsewhere, and transformers' folders, are turned into the
+    form of ours. UserError, in one line, if it cannot be read."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
@@ -373,7 +376,7 @@ def read_file(path, load=None):
 
 
 # What a file of weights says of its network and of the images that it was trained on.
-NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
+NETWORK = ("model", "patch_size", "resnet_width", "columns", "swin_window", "in_chans", "mean", "std")
 
 
 def weights_of(content, prefix=None):

@@ -12,6 +12,7 @@ import re
 
 import torch
 
+from beit import TABLE, from_beit, table_side
 from common import VIT_SIZES, UserError, load_pickled, print0
 
 # transformers' names of ViT and ViTMAE, in the order they are replaced; those of version 5 behind the "|".
@@ -97,17 +98,22 @@ def from_transformers(weights):
 
 
 def network_shown(weights):
-    """{field: value} of the ViT (timm's, MAE's) or ResNet-50 (torchvision's) that tensors show; or {}."""
+    """{field: value} of the ViT (timm's, MAE's, BEiT's) or ResNet-50 (torchvision's) that tensors show; {} of
+    others."""
     kernel = weights.get("patch_embed.proj.weight", torch.empty(0))
-    if "pos_embed" in weights and kernel.ndim == 4:
+    table = weights.get(f"rel_pos_bias.{TABLE}")
+    if kernel.ndim == 4 and (table is not None or "pos_embed" in weights):
         D, in_chans, patch_size, _ = kernel.shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        L = weights["pos_embed"].shape[1] - 1
-        side = math.isqrt(L)
+        L = weights["pos_embed"].shape[1] - 1 if table is None else (table_side(table) or 0) ** 2
+        side, prefix = math.isqrt(L), "" if table is None else "beit_"
+        beit = "lm_head.weight" in weights  # as pre-trained, on images normalised by 0.5
+        colours = dict.fromkeys(("mean", "std"), (0.5,) * 3) if beit else {}
         for size, (dim, blocks, _) in VIT_SIZES.items():
             if (dim, blocks, side**2) == (D, depth, L):
                 img_size = (side * patch_size, side * patch_size)
-                return {"model": size, "patch_size": patch_size, "img_size": img_size, "in_chans": in_chans}
+                return {"model": prefix + size, "patch_size": patch_size, "img_size": img_size,
+                        "in_chans": in_chans, **colours}
     if {"conv1.weight", "layer4.2.conv3.weight"} <= weights.keys():
         width, in_chans, *_ = weights["conv1.weight"].shape
         return {"model": "resnet50", "resnet_width": width, "in_chans": in_chans}
@@ -133,6 +139,12 @@ def adopt(content, path):
         rest = [name for name in PLACES if name != place and is_state(content.get(name))] + prefixes[1:]
         tell(f"{path}: the network is taken from {place or 'the file'}{f' ({prefix})' if prefix else ''}; "
              f"the file also holds: {', '.join(rest) or 'nothing'}")
-    weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    decoder = "decoder.0." if prefix == "encoder." else prefix  # SimMIM's stands beside its encoder
+    weights = {name.removeprefix(prefix): value for name, value in weights.items()
+               if name.startswith((prefix, decoder))}
+    try:
+        weights = from_beit(weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     plain = {name: value for name, value in content.items() if not is_state(value) and name != "meta"}
     return {**plain, "model": weights, "meta": network_shown(weights)}
