@@ -4,9 +4,9 @@ BEiT-v2  Peng et al., BEiT v2: Masked Image Modeling with Vector-Quantized Visua
          2208.06366, with the settings of its code for 300 epochs
 DDAE     Chen et al., AAAI 2024: ddae.py, which has masks, distances and weights
 
-Idea. A frozen tokenizer, VQ-KD, which learned to keep CLIP's features, gives each patch one of 8192 ids: what
-it shows rather than its colours. BEiT-v2 predicts the ids of hidden patches. DDS asks for the same ids at
-several depths, and weighs each hidden patch by its distance to the nearest visible one, to a learned power.
+Idea. A frozen tokenizer, VQ-KD, made to keep CLIP's features, gives each patch one of 8192 ids: what it shows
+rather than its colours. BEiT-v2 predicts those of hidden patches. DDS asks for them at several depths, and
+weighs each hidden patch by its distance to the nearest visible one, to a learned power.
 
 Data flow, in the order of the papers (source, the paper's symbol; its name here and its shape on the right)
     BEiT-v2  M         75 of 196 patches, in blocks                       distance   (B, L), 0 = visible
@@ -16,18 +16,17 @@ Data flow, in the order of the papers (source, the paper's symbol; its name here
     BEiT-v2  p(z|x^M)  final norm and lm_head                             logits     (K + 1, B, n, V)
     DDAE (2) h_i       and over its maximum                               weight     (K, B, n)
     loss = sum_i lambda_i mean(weight_i CE_i) + mean(CE of the aggregation) + .5 sum_i sqrt(n) mean ||h_i||_2
-i: blocks 3, 6, 9, 12; lambda_i: .75, last 1. BEiT-v2 has mean(CE_12) and the aggregation's. encoder.pth is a
-BEiT as beit.py's, layer scale multiplied into the layers before it.
+i: blocks 3, 6, 9, 12; lambda_i: .75, last 1. BEiT-v2 has mean(CE_12) and the aggregation's. encoder.pth is
+beit.py's network, layer scale multiplied into its layers.
 
 Not in the papers, our choice (docs/ddae_beitv2.md has the reasons)
-    levels       all through the norm and head that the aggregation shares in BEiT-v2
+    levels       all through the final norm and head; beta begins at DDAE's -.5
     aggregation  not weighted: it is no level of the encoder; so block 9 is supervised twice
     masks        exactly 75, of rectangles of up to 60 (ddae.py's); BEiT's generator may stop short of 75
     --demo       its tokenizer is not trained: codes of a ViT with random weights, 64 of them as codebook
 
     python ddae_beitv2.py --demo                                               two minutes on a CPU
-    torchrun --nproc_per_node 4 ddae_beitv2.py --tokenizer vqkd.pth            table 2, images in data/imagenet
-    torchrun --nproc_per_node 4 ddae_beitv2.py --tokenizer vqkd.pth --no-dds --epochs 300         BEiT-v2's run
+    torchrun --nproc_per_node 4 ddae_beitv2.py --tokenizer vqkd.pth            table 2, on data/imagenet
 """
 
 import functools
@@ -64,7 +63,6 @@ from common import (
     set_lr,
     unpatchify,
     warmup_cosine,
-    write_atomically,
 )
 from ddae import block_mask, distance_map, dynamic_weights, regulariser
 
@@ -80,7 +78,6 @@ class Config(RunConfig):
     num_masked: int | None = None  # hidden patches; default 75 of 196
     dds: bool = True  # deep dynamic supervision; --no-dds is BEiT-v2 (DDAE, table 2)
     num_levels: int = 4  # K, supervised block outputs (DDAE, table 6)
-    beta_init: float = -0.5  # of every level (DDAE, table 7)
     # optimisation: BEiT-v2's code for 300 epochs; DDAE's table 2 has 100
     epochs: float = 100.0  # passes over the data
     batch_size: int = 2048  # images per update, over all processes
@@ -95,7 +92,6 @@ class Config(RunConfig):
     draw: str | None = None  # draw what these weights (last.pth) predict, to --out X.png
     pictures: int = 8  # images drawn at each epoch's end; 0 = none
 
-    ranges = RunConfig.ranges | {"beta_init": (-100, 100)}
     free_on_resume = RunConfig.free_on_resume | {"tokenizer"}  # by path; the digest must be the same
 
     def __post_init__(self):
@@ -156,8 +152,7 @@ class Tokenizer(nn.Module):
 
 
 def load_tokenizer(path, cfg, device="cpu"):
-    """Frozen Tokenizer from VQ-KD's file, of its weights' sizes, on cfg's grid. `digest`: the file's
-    SHA-256."""
+    """Frozen Tokenizer of VQ-KD's file, on cfg's grid. `digest`: the file's SHA-256."""
     content = read_file(path, load_pickled)
     parts = ("encoder.", "encode_task_layer.", "quantize.embedding.weight")  # others are of its training
     weights = {name: x for name, x in content.get("model", content).items() if name.startswith(parts)}
@@ -165,12 +160,11 @@ def load_tokenizer(path, cfg, device="cpu"):
     if missing := [name for name in names if name not in weights]:
         raise UserError(f"--tokenizer {path} lacks {missing[0]}: expected VQ-KD's file")
     (D, in_chans, p, _), (code_dim, _), (vocab_size, _) = (weights[name].shape for name in names)
-    depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")})
-    size = next((name for name, shape in VIT_SIZES.items() if shape[:2] == (D, depth)), None)
-    if not size or in_chans != cfg.in_chans:
-        raise UserError(f"--tokenizer {path} has {depth} blocks of width {D}, {in_chans} channels: expected "
-                        f"those of a ViT ({', '.join(VIT_SIZES)}) and --in_chans {cfg.in_chans}")
-    tokenizer = Tokenizer(size, cfg.grid, p, in_chans, vocab_size, code_dim)
+    sizes = {width: name for name, (width, *_) in VIT_SIZES.items()}
+    if D not in sizes or in_chans != cfg.in_chans:
+        raise UserError(f"--tokenizer {path} is {D} wide, for {in_chans} channels: expected --in_chans "
+                        f"{cfg.in_chans}, and a ViT of width {', '.join(map(str, sizes))}")
+    tokenizer = Tokenizer(sizes[D], cfg.grid, p, in_chans, vocab_size, code_dim)
     load_weights(tokenizer, path, content={"model": from_beit(weights)})
     tokenizer.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return tokenizer.to(device).eval().requires_grad_(False)
@@ -186,9 +180,7 @@ def make_tokenizer(cfg, run, images):
     codes = tokenizer.codes(run.normalize.undo(images).cpu()).flatten(0, 1)
     tokenizer.encode_task_layer[2].bias -= codes.mean(0)
     tokenizer.quantize["embedding"].weight.copy_((codes - codes.mean(0))[torch.randperm(len(codes))[:64]])
-    if run.is_main:
-        content = {"model": tokenizer.state_dict()}
-        write_atomically(cfg.tokenizer, lambda file: torch.save(content, file))
+    run.export("tokenizer.pth", tokenizer.state_dict(), {})
     run.gather(None)  # the others wait for it
 
 
@@ -235,8 +227,7 @@ class DeepDynamicBEiTv2(RelPosViT):
             nn.ModuleList(ScaledBlock(D, heads, cfg.layer_scale) for _ in range(n)) for n in (depth, 2))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.lm_head = nn.Linear(D, vocab_size)
-        if cfg.dds:
-            self.beta = nn.Parameter(torch.full((K,), cfg.beta_init))
+        self.beta = nn.Parameter(torch.full((K,), -0.5 * cfg.dds), cfg.dds)  # 0: equal weights
         self.init_weights()
 
     def init_weights(self):
@@ -246,10 +237,9 @@ class DeepDynamicBEiTv2(RelPosViT):
             nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
         for module in linear:
             nn.init.zeros_(module.bias)
-        for first, blocks in ((1, self.blocks), (self.early + 1, self.cls_pt_layers)):
-            for number, block in enumerate(blocks, start=first):
-                for module in (block.attn.proj, block.mlp.fc2):
-                    module.weight.data.div_(math.sqrt(2 * number))
+        for number, block in (*enumerate(self.blocks, 1), *enumerate(self.cls_pt_layers, self.early + 1)):
+            for module in (block.attn.proj, block.mlp.fc2):
+                module.weight.data.div_(math.sqrt(2 * number))
 
     def trunk_state(self):
         """What a RelPosViT loads: layer scale is multiplied in."""
@@ -269,9 +259,8 @@ class DeepDynamicBEiTv2(RelPosViT):
         x = torch.cat([x[:, :1], outputs[self.early - 1][:, 1:]], dim=1)
         for block in self.cls_pt_layers:
             x = block(x, bias)
-        outputs = [*(outputs[i - 1] for i in self.levels), x]
-        latent = torch.stack([gather_tokens(x[:, 1:], positions) for x in outputs])
-        return positions, self.lm_head(self.norm(latent))
+        latent = [gather_tokens(y[:, 1:], positions) for y in (*(outputs[i - 1] for i in self.levels), x)]
+        return positions, self.lm_head(self.norm(torch.stack(latent)))
 
     def forward(self, images, distance):
         """Returns the loss and its terms: sum over the levels, aggregation, eq. (6)'s norm, as added; of the
@@ -279,19 +268,16 @@ class DeepDynamicBEiTv2(RelPosViT):
         positions, logits = self.predict(images, distance)
         target = self.tokenizer.ids(self.to_pixels(images)).gather(1, positions)
         with torch.autocast(images.device.type, enabled=False):  # losses in float32
-            error, terms = token_loss(logits, target), {}
+            error, (h, weight) = token_loss(logits, target), dynamic_weights(distance, self.beta)
             *_, last, aggregation = error.mean((1, 2))
-            weight = torch.ones_like(error[:-1])
+            weight = weight.gather(2, positions.expand(len(h), -1, -1))
+            terms = {"levels": sum_of_levels(error[:-1], weight), "aggregation": aggregation}
             if self.cfg.dds:
-                h, weight = dynamic_weights(distance, self.beta)
-                weight = weight.gather(2, positions.expand(len(h), -1, -1))
                 terms["eq6_reg"] = 0.5 * regulariser(h, (distance > 0).float())
-            terms |= {"levels": sum_of_levels(error[:-1], weight), "aggregation": aggregation}
             loss = sum(terms.values())
             accuracy = (logits[-2].argmax(-1) == target).float().mean()
-            terms |= {"loss": loss, "cross_entropy": last, "accuracy": accuracy}
-        if self.cfg.dds:
-            terms |= {f"beta/{i}": beta for i, beta in zip(self.levels, self.beta.unbind(), strict=True)}
+        terms |= {"loss": loss, "cross_entropy": last, "accuracy": accuracy}
+        terms |= {f"beta/{i}": beta for i, beta in zip(self.levels, self.beta.unbind(), strict=True)}
         return loss, {name: value.detach() for name, value in terms.items()}
 
 
@@ -327,20 +313,19 @@ def save_pictures(path, model, examples, run):
     means = use.T @ patchify(original, p).flatten(0, 1) / use.sum(0).clamp(min=1)[:, None]
     tokens = ids, ids.scatter(1, positions, logits[-2].argmax(-1))
     right = (-token_loss(logits, ids.gather(1, positions))).exp()
-    everywhere = right.new_zeros(len(right), *ids.shape).scatter(2, positions.expand_as(right), right)
-    hidden, *maps = (patches_to_pixels(x[..., None], p, grid) for x in ((distance > 0).float(), *everywhere))
-    columns = original, original * (1 - hidden) + 0.5 * hidden
-    columns += *(unpatchify(means[x], p, grid) for x in tokens), *maps
+    right = right.new_zeros(len(right), *ids.shape).scatter(2, positions.expand_as(right), right)
+    hidden, *right = (patches_to_pixels(x[..., None], p, grid) for x in ((distance > 0).float(), *right))
+    masked, shown = original * (1 - hidden) + 0.5 * hidden, (unpatchify(means[x], p, grid) for x in tokens)
     titles = "original", "masked", "tokens", "predicted", *(f"block {i}" for i in model.levels), "aggregated"
-    save_image_grid(path, list(zip(*columns, strict=True)), titles,
-                    "tokens: each as the mean of the patches here that have it, black if none has; predicted: "
-                    "hidden ones, by the last block; then the right token's probability: white is 1, black is "
-                    "0 or visible")
+    save_image_grid(path, list(zip(original, masked, *shown, *right, strict=True)), titles,
+                    "tokens: each as the mean of the patches here that have it, black if none; predicted: of "
+                    "hidden patches, by the last block; then the right token's probability: black is 0 or "
+                    "visible, white is 1")
 
 
 def train(cfg, run):
-    source, sample_noise = open_data(cfg), functools.partial(sample_mask, cfg)
-    crop = RandomResizedCrop(cfg.img_size)
+    source = open_data(cfg)
+    sample_noise, crop = functools.partial(sample_mask, cfg), RandomResizedCrop(cfg.img_size)
     if not cfg.draw:
         run.fit_batch(source)
         run.start(len(source), f"lr {cfg.lr:.3g}, whatever the batch")
