@@ -20,8 +20,7 @@ i: blocks 3, 6, 9, 12; lambda_i: .75, last 1. BEiT-v2 has mean(CE_12) and the ag
 beit.py's network, layer scale multiplied into its layers.
 
 Not in the papers, our choice (docs/ddae_beitv2.md has the reasons)
-    levels       all through the final norm and head; beta begins at DDAE's -.5
-    aggregation  not weighted: it is no level of the encoder; so block 9 is supervised twice
+    levels       all through the final norm and head; the aggregation is none, so without weights
     masks        exactly 75, of rectangles of up to 60 (ddae.py's); BEiT's generator may stop short of 75
     --demo       its tokenizer is not trained: codes of a ViT with random weights, 64 of them as codebook
 
@@ -64,7 +63,7 @@ from common import (
     unpatchify,
     warmup_cosine,
 )
-from ddae import block_mask, distance_map, dynamic_weights, regulariser
+from ddae import dynamic_weights, regulariser, sample_mask
 
 
 @dataclass
@@ -73,9 +72,11 @@ class Config(RunConfig):
     model: Literal[*VIT_SIZES] = "base"  # encoder: width, depth and heads of that ViT
     patch_size: int = 16  # pixels
     layer_scale: float = 0.1  # initial factor of every branch; BEiT-v2's large model: 1e-5
+    initial: Literal["beit", "mae"] = "beit"  # values of the other weights; mae: for small models, short runs
     tokenizer: str | None = None  # VQ-KD's file; --demo makes a small one
     # method
-    num_masked: int | None = None  # hidden patches; default 75 of 196
+    mask_ratio: float = 0.383  # share of hidden patches: int(L * mask_ratio) of L
+    mask: Literal["two_stage", "block", "random"] = "block"  # as in ddae.py
     dds: bool = True  # deep dynamic supervision; --no-dds is BEiT-v2 (DDAE, table 2)
     num_levels: int = 4  # K, supervised block outputs (DDAE, table 6)
     # optimisation: BEiT-v2's code for 300 epochs; DDAE's table 2 has 100
@@ -98,10 +99,10 @@ class Config(RunConfig):
         super().__post_init__()
         self.grid, depth = patch_grid(self.img_size, self.patch_size), VIT_SIZES[self.model][1]
         L = math.prod(self.grid)
-        self.num_masked = self.num_masked or round(75 * L / 196)
+        self.n_masked = int(L * self.mask_ratio)
         self.warmup_epochs = min(10.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
-        if not 0 < self.num_masked < L:
-            raise ValueError(f"--num_masked {self.num_masked} does not lie between 1 and {L - 1}")
+        if not 0 < self.n_masked < L:
+            raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
         if depth % self.num_levels:
             raise ValueError(f"--num_levels {self.num_levels} does not divide the {depth} blocks")
         if not (self.tokenizer or self.demo or self.check_data):
@@ -109,16 +110,11 @@ class Config(RunConfig):
 
 
 DEMO = {"data": "shapes", "img_size": (25, 25), "model": "nano", "patch_size": 5, "num_levels": 2,
-        "epochs": 1.4, "batch_size": 32, "lr": 2e-3, "warmup_epochs": 0.2, "log_every": 25}
+        "layer_scale": 1.0, "initial": "mae", "epochs": 1.4, "batch_size": 32, "lr": 2e-3, "log_every": 25}
 
 
 def presets(flags):
     return DEMO if flags.demo else {}
-
-
-def sample_mask(cfg):
-    """What the loader draws for a sample: the distance map (L,) of a new mask."""
-    return distance_map(block_mask(cfg.grid, cfg.num_masked, cfg.num_masked))
 
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------
@@ -162,8 +158,8 @@ def load_tokenizer(path, cfg, device="cpu"):
     (D, in_chans, p, _), (code_dim, _), (vocab_size, _) = (weights[name].shape for name in names)
     sizes = {width: name for name, (width, *_) in VIT_SIZES.items()}
     if D not in sizes or in_chans != cfg.in_chans:
-        raise UserError(f"--tokenizer {path} is {D} wide, for {in_chans} channels: expected --in_chans "
-                        f"{cfg.in_chans}, and a ViT of width {', '.join(map(str, sizes))}")
+        raise UserError(f"--tokenizer {path} has width {D} and {in_chans} channels; expected a width of "
+                        f"{', '.join(map(str, sizes))} and --in_chans, {cfg.in_chans}")
     tokenizer = Tokenizer(sizes[D], cfg.grid, p, in_chans, vocab_size, code_dim)
     load_weights(tokenizer, path, content={"model": from_beit(weights)})
     tokenizer.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -214,8 +210,7 @@ class ScaledBlock(Block):
 
 
 class DeepDynamicBEiTv2(RelPosViT):
-    """The encoder (trunk), the aggregation's blocks, the head, beta. Needs `tokenizer` and `to_pixels`, which
-    are set later and are no submodules."""
+    """Encoder (trunk), aggregation, head, beta. `tokenizer` and `to_pixels` are set later: no submodules."""
 
     def __init__(self, cfg, vocab_size):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
@@ -231,7 +226,9 @@ class DeepDynamicBEiTv2(RelPosViT):
         self.init_weights()
 
     def init_weights(self):
-        """BEiT's: normal of deviation .02, cut there; branches of block l over sqrt(2 l)."""
+        """--initial: BEiT's, normal of deviation .02, cut there, branches of block l / sqrt(2 l); or MAE's."""
+        if self.cfg.initial == "mae":
+            return super().init_weights()
         linear = [module for module in self.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         for tensor in (self.cls_token, self.mask_token, *(module.weight for module in linear)):
             nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
@@ -249,7 +246,7 @@ class DeepDynamicBEiTv2(RelPosViT):
         """(B, C, H, W), (B, L) -> positions (B, n) of the hidden patches, and the logits there, of the levels
         and the aggregation: (K + 1, B, n, V)"""
         hidden = distance > 0
-        positions = hidden.byte().argsort(dim=1, descending=True, stable=True)[:, : self.cfg.num_masked]
+        positions = hidden.byte().argsort(dim=1, descending=True, stable=True)[:, : self.cfg.n_masked]
         x = self.embed(images)
         x = self.prepend_cls(torch.where(hidden[..., None], self.mask_token.to(x.dtype), x))
         bias, outputs = self.rel_pos_bias(), []
@@ -318,9 +315,8 @@ def save_pictures(path, model, examples, run):
     masked, shown = original * (1 - hidden) + 0.5 * hidden, (unpatchify(means[x], p, grid) for x in tokens)
     titles = "original", "masked", "tokens", "predicted", *(f"block {i}" for i in model.levels), "aggregated"
     save_image_grid(path, list(zip(original, masked, *shown, *right, strict=True)), titles,
-                    "tokens: each as the mean of the patches here that have it, black if none; predicted: of "
-                    "hidden patches, by the last block; then the right token's probability: black is 0 or "
-                    "visible, white is 1")
+                    "tokens: each as the mean of the patches here that have it; predicted: by the last block; "
+                    "then the right token's probability: black is 0, or a visible patch, white is 1")
 
 
 def train(cfg, run):

@@ -1,18 +1,22 @@
-"""ddae_beitv2.py: student against timm's BEiT, tokenizer and loss against slow versions, files, the command."""
+"""ddae_beitv2.py: student against timm's BEiT, tokenizer and loss against slow versions; the command."""
 
 import json
 import math
+import shutil
 import types
 
 import pytest
 import torch
+from commands import SCRIPTS
 from conftest import run_script
 from PIL import Image
 from torch.nn import functional as F
 
 import beit
 import common
+import ddae
 import ddae_beitv2
+import finetune
 from common import UserError
 from ddae_beitv2 import Config, DeepDynamicBEiTv2, Tokenizer, load_tokenizer
 
@@ -36,13 +40,14 @@ def batch(model, n=3):
     """Images as the loader gives them, and the distance maps of their masks."""
     cfg = model.cfg
     images = common.Normalize(cfg.mean, cfg.std, "cpu")(torch.rand(n, cfg.in_chans, *cfg.img_size))
-    return images, torch.stack([ddae_beitv2.sample_mask(cfg) for _ in range(n)])
+    return images, torch.stack([ddae.sample_mask(cfg) for _ in range(n)])
 
 
-@pytest.mark.parametrize("img_size, patch_size, n", [((224, 224), 16, 75), ((32, 64), 4, 49), ((25, 25), 5, 10)])
+@pytest.mark.parametrize("img_size, patch_size, n", [
+    ((224, 224), 16, 75), ((32, 64), 4, 49), ((25, 25), 5, 9)])
 def test_masks_hide_exactly_their_share_in_blocks(img_size, patch_size, n):
     cfg = Config(tokenizer="x", img_size=img_size, patch_size=patch_size)
-    masks = torch.stack([ddae_beitv2.sample_mask(cfg) for _ in range(200)]) > 0
+    masks = torch.stack([ddae.sample_mask(cfg) for _ in range(200)]) > 0
     assert (masks.sum(1) == n).all() and len(masks.unique(dim=0)) > 100
     grid = masks.view(200, *cfg.grid).float()
     beside = (grid[:, :, 1:] * grid[:, :, :-1]).mean() / grid.mean()  # a hidden patch's neighbour is hidden
@@ -53,50 +58,42 @@ def test_masks_hide_exactly_their_share_in_blocks(img_size, patch_size, n):
 
 
 def test_predictions_against_timms_blocks():
-    """Mask tokens, shared relative positions, layer scale, biases of queries and values, aggregation, head."""
+    """Mask tokens, shared relative positions, layer scale, biases, aggregation, head."""
     timm = pytest.importorskip("timm.models.beit")
     ours = build(random=0.2).eval()
-    theirs = timm.Beit(32, 4, num_classes=0, global_pool="", embed_dim=128, depth=6, num_heads=4, init_values=1,
-                       use_abs_pos_emb=False, use_shared_rel_pos_bias=True).eval()
+    theirs = timm.Beit(32, 4, num_classes=0, global_pool="", embed_dim=128, depth=6, num_heads=4,
+                       init_values=1, use_abs_pos_emb=False, use_shared_rel_pos_bias=True).eval()
     state = ours.state_dict()
-    for name, bias in [(name, bias) for name, bias in state.items() if name.endswith("qkv.bias")]:
-        bias[128:256] = 0  # a bias of keys has no effect: timm has none
-    ours.load_state_dict(state)
     for name in [name for name in state if name.endswith("qkv.bias")]:
+        state[name][128:256] = 0  # of the keys: without effect, and timm has none
         q, _, v = state.pop(name).chunk(3)
         state |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
-    state = {name.replace("cls_pt_layers.0", "blocks.4").replace("cls_pt_layers.1", "blocks.5"): value
-             for name, value in state.items()}
-    extra = {name: state.pop(name) for name in ("mask_token", "lm_head.weight", "lm_head.bias", "beta")}
+    for i in (0, 1):
+        state = {name.replace(f"cls_pt_layers.{i}", f"blocks.{4 + i}"): x for name, x in state.items()}
+    mask_token, weight, bias, _ = map(state.pop, ("mask_token", "lm_head.weight", "lm_head.bias", "beta"))
     theirs.load_state_dict(state)  # strict
     images, distance = batch(ours)
     with torch.no_grad():
         positions, logits = ours.predict(images, distance)
         x = theirs.patch_embed(images)
-        x[distance > 0] = extra["mask_token"][0, 0]
+        x[distance > 0] = mask_token[0, 0]
         x, outputs = torch.cat([theirs.cls_token.expand(3, -1, -1), x], 1), []
         for block in theirs.blocks[:4]:
             x = block(x, theirs.rel_pos_bias())
             outputs.append(x)
-        x = torch.cat([outputs[3][:, :1], outputs[2][:, 1:]], 1)  # class token of the last, patches of the third
+        x = torch.cat([outputs[3][:, :1], outputs[2][:, 1:]], 1)
         for block in theirs.blocks[4:]:
             x = block(x, theirs.rel_pos_bias())
-        expected = [F.linear(theirs.norm(y), *(extra[f"lm_head.{part}"] for part in ("weight", "bias")))[:, 1:]
-                    for y in (*outputs, x)]
-        expected = torch.stack([y[distance > 0].view(3, -1, 32) for y in expected])
+        expected = [F.linear(theirs.norm(y), weight, bias)[:, 1:][distance > 0] for y in (*outputs, x)]
     assert torch.equal(positions, torch.stack([row.nonzero()[:, 0] for row in distance]))
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits.flatten(1, 2), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_the_encoder_of_a_file_computes_what_the_student_does():
     model, images = build(random=0.2, num_levels=1), torch.randn(2, 3, 32, 32)
     plain = beit.RelPosViT("nano", (32, 32), 4)
     plain.load_state_dict(model.trunk_state())  # strict
-    model.blocks.append(torch.nn.Identity())
-    bias, x = model.rel_pos_bias(), model.prepend_cls(model.embed(images))
-    for block in model.blocks[:4]:
-        x = block(x, bias)
-    torch.testing.assert_close(plain(images), model.norm(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain(images), beit.RelPosViT.forward(model, images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size, levels, early", [("base", [3, 6, 9, 12], 9), ("large", [6, 12, 18, 24], 21),
@@ -118,7 +115,7 @@ def test_levels_and_initial_values(size, levels, early):
 # ---- tokenizer
 
 
-def vqkd_file(path, D=128, depth=4, grid=(8, 8), p=4, in_chans=3):
+def vqkd_file(path, D=128, depth=4, grid=(8, 8), p=4, in_chans=3, vocab_size=50):
     """A file with the names of VQ-KD's, all that are dropped included; and its weights."""
     L, r = math.prod(grid), lambda *shape: torch.randn(shape) * 0.08
     weights = {"encoder.cls_token": r(1, 1, D), "encoder.pos_embed": r(1, 1 + L, D)}
@@ -131,11 +128,11 @@ def vqkd_file(path, D=128, depth=4, grid=(8, 8), p=4, in_chans=3):
         weights |= {f"{block}.attn.qkv.weight": r(3 * D, D), f"{block}.attn.q_bias": r(D),
                     f"{block}.attn.v_bias": r(D)}
     for name, shape in sizes.items():
-        weights |= {f"{name}.weight": r(*shape) + (len(shape) == 1), f"{name}.bias": r(shape[0])}  # norms: near 1
-    weights["quantize.embedding.weight"] = r(50, 8)
-    dropped = ("decoder.blocks.0.norm1.weight", "decode_task_layer.0.weight", "quantize.embedding.cluster_size",
-               "quantize.embedding.embed_avg", "quantize.cluster_size", "quantize.embedding.initted",
-               "teacher_model.visual.proj", "scaling_layer.shift")
+        weights |= {f"{name}.weight": r(*shape) + (len(shape) == 1), f"{name}.bias": r(shape[0])}
+    weights["quantize.embedding.weight"] = r(vocab_size, 8)
+    dropped = ("decoder.blocks.0.norm1.weight", "decode_task_layer.0.weight", "teacher_model.visual.proj",
+               "quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "quantize.cluster_size",
+               "quantize.embedding.initted", "scaling_layer.shift")
     torch.save({"model": weights | dict.fromkeys(dropped, torch.ones(3)), "epoch": 99, "optimizer": {}}, path)
     return weights
 
@@ -173,10 +170,10 @@ def slow_ids(weights, pixels, heads):
                 hidden = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
                 hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
                 tokens[j] = x + linear(hidden, f"{block}.mlp.fc2")
-        codes = [linear(linear(norm(x, "encoder.fc_norm"), "encode_task_layer.0").tanh(), "encode_task_layer.2")
-                 for x in tokens[1:]]
+        codes = [linear(norm(x, "encoder.fc_norm"), "encode_task_layer.0").tanh() for x in tokens[1:]]
+        codes = [linear(x, "encode_task_layer.2") for x in codes]
         entries = [entry / entry.norm() for entry in w["quantize.embedding.weight"]]
-        found.append([max(range(50), key=lambda i: (code / code.norm() @ entries[i]).item()) for code in codes])
+        found.append([max(range(50), key=lambda i: code / code.norm() @ entries[i]) for code in codes])
     return torch.tensor(found)
 
 
@@ -194,19 +191,21 @@ def test_tokenizer_of_a_file_against_a_slow_one(tmp_path):
 def test_tokenizer_for_patches_and_grids_of_another_size(tmp_path, capsys):
     """Student: 12 x 16 patches of 2 px, tokenizer: 8 x 8 of 4: it sees 48 x 64 px."""
     vqkd_file(tmp_path / "vqkd.pth")
-    tokenizer = load_tokenizer(tmp_path / "vqkd.pth", Config(**SHAPE | {"img_size": (24, 32), "patch_size": 2}))
+    cfg = Config(**SHAPE | {"img_size": (24, 32), "patch_size": 2})
+    tokenizer = load_tokenizer(tmp_path / "vqkd.pth", cfg)
     assert "encoder.pos_embed 8x8 -> 12x16" in capsys.readouterr().out
     pixels = torch.rand(2, 3, 24, 32)
     larger = F.interpolate(pixels, (48, 64), mode="bicubic", antialias=True)
-    assert torch.equal(tokenizer.ids(pixels), tokenizer.ids(larger)) and tokenizer.ids(pixels).shape == (2, 192)
+    ids = tokenizer.ids(pixels)
+    assert torch.equal(ids, tokenizer.ids(larger)) and ids.shape == (2, 192)
 
 
 @pytest.mark.parametrize("change, words", [
     (lambda path: None, "does not exist"),
     (lambda path: path.write_bytes(b"x" * 100), "cannot read"),
     (lambda path: torch.save({"model": {"cls_token": torch.ones(1)}}, path), "lacks encoder.patch_embed"),
-    (lambda path: vqkd_file(path, D=100), "100 wide"),
-    (lambda path: vqkd_file(path, in_chans=1), "for 1 channels: expected --in_chans 3"),
+    (lambda path: vqkd_file(path, D=100), "width 100"),
+    (lambda path: vqkd_file(path, in_chans=1), "1 channels; expected"),
     (lambda path: vqkd_file(path, depth=3), "tensors missing or unexpected, as encoder.blocks.3"),
 ])
 def test_files_that_are_no_tokenizer(tmp_path, change, words):
@@ -226,7 +225,7 @@ def test_the_whole_loss_against_its_parts_written_out(dds):
         model.beta.data = torch.tensor([-0.9, -0.5, 0.1, 0.4])
     images, distance = batch(model)
     positions, logits = model.predict(images, distance)
-    ids, n, expected = model.tokenizer.ids(model.to_pixels(images)), model.cfg.num_masked, 0
+    ids, n, expected = model.tokenizer.ids(model.to_pixels(images)), model.cfg.n_masked, 0
     for level, values in enumerate(logits):
         for b in range(3):
             powers = [0 if d == 0 or not dds else d ** model.beta[level % 4] for d in distance[b]]
@@ -241,17 +240,19 @@ def test_the_whole_loss_against_its_parts_written_out(dds):
                 expected = expected + 0.5 * n**0.5 * sum(x**2 for x in h) ** 0.5 / 3
     loss, terms = model(images, distance)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
-    assert loss == terms["loss"] == sum(terms.get(name, 0) for name in ("levels", "aggregation", "eq6_reg"))
-    target = ids.gather(1, positions)
-    assert terms["accuracy"] == (logits[-2].argmax(-1) == target).float().mean()
-    torch.testing.assert_close(terms["cross_entropy"], F.cross_entropy(logits[-2].flatten(0, 1), target.flatten()))
+    assert loss == terms["loss"] == sum(terms.get(x, 0) for x in ("levels", "aggregation", "eq6_reg"))
+    last, target = logits[-2].flatten(0, 1), ids.gather(1, positions).flatten()
+    assert terms["accuracy"] == (last.argmax(-1) == target).float().mean()
+    torch.testing.assert_close(terms["cross_entropy"], F.cross_entropy(last, target))
     if dds:
         assert [terms[f"beta/{i}"] for i in (1, 2, 3, 4)] == model.beta.tolist()
         torch.testing.assert_close(*(torch.autograd.grad(x, model.beta)[0] for x in (loss, expected)),
                                    rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("flags", [{}, {"dds": False}, {"num_levels": 1}, {"img_size": (32, 64), "in_chans": 1}])
+@pytest.mark.parametrize("flags", [
+    {}, {"dds": False}, {"num_levels": 1}, {"initial": "mae"}, {"img_size": (32, 64), "in_chans": 1},
+], ids=str)
 def test_every_parameter_learns_but_the_tokenizers(flags):
     model = build(**flags)
     images, distance = batch(model)
@@ -273,7 +274,8 @@ def test_what_is_hidden_is_seen_by_the_tokenizer_alone():
 
 
 @pytest.mark.parametrize("values, flag", [
-    ({"num_levels": 3}, "--num_levels 3"), ({"num_masked": 64}, "--num_masked 64"), ({"tokenizer": None}, "--tok"),
+    ({"num_levels": 3}, "--num_levels 3"), ({"mask_ratio": 0.001}, "--mask_ratio 0.001"),
+    ({"tokenizer": None}, "--tokenizer FILE is needed"),
 ])
 def test_wrong_settings(values, flag):
     with pytest.raises(ValueError, match=flag):
@@ -293,14 +295,29 @@ def test_pictures_of_any_shape(flags, tmp_path):
 
 
 def test_demo_learns_resumes_and_its_encoder_goes_on(tmp_path):
-    """Its tokenizer is made once; a resumed run and another process find the file."""
-    command = ["ddae_beitv2.py", "--demo", "--workers", 0, "--log_every", 8, "--warmup_epochs", 0.01, "--out", "run"]
-    run_script([*command, "--epochs", 0.04], tmp_path)
+    """Its tokenizer is made once; a resumed run finds it. finetune.py gets what the student computes."""
+    command = ["ddae_beitv2.py", "--demo", "--workers", 0, "--log_every", 8, "--warmup_epochs", 0.01,
+               "--epochs", 0.04, "--out", "run"]
+    run_script(command, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert lines[-1]["train/cross_entropy"] < 0.9 * lines[0]["train/cross_entropy"]
     before = (tmp_path / "run/tokenizer.pth").read_bytes()
-    run_script([*command, "--epochs", 0.04, "--resume"], tmp_path)
+    assert "resumed from" in run_script([*command, "--resume"], tmp_path)
     assert (tmp_path / "run/tokenizer.pth").read_bytes() == before
-    tune = ["finetune.py", "--demo", "--mode", "linear", "--weights", "run/encoder.pth", "--workers", 0]
-    output = run_script([*tune, "--epochs", 0.05, "--out", "tune"], tmp_path)
-    assert "beit_nano" in output or "tensors loaded; missing: head" in output
+    flags = ["--pool", "cls", "--weights", str(tmp_path / "run/encoder.pth")]
+    cfg = common.parse_config(finetune.Config, finetune.presets, flags)
+    assert (cfg.model, cfg.patch_size, cfg.img_size) == ("beit_nano", 5, (25, 25))
+    images, forward = torch.randn(2, 3, 25, 25), beit.RelPosViT.forward
+    run = torch.load(tmp_path / "run/last.pth", weights_only=True)
+    student = DeepDynamicBEiTv2(Config(**run["config"]), 64)
+    student.load_state_dict(run["model"])
+    found, expected = forward(finetune.load_model(cfg, 3), images), forward(student, images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_tokenizer_is_not_resumed_with(unbroken, small_npz, tmp_path):
+    vqkd_file(tmp_path / "vqkd.pth", vocab_size=32)
+    shutil.copytree(unbroken / "ddae_beitv2.py@8", tmp_path / "run")
+    command = [*SCRIPTS["ddae_beitv2.py"], "--data", small_npz, "--out", "run", "--resume"]
+    output = run_script([*command, "--tokenizer", "vqkd.pth"], tmp_path, expect=2)
+    assert "tokenizer_sha256" in output and output.count("ddae_beitv2: ") == 1
