@@ -226,7 +226,7 @@ class DeepDynamicBEiTv2(RelPosViT):
         self.init_weights()
 
     def init_weights(self):
-        """--initial: BEiT's, normal of deviation .02, cut there, branches of block l / sqrt(2 l); or MAE's."""
+        """--initial: BEiT's, normal of deviation .02, cut there, branches of block l / sqrt(2 l); MAE's."""
         if self.cfg.initial == "mae":
             return super().init_weights()
         linear = [module for module in self.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -315,7 +315,7 @@ def save_pictures(path, model, examples, run):
     masked, shown = original * (1 - hidden) + 0.5 * hidden, (unpatchify(means[x], p, grid) for x in tokens)
     titles = "original", "masked", "tokens", "predicted", *(f"block {i}" for i in model.levels), "aggregated"
     save_image_grid(path, list(zip(original, masked, *shown, *right, strict=True)), titles,
-                    "tokens: each as the mean of the patches here that have it; predicted: by the last block; "
+                    "tokens: each as the mean of the patches that have it; predicted: by the last block; "
                     "then the right token's probability: black is 0, or a visible patch, white is 1")
 
 
