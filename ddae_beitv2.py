@@ -135,7 +135,7 @@ class Tokenizer(nn.Module):
     def codes(self, pixels):
         """(B, C, H, W) in [0, 1] -> (B, L, code_dim)"""
         if list(pixels.shape[2:]) != self.img_size:  # the student's patches have another size
-            pixels = F.interpolate(pixels, self.img_size, mode="bicubic", antialias=True)
+            pixels = F.interpolate(pixels, self.img_size, mode="bicubic", antialias=True).clamp(0, 1)
         return self.encode_task_layer(self.encoder.fc_norm(self.encoder(2 * pixels - 1)[:, 1:]))
 
     @torch.no_grad()
