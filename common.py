@@ -1585,7 +1585,8 @@ class Run:
 
     def save(self, encoder=None, prefix="", **meta):
         """Write the encoder's tensors (whose names in the model have `prefix`) to encoder.pth, and last.pth,
-        keeping the one before as previous.pth. meta: what the files say in place of the configuration."""
+        keeping the one before as previous.pth. prefix None: it holds none of them as they are. meta: what the
+        files say in place of the configuration."""
         self.last_save, meta = time.monotonic(), self.meta(**meta)
         for state in self.state.values():
             if isinstance(state, nn.Module) and (bad := not_finite(state.state_dict())):
@@ -1599,7 +1600,8 @@ class Run:
             content = {name: value.state_dict() for name, value in self.state.items()} | {
                 "version": self.version, "method": self.method, "config": dataclasses.asdict(self.cfg),
                 "inputs": self.inputs, "step": self.step, "saved": self.saved, "bad_files": self.bad_files,
-                "meta": meta, "encoder": {name: prefix + name for name in encoder or ()}}
+                "meta": meta,
+                "encoder": {name: prefix + name for name in encoder or () if prefix is not None}}
             last, previous = self.out / "last.pth", self.out / "previous.pth"
             write_atomically(last, lambda file: torch.save(content, file), previous)
             for path in (self.out / ".unsaved", *self.out.glob("*.tmp")):  # of a killed run: it is safe now

@@ -7,16 +7,22 @@ from pathlib import Path
 import torch
 
 from convert_dalle import DVAE
+from ddae_beitv2 import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 FOLDER = tempfile.TemporaryDirectory()
 with torch.random.fork_rng():
     torch.manual_seed(0)
     torch.save({"model": DVAE((8, 8), 32, 8).state_dict()}, f"{FOLDER.name}/tokenizer.pth")
+    vqkd = Tokenizer("nano", (8, 8), 4, vocab_size=32).requires_grad_(False)
+    vqkd.encoder.pos_embed.zero_()
+    vqkd.encode_task_layer[2].bias -= vqkd.codes(torch.rand(8, 3, 32, 32)).mean((0, 1))  # so that ids differ
+    torch.save({"model": vqkd.state_dict()}, f"{FOLDER.name}/vqkd.pth")
 
 
 def command(name):
-    return GOLDEN[name]["command"].replace("TOKENIZER", f"{FOLDER.name}/tokenizer.pth").split()
+    words = GOLDEN[name]["command"].replace("TOKENIZER", f"{FOLDER.name}/tokenizer.pth")
+    return words.replace("VQKD", f"{FOLDER.name}/vqkd.pth").split()
 
 
 # By script. A pass over the 250 training images of `small_npz` has 250 / 24 updates: one crosses its end.

@@ -41,6 +41,8 @@ RUNS = {  # {name: (script, flags, products in float32 that are meant)}
     "mff, pixmim": ("mae_mff", f"{VIT} --target pixmim --fuse_layers 0,3", {}),
     "mae, two micro-batches": ("mae_mff", f"{VIT} --fuse_layers 3 --micro_batch 2", {}),
     "ddae": ("ddae", VIT, {}),
+    "ddae_beitv2": ("ddae_beitv2", f"{VIT} --tokenizer {FOLDER.name}/vqkd.pth",
+                    {"mm in ddae_beitv2.py:ids": 1}),  # the cosines
     "respix": ("cim", f"{VIT} {TOKENS}", LOGITS),
     "revdet, resnet": ("cim", f"{VIT} {TOKENS} {RESNET} --enhancer resnet50 --objective revdet", LOGITS),
     "cim's mae": ("cim", f"{VIT} --generator mae", {}),

@@ -27,6 +27,7 @@ IMPORTS = {
     "sources": {"common", "shapes", "shards"},
     "check": {"common", "sources"},
     **dict.fromkeys(("mae_mff", "ddae", "vision_electra", "revcol_v2"), {"common"}),
+    "ddae_beitv2": {"beit", "common", "ddae"},
     "swin": set(),
     "vision_electra_simmim": {"beit", "common", "swin", "vision_electra"},
     "vqgan": {"common"},
@@ -63,6 +64,12 @@ OWN = {
         "loss, terms = model(images, distance, ramp)",
         "momentum = np.interp(run.epoch, (0, 100, 400), run.cfg.momentum)",
         'getattr(model, "module", model).update_teacher(momentum)',
+    ],
+    "ddae_beitv2": [
+        "for images, distance in run.micro_batches(model, batches):",
+        "loss, terms = model(images, distance)",
+        "lr = warmup_cosine(run.epoch, cfg.lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)",
+        'run.save(model.trunk_state(), prefix=None, model=f"beit_{cfg.model}")',
     ],
     "cim": [
         "total, restore_statistics = ({}, remember_statistics(model))",
