@@ -9,25 +9,23 @@ Idea. Predict, in place of pixels, what a frozen CLIP says of each patch. Such a
 detail into the last block, so the fusion of mae_mff.py should gain next to nothing: the paper's control.
 
 Data flow, in the order of the code (its names and shapes on the right)
-    f         LayerNorm and projection of all of CLIP's tokens                 features  (B, 1 + L, F)
-    a         its last block's attention, class token to patches, head mean    attention (B, L)
+    f         LayerNorm and projection of all of CLIP's tokens                features  (B, 1 + L, F)
+    a         its last block's attention, class token to patches, head mean   attention (B, L)
     visible   EVA: drawn evenly; MILAN: without replacement, with
-              probabilities in proportion to a (semantic-aware masks)          semantic_noise
-    z         LN of mae_mff.py's encoder and fusion                            latent    (B, 1 + len_keep, D)
-    p         EVA: MAE's decoder, of the patches                               pred      (B, L, F)
-              MILAN: prompting decoder: mask tokens alone ask and change       pred      (B, 1 + L, F)
-    loss      mean of 2 - 2 cos(p, f), EVA: hidden patches, MILAN: all tokens  feature_loss
+              probabilities in proportion to a (semantic-aware masks)         semantic_noise
+    z         LayerNorm of mae_mff.py's encoder and fusion                    latent    (B, 1 + len_keep, D)
+    p         EVA: MAE's decoder, of the patches                              pred      (B, L, F)
+              MILAN: prompting decoder: mask tokens alone ask and change      pred      (B, 1 + L, F)
+    loss      mean of 2 - 2 cos(p, f); EVA: hidden patches, MILAN: all tokens feature_loss
 Only pre-training fuses: encoder.pth is a plain ViT. --fuse_layers 11: EVA, or MILAN, as they are.
 
---teacher: plain tensors of a CLIP that OpenAI trained, of the student's patch size: clip_vit_base_16.pth.tar
-of OpenMMLab, or safetensors of transformers (a file or the folder) or of open_clip. OpenAI's ViT-B-16.pt is a
-program (TorchScript) and is refused. LAION's CLIPs have another activation, which a file does not show.
---teacher random: an untrained tower, for the demo and for trials.
+--teacher: the weights of a CLIP that OpenAI trained, of the student's patch size, as plain tensors:
+OpenMMLab's clip_vit_base_16.pth.tar, or safetensors of transformers (file or folder) or open_clip. LAION's
+CLIPs have another activation, which their files do not show. --teacher random: untrained, for trials.
 
-"EVA" is the MFF authors' small one: MAE's masks, encoder and decoder. From released code rather than text:
-visible tokens are not normalised where mask tokens look at them. Our choice: CLIP's own normalisation of images
-(that code: ImageNet's), its positions resized (bicubic) to other image sizes, masks that follow each sample's
-own noise.
+"EVA" is the MFF authors' small one: MAE's masks, encoder and decoder. From released code, not the text:
+visible tokens are not normalised where mask tokens look at them. Our choice: images normalised CLIP's way for
+CLIP (released: ImageNet's); its positions resized to other image sizes; masks that follow the samples' noise.
 
     python mff_feature.py --demo                                                    two minutes on a CPU
     torchrun --nproc_per_node 4 mff_feature.py --teacher FILE                       MFF_EVA, 400 epochs
@@ -35,7 +33,6 @@ own noise.
 """
 
 import functools
-import hashlib
 import math
 import re
 import zipfile
@@ -49,8 +46,8 @@ from torch import nn
 
 import mae_mff
 from common import (
-    VIT_SIZES,
     MLP,
+    VIT_SIZES,
     Block,
     RandomResizedCrop,
     UserError,
@@ -80,8 +77,6 @@ class Config(mae_mff.Config):
     epochs: float = 400.0  # passes over the data
     # run
     draw: str | None = None  # draw what these weights (last.pth) predict, to --out X.png
-
-    free_on_resume = mae_mff.Config.free_on_resume | {"teacher"}  # by path; the digest must be the same
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,27 +116,27 @@ def clip_weights(path):
     """{name: tensor} of the visual tower in a file of CLIP's weights, under the names of CLIPTower."""
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise UserError(f"--teacher {path} is a TorchScript archive, which is a program: give the weights "
-                            "alone, OpenMMLab's clip_vit_base_16.pth.tar, or transformers' or open_clip's "
-                            "safetensors")
+            raise UserError(f"--teacher {path} is TorchScript, a program: give weights alone, as OpenMMLab's "
+                            "clip_vit_base_16.pth.tar, or transformers' or open_clip's safetensors")
     found = read_file(path)["model"]
     prefix = "vision_model." if "visual_projection.weight" in found else "visual."
     weights = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     if prefix == "vision_model.":
         weights["proj"] = found["visual_projection.weight"].T
-        weights.pop("embeddings.position_ids", None)  # of older versions
         for name in [name for name in weights if "self_attn.q_proj." in name]:
             values = [weights.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
             weights[name.replace("q_proj", "qkv_proj")] = torch.cat(values)
     for pattern, new in RENAMED:
         weights = {re.sub(pattern, new, name): value for name, value in weights.items()}
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "proj"} <= weights.keys():
-        raise UserError(f"--teacher {path} holds no ViT of CLIP's with its projection: expected visual.* and "
-                        "visual.proj, or transformers' vision_model.* and visual_projection")
+    if not {"cls_token", "proj"} <= weights.keys():
+        raise UserError(f"--teacher {path} holds no ViT of CLIP's with its projection: expected visual.*, with "
+                        "proj, or transformers' vision_model.* and visual_projection")
     return weights | {"cls_token": weights["cls_token"][None, None], "pos_embed": weights["pos_embed"][None]}
 
 
 class QuickGELU(MLP):
+    """Block.mlp with CLIP's activation"""
+
     def forward(self, x):
         x = self.fc1(x)
         return self.fc2(x * torch.sigmoid(1.702 * x))
@@ -150,8 +145,8 @@ class QuickGELU(MLP):
 class CLIPTower(ViT):
     """CLIP's image encoder, frozen: a ViT with a LayerNorm before its blocks and a projection at its end."""
 
-    def __init__(self, size, img_size, patch_size, feature_dim):
-        super().__init__(size, img_size, patch_size)
+    def __init__(self, cfg, size, feature_dim):
+        super().__init__(size, cfg.img_size, cfg.patch_size)
         self.patch_embed.proj.bias = None
         self.norm_pre = nn.LayerNorm(self.embed_dim)
         self.proj = nn.Parameter(torch.randn(self.embed_dim, feature_dim) * self.embed_dim**-0.5)
@@ -160,12 +155,16 @@ class CLIPTower(ViT):
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5
+        values = (torch.tensor(x).view(1, -1, 1, 1) for x in (cfg.mean, cfg.std, CLIP_MEAN, CLIP_STD))
+        mean, std, clip_mean, clip_std = values  # from the student's normalisation to CLIP's
+        self.register_buffer("scale", std / clip_std, persistent=False)
+        self.register_buffer("shift", (mean - clip_mean) / clip_std, persistent=False)
         self.init_weights()
         self.eval().requires_grad_(False)
 
     def class_attention(self, x):
         """Tokens (B, 1 + L, D) before the last block -> what its class token pays to each patch, mean over
-        heads: (B, L) float32, whose sum is 1 less what it pays to itself."""
+        heads: (B, L) float32; their sum is 1 less what it pays to itself."""
         attn = self.blocks[-1].attn
         q, k, _ = attn.qkv(self.blocks[-1].norm1(x)).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
         scores = torch.einsum("bhd,bnhd->bhn", q[:, 0] * q.shape[-1] ** -0.5, k)
@@ -173,38 +172,35 @@ class CLIPTower(ViT):
 
     @torch.no_grad()
     def forward(self, images):
-        """(B, 3, H, W), normalised CLIP's way -> features (B, 1 + L, F), attention (B, L)"""
-        x = self.norm_pre(self.prepend_cls(self.embed(images)))
+        """(B, 3, H, W), normalised as the student's -> features (B, 1 + L, F), attention (B, L)"""
+        x = self.norm_pre(self.prepend_cls(self.embed(images * self.scale + self.shift)))
         for block in self.blocks[:-1]:
             x = block(x)
         return self.norm(self.blocks[-1](x)) @ self.proj, self.class_attention(x)
 
 
 def load_teacher(cfg):
-    """CLIPTower for images and patches of cfg, and a digest of its weights."""
+    """CLIPTower of --teacher's weights, for images and patches of cfg."""
     if cfg.teacher == "random":
-        return CLIPTower(cfg.model, cfg.img_size, cfg.patch_size, VIT_SIZES[cfg.model][0]), "random"
-    weights, digest = clip_weights(cfg.teacher), hashlib.blake2b(digest_size=16)
-    for name in sorted(weights):
-        digest.update(weights[name].float().contiguous().numpy())
+        return CLIPTower(cfg, cfg.model, VIT_SIZES[cfg.model][0])
+    weights = clip_weights(cfg.teacher)
     D, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     size = next((name for name, shape in VIT_SIZES.items() if shape[:2] == (D, depth)), None)
     if not size or patch_size != cfg.patch_size:
-        raise UserError(f"--teacher {cfg.teacher} has {depth} blocks of width {D} and patches of {patch_size} "
-                        f"px: expected the size of a --model, and --patch_size {cfg.patch_size}")
-    teacher = CLIPTower(size, cfg.img_size, patch_size, weights["proj"].shape[1])
-    load_weights(teacher, cfg.teacher, content={"model": weights})
-    return teacher, digest.hexdigest()
+        raise UserError(f"--teacher {cfg.teacher}: {depth} blocks of width {D}, patches of {patch_size} px; "
+                        f"expected the size of a --model, and --patch_size {cfg.patch_size}")
+    teacher = CLIPTower(cfg, size, weights["proj"].shape[1])
+    load_weights(teacher, cfg.teacher, ignore=("embeddings.",), content={"model": weights})
+    return teacher
 
 
 # ---- masks, decoder, loss ----------------------------------------------------------------------------------
 
 
 def semantic_noise(noise, attention):
-    """MILAN's masks: noise (B, L), uniform in [0, 1), -> noise whose len_keep smallest values are a draw
-    without replacement with probabilities ~ attention (B, L), for `random_masking`. Of exponential variables
-    with these rates, the order of arrival is such a draw."""
+    """Noise (B, L), uniform in [0, 1), -> noise whose smallest values are a draw without replacement with
+    probabilities ~ attention (B, L): exponential variables of these rates arrive in such an order."""
     return -noise.log() / attention
 
 
@@ -214,41 +210,24 @@ def feature_loss(pred, target, mask=None):
     return error.mean() if mask is None else (error * mask).sum() / mask.sum()
 
 
-def constant_loss(target):
-    """The least that one vector for all tokens would reach: 2 - 2 |mean of the targets' directions|."""
-    return 2 - 2 * F.normalize(target, dim=-1).mean((0, 1)).norm()
-
-
-class PromptAttention(nn.Module):
-    """Queries from x (B, n, D) alone; keys and values from `visible` (B, m, D), too."""
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x, visible):
-        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        kv = self.kv(torch.cat([visible.to(x.dtype), x], dim=1))
-        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
-
-
 class PromptBlock(Block):
-    """Changes the mask tokens x; `visible`, which is not normalised either, stays as it is."""
+    """Of MILAN's decoder: x (B, n, D), the hidden tokens, ask all and change; `visible` (B, m, D) stay."""
 
     def __init__(self, dim, num_heads):
         super().__init__(dim, num_heads)
-        self.attn = PromptAttention(dim, num_heads)
+        self.attn.q, self.attn.kv, self.attn.qkv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), None
 
     def forward(self, x, visible):
-        x = x + self.attn(self.norm1(x), visible)
+        attn, y = self.attn, self.norm1(x)
+        q = attn.q(y).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+        kv = attn.kv(torch.cat([visible.to(y.dtype), y], dim=1))
+        k, v = kv.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + attn.proj(attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
 class FeatureAutoencoder(MaskedAutoencoder):
-    """mae_mff.py's encoder and fusion, with a decoder of features. Needs `teacher`, which is set later and is
-    no submodule."""
+    """mae_mff.py's encoder and fusion, a decoder of features. `teacher` is set later and no submodule."""
 
     def __init__(self, cfg, feature_dim):
         super().__init__(cfg)
@@ -257,14 +236,7 @@ class FeatureAutoencoder(MaskedAutoencoder):
         if cfg.target == "milan":
             blocks = (PromptBlock(width, cfg.decoder_num_heads) for _ in range(cfg.decoder_depth))
             self.decoder_blocks = nn.ModuleList(blocks)
-        for name, values in (("clip_mean", CLIP_MEAN), ("clip_std", CLIP_STD)):
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         self.init_weights()
-
-    def target(self, images):
-        """Normalised images (B, 3, H, W) -> CLIP's features (B, 1 + L, F) and attention (B, L)."""
-        pixels = images * self.pixel_std + self.pixel_mean
-        return self.teacher((pixels - self.clip_mean) / self.clip_std)
 
     def decode(self, latent, ids_restore):
         """(B, 1 + len_keep, D) -> predicted features: EVA of the patches (B, L, F), by MAE's decoder; MILAN
@@ -272,20 +244,19 @@ class FeatureAutoencoder(MaskedAutoencoder):
         if self.cfg.target == "eva":
             return super().decode(latent, ids_restore)
         x = self.decoder_embed(latent)
-        (B, L), n = ids_restore.shape, x.shape[1]
-        places = F.pad(1 + ids_restore.argsort(1), (1, 0))  # class token, visible patches, hidden ones
-        positions = gather_tokens(self.decoder_pos_embed.expand(B, -1, -1), places)
+        B, n, _ = x.shape
+        order = F.pad(1 + ids_restore.argsort(1), (1, 0))  # class token, visible patches, hidden ones
+        positions = gather_tokens(self.decoder_pos_embed.expand(B, -1, -1), order)
         visible, hidden = x + positions[:, :n], self.mask_token + positions[:, n:]
         for block in self.decoder_blocks:
             hidden = block(hidden, visible)
-        x = torch.cat([visible, hidden], dim=1)
-        x = gather_tokens(x, F.pad(1 + ids_restore, (1, 0)))  # undo the shuffle
+        x = gather_tokens(torch.cat([visible, hidden], dim=1), order.argsort(1))  # undo the shuffle
         return self.decoder_pred(self.decoder_norm(x))
 
     def predict(self, images, noise):
         """(B, 3, H, W), noise (B, L) -> predictions and targets of the same tokens, mask (B, L), 1 = hidden,
         and attention (B, L)."""
-        features, attention = self.target(images)
+        features, attention = self.teacher(images)
         milan = self.cfg.target == "milan"
         noise = semantic_noise(noise, attention) if milan else noise
         ids_keep, ids_restore, mask = random_masking(noise, self.cfg.mask_ratio)
@@ -293,14 +264,14 @@ class FeatureAutoencoder(MaskedAutoencoder):
         return pred, features if milan else features[:, 1:], mask, attention
 
     def forward(self, images, noise):
-        """Returns the loss and its terms: the loss, and softmax(w) under the layers' numbers; what a constant
-        prediction would reach."""
+        """Returns the loss and its terms: the loss; what the best single vector for all tokens would reach,
+        2 - 2 |mean of the targets' directions|; softmax(w) under the layers' numbers."""
         pred, target, mask, _ = self.predict(images, noise)
         with torch.autocast(images.device.type, enabled=False):  # the loss in float32
             pred, target = pred.float(), target.float()
             loss = feature_loss(pred, target, mask if self.cfg.target == "eva" else None)
-            terms = {"loss": loss.detach(), "target/constant_loss": constant_loss(target)}
-        return loss, terms | self.fuse_shares()
+            constant = 2 - 2 * F.normalize(target, dim=-1).mean((0, 1)).norm()
+        return loss, {"loss": loss.detach(), "target/constant_loss": constant} | self.fuse_shares()
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -309,23 +280,22 @@ class FeatureAutoencoder(MaskedAutoencoder):
 @torch.no_grad()
 def save_pictures(path, model, examples, run):
     """PNG: original, masked input, where CLIP's class token looks, cosine of prediction and target."""
-    (images, noise), p, grid, cfg = examples, model.patch_size, model.grid, model.cfg
+    images, noise = examples
     pred, target, mask, attention = model.predict(images, noise)
-    cosine = F.cosine_similarity(pred, target, dim=-1)[:, -mask.shape[1] :]  # patches, no class token
-    maps = mask, attention / attention.amax(1, keepdim=True), cosine
-    hidden, attention, cosine = (patches_to_pixels(x[..., None], p, grid) for x in maps)
+    cosine = F.cosine_similarity(pred, target, dim=-1)[:, -mask.shape[1] :]  # of patches
+    maps = (x[..., None] for x in (mask, attention / attention.amax(1, keepdim=True), cosine))
+    hidden, attention, cosine = (patches_to_pixels(x, model.patch_size, model.grid) for x in maps)
     original = run.normalize.undo(images)
     columns = original, original * (1 - hidden) + 0.5 * hidden, attention, cosine
     save_image_grid(path, list(zip(*columns, strict=True)), ["original", "masked", "attention", "cosine"],
-                    f"attention: of the teacher's class token, white is the most in an image; cosine of "
-                    f"predicted and true features: black 0 or less, white 1; target {cfg.target}, teacher "
-                    f"{cfg.teacher}, {cfg.mask_ratio:.0%} hidden")
+                    f"target {model.cfg.target}; attention of the teacher's class token: white is an image's "
+                    "most; cosine of predicted and true features: black is 0 or less, white 1")
 
 
 def train(cfg, run):
     source = open_data(cfg)
     torch.manual_seed(cfg.seed)
-    teacher, digest = load_teacher(cfg)
+    teacher = load_teacher(cfg)
     model = FeatureAutoencoder(cfg, teacher.proj.shape[1])
     # Past nn.Module's __setattr__: a submodule would be saved, trained and synchronised; this one is frozen.
     model.__dict__["teacher"] = teacher.to(run.device)
@@ -341,7 +311,6 @@ def train(cfg, run):
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
-    run.inputs = {"teacher_digest": digest}
     run.load(model=model, optimizer=optimizer, scaler=scaler)
     crop = SimpleResizedCrop(cfg.img_size) if cfg.crop == "src" else RandomResizedCrop(cfg.img_size)
     batches, examples = run.batches(source, crop, sample_noise), run.examples(source, sample_noise)
