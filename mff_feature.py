@@ -129,7 +129,7 @@ def clip_weights(path):
     for pattern, new in RENAMED:
         weights = {re.sub(pattern, new, name): value for name, value in weights.items()}
     if not {"cls_token", "proj"} <= weights.keys():
-        raise UserError(f"--teacher {path} holds no ViT of CLIP's with its projection: expected visual.*, with "
+        raise UserError(f"--teacher {path} holds no ViT of CLIP with its projection: expected visual.*, with "
                         "proj, or transformers' vision_model.* and visual_projection")
     return weights | {"cls_token": weights["cls_token"][None, None], "pos_embed": weights["pos_embed"][None]}
 
