@@ -27,7 +27,7 @@ import mae_mff
 from shapes import Shapes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-METHODS = ["mae_mff", "ddae", "cim", "vision_electra", "revcol_v2"]
+METHODS = ["mae_mff", "mff_feature", "ddae", "cim", "vision_electra", "revcol_v2"]
 
 
 def headings(page):
