@@ -231,11 +231,10 @@ class FeatureAutoencoder(MaskedAutoencoder):
 
     def __init__(self, cfg, feature_dim):
         super().__init__(cfg)
-        width = cfg.decoder_embed_dim
-        self.decoder_pred = nn.Linear(width, feature_dim)
+        size = cfg.decoder_embed_dim, cfg.decoder_num_heads
+        self.decoder_pred = nn.Linear(cfg.decoder_embed_dim, feature_dim)
         if cfg.target == "milan":
-            blocks = (PromptBlock(width, cfg.decoder_num_heads) for _ in range(cfg.decoder_depth))
-            self.decoder_blocks = nn.ModuleList(blocks)
+            self.decoder_blocks = nn.ModuleList(PromptBlock(*size) for _ in range(cfg.decoder_depth))
         self.init_weights()
 
     def decode(self, latent, ids_restore):
@@ -264,8 +263,8 @@ class FeatureAutoencoder(MaskedAutoencoder):
         return pred, features if milan else features[:, 1:], mask, attention
 
     def forward(self, images, noise):
-        """Returns the loss and its terms: the loss; what the best single vector for all tokens would reach,
-        2 - 2 |mean of the targets' directions|; softmax(w) under the layers' numbers."""
+        """Returns the loss and its terms: the loss; what one vector for all tokens would reach at best, which
+        is 2 - 2 |mean of the targets' directions|; softmax(w) under the layers' numbers."""
         pred, target, mask, _ = self.predict(images, noise)
         with torch.autocast(images.device.type, enabled=False):  # the loss in float32
             pred, target = pred.float(), target.float()
@@ -280,12 +279,11 @@ class FeatureAutoencoder(MaskedAutoencoder):
 @torch.no_grad()
 def save_pictures(path, model, examples, run):
     """PNG: original, masked input, where CLIP's class token looks, cosine of prediction and target."""
-    images, noise = examples
-    pred, target, mask, attention = model.predict(images, noise)
+    pred, target, mask, attention = model.predict(*examples)
     cosine = F.cosine_similarity(pred, target, dim=-1)[:, -mask.shape[1] :]  # of patches
     maps = (x[..., None] for x in (mask, attention / attention.amax(1, keepdim=True), cosine))
     hidden, attention, cosine = (patches_to_pixels(x, model.patch_size, model.grid) for x in maps)
-    original = run.normalize.undo(images)
+    original = run.normalize.undo(examples[0])
     columns = original, original * (1 - hidden) + 0.5 * hidden, attention, cosine
     save_image_grid(path, list(zip(*columns, strict=True)), ["original", "masked", "attention", "cosine"],
                     f"target {model.cfg.target}; attention of the teacher's class token: white is an image's "
