@@ -1,5 +1,5 @@
-"""mff_feature.py: CLIP's tower against transformers', from files of every public form; masks, decoder and loss
-against slow versions."""
+"""mff_feature.py: CLIP's tower against transformers', from files of every public form; masks, decoder and
+loss against slow versions."""
 
 import math
 
@@ -116,9 +116,9 @@ def test_what_is_no_teacher_is_refused(clip, tmp_path):
     torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "ViT-B-16.pt"))
     good = save(clip, "OpenMMLab's, fp16", tmp_path)
     weights = torch.load(good)
-    torch.save({name: x for name, x in weights.items() if name != "visual.proj"}, tmp_path / "bare.pth")
-    torch.save({name: x for name, x in weights.items() if "resblocks.3" not in name}, tmp_path / "three.pth")
-    torch.save({name: x for name, x in weights.items() if "ln_2" not in name}, tmp_path / "half.pth")
+    for name, lacks in (("bare", "visual.proj"), ("three", "resblocks.3"), ("half", "ln_2")):
+        rest = {key: value for key, value in weights.items() if lacks not in key}
+        torch.save(rest, tmp_path / f"{name}.pth")
     for name, patch_size, words in (
             ("ViT-B-16.pt", 8, "program: give weights alone"), ("bare.pth", 8, "no ViT of CLIP with its proj"),
             ("three.pth", 8, "3 blocks of width 128"), (good.name, 4, "patches of 8 px; .*--patch_size 4"),
@@ -137,7 +137,7 @@ def test_what_is_no_teacher_is_refused(clip, tmp_path):
 
 
 def test_semantic_masks_are_draws_without_replacement():
-    """Frequency of each pair of visible patches, of four with these probabilities, against the closed form."""
+    """How often each pair of four patches is visible, against the closed form."""
     p, n, counts = [0.5, 0.3, 0.15, 0.05], 40_000, {}
     noise = mff_feature.semantic_noise(torch.rand(n, 4), 0.4 * torch.tensor(p))  # need not sum to 1
     ids_keep, _, mask = mff_feature.random_masking(noise, 0.5)
