@@ -120,7 +120,7 @@ def test_what_is_no_teacher_is_refused(clip, tmp_path):
         rest = {key: value for key, value in weights.items() if lacks not in key}
         torch.save(rest, tmp_path / f"{name}.pth")
     for name, patch_size, words in (
-            ("ViT-B-16.pt", 8, "program: give weights alone"), ("bare.pth", 8, "no ViT of CLIP with its proj"),
+            ("ViT-B-16.pt", 8, "program: give weights alone"), ("bare.pth", 8, "no ViT of CLIP with its"),
             ("three.pth", 8, "3 blocks of width 128"), (good.name, 4, "patches of 8 px; .*--patch_size 4"),
             ("half.pth", 8, "8 tensors missing"), ("none.pth", 8, "does not exist")):
         with pytest.raises(common.UserError, match=words):
