@@ -39,6 +39,8 @@ LOGITS = {"convolution in convert_dalle.py:forward": 1}  # the tokenizer's last,
 RUNS = {  # {name: (script, flags, products in float32 that are meant)}
     "mae": ("mae_mff", f"{VIT} --fuse_layers 3", {}),
     "mff, pixmim": ("mae_mff", f"{VIT} --target pixmim --fuse_layers 0,3", {}),
+    "mff, eva": ("mff_feature", f"{VIT} --teacher random", {}),
+    "mff, milan": ("mff_feature", f"{VIT} --teacher random --target milan", {}),
     "mae, two micro-batches": ("mae_mff", f"{VIT} --fuse_layers 3 --micro_batch 2", {}),
     "ddae": ("ddae", VIT, {}),
     "ddae_beitv2": ("ddae_beitv2", f"{VIT} --tokenizer {FOLDER.name}/vqkd.pth",

@@ -27,7 +27,8 @@ import mae_mff
 from shapes import Shapes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-METHODS = ["mae_mff", "ddae", "ddae_beitv2", "cim", "vision_electra", "vision_electra_simmim", "revcol_v2"]
+METHODS = ["mae_mff", "mff_feature", "ddae", "ddae_beitv2", "cim", "vision_electra", "vision_electra_simmim",
+           "revcol_v2"]
 
 
 def headings(page):
