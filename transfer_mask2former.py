@@ -1,25 +1,24 @@
-"""Semantic segmentation with Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527) on a pre-trained encoder.
+"""Semantic segmentation by masks: Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527).
 
-Queries, not pixels, have classes: each of --queries vectors learns to find one class of an image, and gives
-its mask. In the order the data flows (B images, Q queries, T classes in an image, D = --channels):
+Not pixels but queries have classes: each of Q learned vectors finds one class in an image, or none, and gives
+its mask. In the order the data flows (B images, T classes in an image, D = --channels):
 
-    maps of the encoder, as UperNet's      transfer_seg_det.py   four, at 4, 2, 1, 1/2 times a ViT's grid
-    pixel decoder                          PixelDecoder          the three coarser ones attend to each other
-                                                                 (Deformable DETR, eq. 3); pixels (B, D, h, w)
-    queries read the three maps in turn,   DecoderLayer          only where the last mask was at least 1/2,
-    coarsest first, and each other                               or anywhere if it was so nowhere (eqs. 1, 2)
-    classes, masks = query . pixel         Mask2FormerHead       after each layer and before the first
-    each query's target, none for most     match                 the cheapest one-to-one assignment
-    2 class + 5 mask + 5 dice              losses                sum over all outputs (appendix; PointRend)
-    scores = softmax(class) * mask         Mask2Former.scores    summed over the queries
+    four maps of the encoder           Segmenter.maps        as UperNet's; a ViT's at 4, 2, 1, 1/2 of its grid
+    pixel decoder                      PixelDecoder          the three coarser ones attend to each other
+                                                             (Deformable DETR, eq. 3); pixels (B, D, h, w)
+    queries read these three in turn   DecoderLayer          where their last mask was 1/2 or more (eqs. 2, 3)
+    classes; masks = query * pixel     Mask2FormerHead       after each layer and before the first
+    a query for each class             match                 the cheapest one-to-one assignment
+    2 class + 5 mask + 5 dice          losses                of each output, at --points places (sec. 3.3)
+    softmax(class) * sigmoid(mask)     Mask2Former.scores    summed over the queries
 
-The matching is the Hungarian one of scipy, on the CPU: a forward pass in training waits once for the device,
-for the costs of all outputs and images together. Losses look at --points random places of a mask.
+The assignment is scipy's, on the CPU: a forward pass of the training waits once for the device, for the costs
+of all outputs and images together.
 
-The defaults are Mask2Former's for ADE20K, except for --layer_decay (there a tenth of the rate for the whole
-encoder); `--recipe revcol` has those of RevColV2's supplement 1.4. Our choice: a ViT's maps are UperNet's;
-all outputs are matched on the same places; the schedule's end and --img_size are the recipe's where it says
-so, else Mask2Former's. Pixels without a label are in no mask, as in its code.
+Defaults are those of Mask2Former's code for ADE20K, but for --layer_decay (there the encoder has a tenth of
+the rate) and the window and flips of transfer_data.py. `--recipe revcol` is RevColV2's, supplement 1.4. From
+the code: a query whose mask is nowhere 1/2 reads everything; pixels without a label belong to no mask. Our
+choice: a ViT's maps; all outputs are matched at the same places.
 
     python transfer_mask2former.py --demo      on runs/mae_mff/encoder.pth: minutes on a CPU
     torchrun --nproc_per_node 4 transfer_mask2former.py --recipe revcol --weights encoder.pth --zero_is_ignore
@@ -31,6 +30,7 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ from torchvision.ops import Conv2dNormActivation
 import transfer_data as data
 import transfer_seg_det as transfer
 from common import init_linear, launch, training_keys
-from transfer_seg_det import open_both, resize, train_step
+from transfer_seg_det import resize
 
 CLASS, MASK, DICE, NO_OBJECT = 2.0, 5.0, 5.0, 0.1  # weights of the losses, and of a query without target
 HEADS, PLACES = 8, 4  # of attention; per head, level and token of the pixel decoder
@@ -278,10 +278,12 @@ def match(outputs, masks, classes, points):
         costs.append(MASK * mask + DICE * dice - CLASS * chosen)
     # What is no class costs more than any and the same everywhere. NaN: the update will be skipped.
     costs = torch.stack(costs).masked_fill(classes[:, None] < 0, 1e6).nan_to_num(1e6, 1e6, -1e6)
-    found = torch.full((len(outputs), B, T), Q)
-    for output, image in enumerate(costs.flatten(0, 1).cpu().numpy()):  # .cpu(): the one host synchronisation
-        queries, targets = linear_sum_assignment(image)
-        found[output // B, output % B, torch.from_numpy(targets)] = torch.from_numpy(queries)
+    costs = costs.flatten(0, 1).cpu().numpy()  # the one host synchronisation
+    found = np.full((len(costs), T), Q)
+    for row, cost in zip(found, costs, strict=True):
+        queries, targets = linear_sum_assignment(cost)
+        row[targets] = queries
+    found = torch.from_numpy(found).view(-1, B, T)
     found = found.pin_memory() if masks.is_cuda else found
     return found.to(masks.device, non_blocking=True).masked_fill(classes < 0, Q)
 
@@ -299,9 +301,10 @@ def uncertain_places(logits, points):
 
 def losses(outputs, labels, classes, points):
     """outputs: Mask2FormerHead's, float32; labels (B, H, W), classes (B, T), -1 where there are fewer -> (sum
-    over the outputs of 2 class + 5 mask + 5 dice, {name: of the last output}). Class: cross-entropy, mean over
-    the queries by their weights. Mask, dice: mean over the classes of all processes' images."""
-    (B, T), (_, Q, C) = classes.shape, outputs[0][0].shape
+    over them of 2 class + 5 mask + 5 dice, {name: of the last one}). Class: cross-entropy, mean over queries,
+    weighted. Mask (cross-entropy at places), dice: mean over the classes in the images. The numbers that they
+    are divided by are means over the processes."""
+    B, Q, C = outputs[0][0].shape
     masks = (labels[:, None] == classes[..., None, None]).float()
     found, valid = match(outputs, masks, classes, points), (classes >= 0).flatten()
     masks, n = masks.flatten(0, 1)[:, None], valid.sum().float()
@@ -378,4 +381,4 @@ presets = functools.partial(transfer.presets, script=sys.modules[__name__])
 train = functools.partial(transfer.train, script=sys.modules[__name__])
 
 if __name__ == "__main__":
-    launch(Config, presets, train, "transfer_mask2former", open_both)
+    launch(Config, presets, train, "transfer_mask2former", transfer.open_both)

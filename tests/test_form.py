@@ -37,6 +37,7 @@ IMPORTS = {
     "coco": {"common", "shapes", "transfer_data"},
     "overlay": {"transfer_data"},
     "transfer_seg_det": {"common", "revcol_v2", "transfer_data", "coco", "overlay", "predict_scenes"},
+    "transfer_mask2former": {"common", "transfer_data", "transfer_seg_det"},
     "predict_scenes": {"common", "transfer_data", "coco", "overlay", "predict"},
 }
 # Of train_step and the loop: lines of mae_mff.py that others may replace, and all lines of their own.
