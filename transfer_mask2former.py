@@ -51,7 +51,7 @@ HEADS, PLACES = 8, 4  # of attention; per head, level and token of the pixel dec
 @dataclass
 class Config(transfer.Config):
     # what
-    channels: int = 256  # width of both decoders, a multiple of 32
+    channels: int = 256  # width of both decoders, a multiple of 8
     queries: int = 100  # masks per image
     layers: int = 9  # of the decoder; the coarsest of three maps is read by the first, fourth, ...
     pixel_layers: int = 6  # of the pixel decoder
@@ -67,8 +67,8 @@ class Config(transfer.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.channels % 32:
-            raise ValueError(f"--channels {self.channels}, expected a multiple of 32")
+        if self.channels % 8:
+            raise ValueError(f"--channels {self.channels}, expected a multiple of 8")
         if self.compile:
             raise ValueError("--compile is not for Mask2Former, whose matching leaves the device")
 
@@ -118,22 +118,19 @@ class DeformableAttention(nn.Module):
     def forward(self, query, x, centres, grids):
         """query, x (B, N, D): tokens of all maps, one after the other; centres (N, 2) of these, x and y in
         [0, 1]; grids: (h, w) of the maps -> (B, N, D)"""
-        B, N, D = x.shape
-        shape = B, N, HEADS, self.levels, PLACES
-        weights = self.weights(query).float().view(B, N, HEADS, -1).softmax(-1)
-        offsets = self.offsets(query).float().view(*shape, 2)
-        value = self.value(x).float().view(B, N, HEADS, -1).permute(0, 2, 3, 1).flatten(0, 1)  # B*heads, d, N
-        found, start = [], 0  # float32 from here on: half precision would round the places to pixels
-        for level, (h, w) in enumerate(grids):
-            horizontal, vertical = offsets[..., level, :, :].unbind(-1)
-            place = torch.stack([centres[:, 0, None, None] + horizontal / w,
-                                 centres[:, 1, None, None] + vertical / h], dim=-1)
-            place = place.transpose(1, 2).flatten(0, 1)  # (B*heads, N, PLACES, 2)
-            image = value[..., start : start + h * w].unflatten(2, (h, w))
-            found.append(F.grid_sample(image, 2 * place - 1, align_corners=False))  # (B*heads, d, N, PLACES)
-            start += h * w
-        weights = weights.transpose(1, 2).flatten(0, 1)[:, None]
-        return self.proj((torch.cat(found, dim=3) * weights).sum(3).view(B, D, N).transpose(1, 2))
+        # (B*heads, N, ...), as grid_sample wants it; float32, as half precision would round places to pixels
+        offsets, weights, value = (layer(y).float().unflatten(2, (HEADS, -1)).transpose(1, 2).flatten(0, 1)
+                                   for layer, y in ((self.offsets, query), (self.weights, query),
+                                                    (self.value, x)))
+        offsets = offsets.unflatten(2, (self.levels, PLACES, 2))
+        weights = weights.softmax(2).unflatten(2, (self.levels, PLACES))
+        found = 0.0
+        for level, value_map in enumerate(value.split([h * w for h, w in grids], dim=1)):
+            (h, w), (right, down) = grids[level], offsets[:, :, level].unbind(-1)
+            place = torch.stack([centres[:, :1] + right / w, centres[:, 1:] + down / h], dim=-1)
+            values = F.grid_sample(value_map.mT.unflatten(2, (h, w)), 2 * place - 1, align_corners=False)
+            found = found + (values * weights[:, None, :, level]).sum(3)  # (B*heads, d, N)
+        return self.proj(found.unflatten(0, (-1, HEADS)).flatten(1, 2).mT)
 
 
 class PixelLayer(nn.Module):
@@ -154,7 +151,7 @@ class PixelDecoder(nn.Module):
     def __init__(self, channels, dim, layers):
         super().__init__()
         finest, *others = channels
-        norm = functools.partial(nn.GroupNorm, 32)
+        norm = functools.partial(nn.GroupNorm, dim // 8)  # 32 groups of 256 channels
         conv = functools.partial(Conv2dNormActivation, out_channels=dim, norm_layer=norm)
         self.project = nn.ModuleList(conv(c, kernel_size=1, activation_layer=None, bias=True)
                                      for c in reversed(others))
@@ -270,11 +267,11 @@ def match(outputs, masks, classes, points):
     places = torch.rand(B, points, 2, device=masks.device)
     truth, costs = sample(masks, places).mT, []  # (B, P, T)
     for logits, x in outputs:
-        x = sample(x, places)  # (B, Q, P)
+        x = sample(x.float(), places)  # (B, Q, P)
         p = x.sigmoid()
         mask = (F.softplus(x).sum(2, keepdim=True) - x @ truth) / points
         dice = 1 - (2 * p @ truth + 1) / (p.sum(2, keepdim=True) + truth.sum(1, keepdim=True) + 1)
-        chosen = logits.softmax(2).gather(2, classes[:, None].clamp(min=0).expand(-1, Q, -1))
+        chosen = logits.float().softmax(2).gather(2, classes[:, None].clamp(min=0).expand(-1, Q, -1))
         costs.append(MASK * mask + DICE * dice - CLASS * chosen)
     # What is no class costs more than any and the same everywhere. NaN: the update will be skipped.
     costs = torch.stack(costs).masked_fill(classes[:, None] < 0, 1e6).nan_to_num(1e6, 1e6, -1e6)
@@ -300,7 +297,7 @@ def uncertain_places(logits, points):
 
 
 def losses(outputs, labels, classes, points):
-    """outputs: Mask2FormerHead's, float32; labels (B, H, W), classes (B, T), -1 where there are fewer -> (sum
+    """outputs: Mask2FormerHead's; labels (B, H, W), classes (B, T), -1 where there are fewer -> (sum
     over them of 2 class + 5 mask + 5 dice, {name: of the last one}). Class: cross-entropy, mean over queries,
     weighted. Mask (cross-entropy at places), dice: mean over the classes in the images. The numbers that they
     are divided by are means over the processes."""
@@ -315,10 +312,10 @@ def losses(outputs, labels, classes, points):
     n = n.clamp(min=1)
     for (logits, x), query in zip(outputs, found, strict=True):
         target = classes.new_full((B, Q + 1), C - 1).scatter(1, query, classes)[:, :Q]  # at Q: what is none
-        class_loss = F.cross_entropy(logits.mT, target, reduction="none")
+        class_loss = F.cross_entropy(logits.float().mT, target, reduction="none")
         class_loss = (class_loss * torch.where(target == C - 1, NO_OBJECT, 1.0)).sum() / weights
         query = query.clamp(max=Q - 1)[..., None, None].expand(-1, -1, *x.shape[2:])
-        x = x.gather(1, query).flatten(0, 1)[:, None]  # (B*T, 1, h, w)
+        x = x.gather(1, query).flatten(0, 1)[:, None].float()  # (B*T, 1, h, w)
         places = uncertain_places(x, points)
         x, truth = sample(x, places)[:, 0], sample(masks, places)[:, 0]  # (B*T, P)
         p = x.sigmoid()
@@ -337,23 +334,20 @@ class Mask2Former(transfer.Segmenter):
         super().__init__(cfg, classes)
         self.head = Mask2FormerHead(self.encoder.channels, cfg, classes)
 
-    def outputs(self, images):
-        """(B, C, H, W) -> Mask2FormerHead's, in float32"""
-        return [(logits.float(), masks.float()) for logits, masks in self.head(self.maps(images))]
-
     def forward(self, images, targets):
         """images (B, C, H, W), targets: label maps (B, H, W) and the classes in them (B, T), -1 where there
         are fewer -> loss, {name: detached}"""
-        outputs = self.outputs(images)
+        outputs = self.head(self.maps(images))
         with torch.autocast(images.device.type, enabled=False):
             loss, terms = losses(outputs, *targets, self.cfg.points)
         return loss, {name: x.detach() for name, x in {"loss": loss, **terms}.items()}
 
     def scores(self, images):
         """(B, C, H, W) -> [(B, classes, H, W)]: how much a pixel is of a class, by all queries together"""
-        logits, masks = self.outputs(images)[-1]
+        logits, masks = (x.float() for x in self.head(self.maps(images))[-1])
         masks = resize(masks, images.shape[2:]).sigmoid()
-        return [torch.einsum("bqc,bqhw->bchw", logits.softmax(2)[..., :-1], masks)]
+        with torch.autocast(images.device.type, enabled=False):
+            return [torch.einsum("bqc,bqhw->bchw", logits.softmax(2)[..., :-1], masks)]
 
 
 def make_model(cfg, classes, masks=False):

@@ -43,13 +43,17 @@ def theirs():
     swin = SwinConfig(embed_dim=16, depths=[1] * 4, num_heads=[1] * 4,
                       out_features=[f"stage{i}" for i in range(1, 5)])
     settings = Mask2FormerConfig(
-        backbone_config=swin, feature_size=64, mask_feature_size=64, hidden_dim=64, dim_feedforward=512,
-        encoder_feedforward_dim=256, encoder_layers=2, decoder_layers=5, num_queries=20, num_labels=7,
+        backbone_config=swin, feature_size=256, mask_feature_size=256, hidden_dim=256, dim_feedforward=2048,
+        encoder_feedforward_dim=1024, encoder_layers=2, decoder_layers=5, num_queries=20, num_labels=7,
         train_num_points=200)
     torch.manual_seed(1)
     model = library.Mask2FormerForUniversalSegmentation(settings).eval()
-    for name, parameter in model.named_parameters():  # also what starts as 0; offsets of pixels
-        torch.nn.init.normal_(parameter, std=1.0 if "sampling_offsets.bias" in name else 0.2)
+    for name, parameter in model.named_parameters():  # also what starts as 0
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+        else:  # offsets of pixels; factors of norms; biases
+            low, high = (-2, 2) if "offsets" in name else (0.5, 1.5) if "weight" in name else (-0.2, 0.2)
+            torch.nn.init.uniform_(parameter, low, high)
     return library, settings, model
 
 
@@ -93,7 +97,7 @@ def translated(weights):
 @torch.no_grad()
 def test_decoders_equal_those_of_transformers(theirs):
     _, settings, model = theirs
-    cfg = config("--channels", 64, "--queries", 20, "--pixel_layers", 2, "--layers", 4)
+    cfg = config("--channels", 256, "--queries", 20, "--pixel_layers", 2, "--layers", 4)
     head = m2f.Mask2FormerHead([16, 32, 64, 128], cfg, 7).eval()
     head.load_state_dict(translated(model.state_dict()))
     maps = [torch.randn(2, 16 * 2**i, 40 // 2**i, 24 // 2**i) for i in range(4)]
@@ -200,7 +204,7 @@ def test_every_encoder_learns_and_scores_are_the_sum_over_queries(model):
     assert loss.isfinite() and terms["mask"] == terms["dice"] == 0
     net.eval()
     with torch.no_grad():
-        (scores,), (logits, masks) = net.scores(images), net.outputs(images)[-1]
+        (scores,), (logits, masks) = net.scores(images), net.head(net.maps(images))[-1]
     masks = F.interpolate(masks, (64, 96), mode="bilinear").sigmoid()
     expected = sum(logits[:, q].softmax(1)[:, :-1, None, None] * masks[:, q, None] for q in range(20))
     torch.testing.assert_close(scores, expected)
@@ -220,7 +224,7 @@ def test_settings():
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--channels", "48"], "a multiple of 32"),
+    (["--channels", "44"], "a multiple of 8"),
     (["--compile"], "--compile is not for Mask2Former"),
     (["--recipe", "mff"], "mff_m2f"),
     (["--task", "det"], "unknown argument --task"),
