@@ -16,9 +16,9 @@ The assignment is scipy's, on the CPU: a forward pass of the training waits once
 of all outputs and images together.
 
 Defaults are those of Mask2Former's code for ADE20K, but for --layer_decay (there the encoder has a tenth of
-the rate) and the window and flips of transfer_data.py. `--recipe revcol` is RevColV2's, supplement 1.4. From
-the code: a query whose mask is nowhere 1/2 reads everything; pixels without a label belong to no mask. Our
-choice: a ViT's maps; all outputs are matched at the same places.
+the rate), crops and colours (UperNet's). `--recipe revcol` is RevColV2's, supplement 1.4. From the code: a
+query whose mask is nowhere 1/2 reads everything; pixels without a label belong to no mask. Our choice: a
+ViT's maps; all outputs of a forward pass are matched at the same places.
 
     python transfer_mask2former.py --demo      on runs/mae_mff/encoder.pth: minutes on a CPU
     torchrun --nproc_per_node 4 transfer_mask2former.py --recipe revcol --weights encoder.pth --zero_is_ignore
@@ -57,7 +57,7 @@ class Config(transfer.Config):
     pixel_layers: int = 6  # of the pixel decoder
     points: int = 12_544  # places per mask in the losses and in the matching
 
-    # What the functions of transfer_seg_det.py ask for, and no flag changes here.
+    # Fixed: flags of transfer_seg_det.py for its heads and for detection.
     task: ClassVar[str] = "seg"
     head: ClassVar[str] = "mask2former"
     window: ClassVar[int] = 0
@@ -95,8 +95,8 @@ def feed_forward(dim, hidden):
 
 
 class DeformableAttention(nn.Module):
-    """Each token looks, on each of `levels` maps, at PLACES per head around its own, which it chooses itself,
-    as it does their weights."""
+    """Of each token, per head: the weighted mean of the values at PLACES near its own on each of the maps.
+    A linear layer of the token says which places, another one their weights."""
 
     def __init__(self, dim, levels):
         super().__init__()
