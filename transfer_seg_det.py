@@ -167,10 +167,10 @@ MODEL = ("task", "head", "channels", "window", "rpn_convs", "inference", "max_de
          "queries", "layers", "pixel_layers")
 
 
-def presets(flags, script=None):
+def presets(flags, script=sys.modules[__name__]):
     """Defaults by --task, --recipe and --demo, then by what the file of weights says of its network. script:
     whose Config and DEFAULTS; transfer_mask2former.py, which has no --task, gives itself."""
-    script, task = script or sys.modules[__name__], getattr(flags, "task", "m2f")
+    task = getattr(flags, "task", "m2f")
     if flags.predict or flags.mode == "evaluate":
         meta = network_of(read_file(flags.weights)) if flags.weights else {}
         task = "m2f" if meta.get("head") == "mask2former" else meta.get("task")
@@ -705,9 +705,8 @@ def make_model(cfg, classes, masks):
     return Segmenter(cfg, classes) if cfg.task == "seg" else Detector(cfg, classes, masks)
 
 
-def train(cfg, run, script=None):
-    """script: whose make_model and training_batches; default: this one's."""
-    script = script or sys.modules[__name__]
+def train(cfg, run, script=sys.modules[__name__]):
+    """script: whose make_model and training_batches"""
     if cfg.predict or cfg.mode == "evaluate":
         import predict_scenes  # only these two need it
 
