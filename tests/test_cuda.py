@@ -34,6 +34,8 @@ PROBE = "--model nano --mode linear --mixup 0 --cutmix 0"
 SCENES = ("--weights none --iters 3 --eval_every 3 --warmup_iters 0 --batch_size 2 --workers 0 --pictures 2 "
           "--img_size 64 --channels 16")
 SEG, DET = f"{SCENES} --data ADE --patch_size 8", f"{SCENES} --data COCO --task det --patch_size 8 --rois 16"
+MASKS = "--channels 32 --queries 9 --layers 1 --pixel_layers 1 --points 64"
+COSTS = {"bmm in transfer_mask2former.py:match": 4}  # two products for each of two outputs
 TOKENS = f"--tokenizer {FOLDER.name}/tokenizer.pth"
 LOGITS = {"convolution in convert_dalle.py:forward": 1}  # the tokenizer's last, in float32 on purpose
 RUNS = {  # {name: (script, flags, products in float32 that are meant)}
@@ -65,6 +67,7 @@ RUNS = {  # {name: (script, flags, products in float32 that are meant)}
     "linear, cached": ("finetune", f"{TUNE} {PROBE} --augment none --erasing 0", {}),
     "seg": ("transfer_seg_det", f"{SEG} --model nano", {}),
     "seg, fcn": ("transfer_seg_det", f"{SEG} {RESNET} --model resnet50 --head fcn --optimizer sgd", {}),
+    "mask2former": ("transfer_mask2former", f"{SEG} {MASKS} --model nano", COSTS),
     "det": ("transfer_seg_det", f"{DET} --model nano --window 4", {}),
     "det, cascade": ("transfer_seg_det", f"{DET} --model nano --window 4 --detector cascade", {}),
     "det, revcol": ("transfer_seg_det", f"{DET} --model revcol_nano --recompute", {}),
@@ -142,6 +145,8 @@ def test_an_update_waits_once_and_multiplies_in_half_precision(traced, name):
         for found_in, limit in zip((waits, copies), most, strict=True):
             places = [place for place in found_in if place.startswith(files)]
             assert 0 < sum(map(found_in.pop, places)) <= limit
+    if script == "transfer_mask2former":  # the costs of all outputs, for scipy
+        assert waits.pop(f"{script}.py:match") == 1
     assert not waits and not copies
     assert RUNS[name][2] is None or found["float32"] == RUNS[name][2]
 

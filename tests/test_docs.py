@@ -29,6 +29,7 @@ from shapes import Shapes
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = ["mae_mff", "mff_feature", "ddae", "ddae_beitv2", "cim", "vision_electra", "vision_electra_simmim",
            "revcol_v2"]
+TUNING = ["finetune", "transfer_seg_det", "transfer_mask2former"]
 
 
 def headings(page):
@@ -70,8 +71,8 @@ def test_printed_commands_are_accepted(page):
     for command in re.findall(r"^.*\.py.*$", text, re.MULTILINE):
         script, words = re.search(r"(\w+)\.py\b *([^#|]*)", command).groups()
         skip = {"...", "--draw", "--help", "--predict", "evaluate", "--attention"} & set(words.split())
-        if script in (*METHODS, "finetune", "transfer_seg_det") and not skip:
-            if script in ("finetune", "transfer_seg_det"):
+        if script in (*METHODS, *TUNING) and not skip:
+            if script in TUNING:
                 words = re.sub(r"--weights \S+", "", words) + " --weights none"
             module = importlib.import_module(script)
             common.parse_config(module.Config, module.presets, words.split())

@@ -45,6 +45,7 @@ IMPORTS = {
     "cascade": set(),
     "transfer_seg_det": {"beit", "common", "revcol_v2", "swin", "transfer_data", "coco", "overlay"}
     | LAZY["transfer_seg_det"],
+    "transfer_mask2former": {"common", "transfer_data", "transfer_seg_det"},
     "predict_scenes": {"common", "transfer_data", "coco", "overlay", "predict"},
 }
 # Of train_step and the loop: lines of mae_mff.py that others may replace, and all lines of their own.
