@@ -8,7 +8,6 @@ From docs/logs and docs/runs
     mff_weights      softmax(w) of the fused blocks over a training (MFF, figure 1)
     ddae_beta        beta of each level, for three readings of eq. (6) and two starts (DDAE, figures 5, 6)
     losses           the loss of every run of benchmarks/replicate.py
-    shares           top-1 by number of labelled photographs, with and without pre-training
 From networks that learnt drawn shapes, in --runs: for each SCRIPT of mae_mff, ddae, cim, vision_electra the
 files that `python SCRIPT.py --demo --out RUNS/SCRIPT` writes
     attention        the class token's in an early block; mean distance by block, MAE and DDAE (DDAE, 3 and 4)
@@ -226,30 +225,6 @@ def losses(args):
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("update")
-    return picture
-
-
-@figure
-def shares(args):
-    """Tiny ImageNet; a line per network, solid pre-trained, dashed from random weights."""
-    runs = {path.name.split(".")[0]: read_log(path) for path in (DOCS / "runs/shares").glob("*.jsonl.gz")}
-    kinds = {"ViT": {"MAE": "mae", "MFF": "mff", "DDAE": "ddae", "random weights": "scratch"},
-             "ResNet": {"CIM (RevDet)": "resnet_revdet", "random weights": "resnet_scratch"},
-             "RevColV2": {"RevColV2": "revcol", "random weights": "revcol_scratch"}}
-    picture, axes = new(1, 3, 11, 3.4)
-    for axis, (title, names) in zip(axes.flat, kinds.items(), strict=True):
-        for label, name in names.items():
-            scores = {}
-            for line in runs.get(name, ()):
-                if "share" in line["run"] and "eval/top1" in line:  # the last line of a run counts
-                    scores[line["run"]] = int(line["run"].rpartition("_")[2]), line["eval/top1"]
-            points = sorted({share: [top1 for other, top1 in scores.values() if other == share]
-                             for share, _ in scores.values()}.items())
-            axis.plot([1000 * share for share, _ in points], [sum(x) / len(x) for _, x in points],
-                      "k--" if label == "random weights" else "-", marker="o", markersize=3, label=label)
-        axis.set(title=title, xscale="log", xlabel="labelled photographs", ylabel="top-1, %")
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
     return picture
 
 
