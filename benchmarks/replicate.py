@@ -8,7 +8,7 @@ of ImageNet need not hold after some minutes of CIFAR-10.
     python benchmarks/replicate.py --data cifar10.npz                          ViT-Tiny, 2,150 updates; GPU
     python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2   ViT-nano, 500 updates; CPU
     python benchmarks/replicate.py --data tiny.npz --scale tiny_imagenet       ViT-Tiny, 4,000 updates; 64 px
-    python benchmarks/replicate.py --data tiny.npz --scale photographs --only shares    top-1 by share of labels
+    python benchmarks/replicate.py --data tiny.npz --scale photographs --only shares  top-1 by share of labels
 
 `--data` is an .npz of images, 32 or 64 px square, with labels and `split`; CIFAR-10 as one:
 

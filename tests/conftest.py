@@ -29,6 +29,15 @@ FORKS.set_forkserver_preload(["torch", "torchvision.transforms.v2", "conftest", 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests, where pytest-xdist is installed: in two processes, file by file."""
+    if config.pluginmanager.hasplugin("xdist") and config.args_source == config.ArgsSource.TESTPATHS \
+            and config.option.numprocesses is None and (os.cpu_count() or 1) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
 def _run_here(arguments, cwd, environment, output):
     """In the forked process: what `python SCRIPT ...` does, with both streams in a file."""
     os.setsid()  # a process group of its own, so that a test can interrupt all of it
