@@ -31,9 +31,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """All tests, where pytest-xdist is installed: in two processes, file by file."""
-    if config.pluginmanager.hasplugin("xdist") and config.args_source == config.ArgsSource.TESTPATHS \
-            and config.option.numprocesses is None and (os.cpu_count() or 1) > 1:
+    """All tests, where pytest-xdist is installed: in two processes, file by file. (They come here, too.)"""
+    whole = not hasattr(config, "workerinput") and config.args_source == config.ArgsSource.TESTPATHS
+    free = config.pluginmanager.hasplugin("xdist") and not config.option.usepdb
+    if whole and free and config.option.numprocesses is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         config.option.numprocesses, config.option.dist = 2, "loadfile"
 
