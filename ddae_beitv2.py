@@ -109,8 +109,10 @@ class Config(RunConfig):
             raise ValueError("--tokenizer FILE is needed, VQ-KD's: docs/ddae_beitv2.md says where it is")
 
 
-DEMO = {"data": "shapes", "img_size": (25, 25), "model": "nano", "patch_size": 5, "num_levels": 2,
-        "layer_scale": 1.0, "initial": "mae", "epochs": 1.4, "batch_size": 32, "lr": 2e-3, "log_every": 25}
+# Grey: ids of drawn colours would teach nothing but colours.
+DEMO = {"data": "shapes", "img_size": (25, 25), "in_chans": 1, "model": "nano", "patch_size": 5,
+        "num_levels": 2, "layer_scale": 1.0, "initial": "mae", "epochs": 1.4, "batch_size": 32, "lr": 2e-3,
+        "log_every": 25}
 
 
 def presets(flags):
@@ -168,11 +170,14 @@ def load_tokenizer(path, cfg, device="cpu"):
 
 @torch.no_grad()
 def make_tokenizer(cfg, run, images):
-    """--demo, in place of VQ-KD: nothing is trained. A nano ViT with random weights and no positions makes
-    codes of images (B, C, H, W); less their mean, 64 of them at random are the codebook."""
+    """--demo, in place of VQ-KD: nothing is trained. A nano ViT with random weights, without positions and
+    blind to a patch's mean, makes codes of images (B, C, H, W); less their mean, 64 of them at random are the
+    codebook."""
     torch.manual_seed(cfg.seed)
     tokenizer = Tokenizer("nano", cfg.grid, cfg.patch_size, cfg.in_chans, vocab_size=64)
     tokenizer.encoder.pos_embed.zero_()
+    kernel = tokenizer.encoder.patch_embed.proj.weight
+    kernel -= kernel.mean((2, 3), keepdim=True)
     codes = tokenizer.codes(run.normalize.undo(images).cpu()).flatten(0, 1)
     tokenizer.encode_task_layer[2].bias -= codes.mean(0)
     tokenizer.quantize["embedding"].weight.copy_((codes - codes.mean(0))[torch.randperm(len(codes))[:64]])
@@ -353,7 +358,10 @@ def train(cfg, run):
             save_pictures(path, model, examples, run)
         if run.save_due():
             run.save(model.trunk_state(), prefix=None, model=f"beit_{cfg.model}")
-    run.finish()
+    # The aggregation makes the class token the one to read; finetune.py's demo reads the mean.
+    probe = {"mode": "linear", "pool": "cls", "weights": f"{run.out}/encoder.pth"}
+    probe = run.command("finetune.py", **probe, out=f"{run.out}_finetune")
+    run.finish(steps=[f"{probe} --demo"] if cfg.demo else None)
 
 
 if __name__ == "__main__":
