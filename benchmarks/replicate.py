@@ -405,15 +405,16 @@ def table(bench):
             first, second = ([results[name, seed][way] for seed in seeds
                               if way in results.get((name, seed), {})]
                              for name in (claim.first, claim.second))
-            if first and second:
+            if first and second and way in claim.ways:
                 difference = statistics.mean(first) - statistics.mean(second)
                 margin = widths[way] * math.sqrt(1 / len(first) + 1 / len(second))
                 around = "" if math.isnan(margin) else f" ± {margin:.2f}"
                 cells.append(f"{difference:+.2f}{around} {verdict(difference, margin, claim.equal)}")
             else:
                 cells.append("")
-        lines.append(f"| {claim.words} (`{claim.first}` - `{claim.second}`) | {claim.paper} | "
-                     + " | ".join(cells) + " |")
+        if any(cells):
+            lines.append(f"| {claim.words} (`{claim.first}` - `{claim.second}`) | {claim.paper} | "
+                         + " | ".join(cells) + " |")
     watch = any(claim.group.endswith("_readings") for claim in claims)
     lines += ["", f"| run | seeds | {heads} |" + " end of the training log |" * watch,
               "|---|---|" + "---|" * (len(shown) + watch)]
