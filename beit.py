@@ -11,6 +11,7 @@ of the table in every block; here one table goes on serving all: our choice, too
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -111,10 +112,10 @@ def from_beit(weights):
     """{name: tensor} of a network of BEiT's or SimMIM's, without prefix -> under RelPosViT's names: biases of
     queries and values joined, layer scale multiplied into what it scales. Other names stay.
     UserError for tables in the blocks, which BEiT has when it is fine-tuned."""
-    if any(name.endswith(f"attn.{TABLE}") for name in weights):
+    if any(re.fullmatch(rf"blocks\.\d+\.attn\.{TABLE}", name) for name in weights):
         raise UserError("it has a table of relative positions in every block, as a fine-tuned BEiT: expected "
                         "one that all blocks share, as pre-trained")
-    weights = {name: x for name, x in weights.items() if not name.endswith("relative_position_index")}
+    weights = {name: x for name, x in weights.items() if name != "rel_pos_bias.relative_position_index"}
     for part in [name.removesuffix("q_bias") for name in weights if name.endswith("attn.q_bias")]:
         q, v = weights.pop(f"{part}q_bias"), weights.pop(f"{part}v_bias")
         weights.pop(f"{part}k_bias", None)

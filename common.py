@@ -33,7 +33,7 @@ import textwrap
 import threading
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -188,7 +188,7 @@ def attend(q, k, v, bias=None):
         # The bf16 backward pass of torch's fused CPU kernel is two to five times slower than these products.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class Attention(nn.Module):
@@ -338,14 +338,15 @@ def fill_from_visible(values, mask, grid):
 
 def load_pickled(path):
     """Content of a torch.save file. Opened here: torch would judge a path by its suffix."""
-    with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+    plain = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]  # MAE's arguments, SimMIM's settings
+    with open(path, "rb") as file, torch.serialization.safe_globals(plain):
         return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def read_file(path, load=None):
-    """Content of a file of weights (tensors, plain values and MAE's Namespace: nothing else is unpickled), or
-    what load(path) reads. Files from elsewhere, and transformers' folders, are turned into the form of ours.
-    UserError, in one line, if it cannot be read."""
+    """Content of a file of weights (tensors, plain values, MAE's and SimMIM's settings: nothing else is
+    unpickled), or what load(path) reads. Files from elsewhere, and transformers' folders, are turned into the
+    form of ours. UserError, in one line, if it cannot be read."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
@@ -375,7 +376,7 @@ def read_file(path, load=None):
 
 
 # What a file of weights says of its network and of the images that it was trained on.
-NETWORK = ("model", "patch_size", "resnet_width", "columns", "in_chans", "mean", "std")
+NETWORK = ("model", "patch_size", "resnet_width", "columns", "swin_window", "in_chans", "mean", "std")
 
 
 def weights_of(content, prefix=None):

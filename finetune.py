@@ -1,4 +1,4 @@
-"""Fine-tuning, linear probing, kNN and features of a pre-trained Vision Transformer, ResNet-50 or RevColV2.
+"""Fine-tuning, linear probing, kNN and features of a pre-trained ViT, Swin, ResNet-50 or RevColV2.
 
 finetune  the whole network, AdamW, MAE's recipe with MFF's numbers (its appendix, table 3). `--recipe NAME`
           reads a paper's flags from recipes/NAME.txt; flags next to it win.
@@ -16,8 +16,8 @@ ResNet-50 (docs/WEIGHTS.md), or none. Model, size and normalisation come from th
 --data needs labels, in train/ and val/ (or an .npz with `split`, or shapes, cifar10, cifar100, stl10, cars).
 
 The head reads one vector per image. ViT: LayerNorm of the mean patch token (--pool avg, to fine-tune) or the
-class token after the final LayerNorm (--pool cls, to probe). ResNet: the mean of the last map. RevColV2: the
-mean of the top level of the last column (units that it does not depend on are left out, so such a file serves
+class token after the final LayerNorm (--pool cls, to probe). ResNet, Swin: mean of their last map. RevColV2:
+the mean of the last column's top level (units that it does not depend on are left out, so such a file serves
 no dense task); a probe reads the last bottom-up column.
 
 Our choice: the targets of `--loss bce` are the mixed, smoothed labels, without a threshold. augment.py has
@@ -71,8 +71,9 @@ from common import (
 from evaluate import batches_of_features, eval_batches, evaluate, extract, knn, write_features
 from revcol_v2 import SIZES, RevColV2, cell_grid
 from sources import open_held_out, open_labelled
+from swin import SWIN_SIZES, Swin
 
-MODELS = (*VIT_SIZES, *BEIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
+MODELS = (*VIT_SIZES, *BEIT_SIZES, *SWIN_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 
 
 @dataclass
@@ -85,10 +86,11 @@ class Config(RunConfig):
     mode: Literal["finetune", "linear", "knn", "layers", "features", "evaluate"] | None = None  # see above
     recipe: str | None = None  # a paper's settings: the flags in recipes/NAME.txt
     weights: str | None = None  # file of weights, or none for random ones
-    model: Literal[*MODELS] = "base"  # a ViT's SIZE, beit_SIZE, resnet50, revcol_SIZE; default: the file's
+    model: Literal[*MODELS] = "base"  # a ViT's SIZE, beit_, swin_, revcol_SIZE, resnet50; default: file's
     patch_size: int = 16  # pixels; likewise
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up columns, and as many top-down; likewise
+    swin_window: int = 6  # Swin: side of its attention windows; likewise
     recompute: bool = False  # RevColV2: compute a column again in the backward pass: less memory, more time
     pool: Literal["avg", "cls"] | None = None  # patch mean or class token; default avg, to probe a ViT cls
     drop_path: float = 0.1  # stochastic depth of the last block (fine-tuning)
@@ -141,7 +143,7 @@ class Config(RunConfig):
         self.pool = self.pool or ("cls" if kind == "ViT" and not finetune else "avg")
         self.base_lr = 1e-3 if self.lr is None and self.base_lr is None else self.base_lr
         meant = read_recipe(Config, self.recipe).get("model", self.model) if self.recipe else self.model
-        if kind != "ResNet":  # ValueError unless the patches fit
+        if kind in ("ViT", "RevColV2"):  # ValueError unless the patches fit
             grid_of = patch_grid if kind == "ViT" else cell_grid
             grid_of(self.img_size, self.patch_size), grid_of(self.test_size, self.patch_size)
         for wrong, message in (
@@ -152,7 +154,8 @@ class Config(RunConfig):
             (kind == "ViT" and self.test_size != self.img_size,
              f"--test_size {self.test_size}: a ViT has positions for --img_size {self.img_size} alone"),
             (kind != "ViT" and self.pool == "cls", f"--pool cls: {self.model} has no class token"),
-            (kind == "ResNet" and self.layer_decay != 1, "--layer_decay is for ViTs and RevColV2"),
+            (kind == "ResNet" and self.layer_decay != 1, "--layer_decay is not for ResNets"),
+            (kind == "Swin" and self.mode == "layers", "--mode layers is not for Swin"),
             (kind != "RevColV2" and self.recompute, "--recompute is for RevColV2"),
             (None not in (self.lr, self.base_lr), "--base_lr and --lr: give one of them"),
             (self.val and self.val_split, "--val and --val_split: give one of them"),
@@ -179,7 +182,8 @@ DEMO_RECIPES = {"finetune": "demo", "linear": "demo_linear"}
 
 
 def family(model):
-    return "ResNet" if model == "resnet50" else "RevColV2" if model.startswith("revcol") else "ViT"
+    kinds = {"resnet50": "ResNet", "revcol": "RevColV2", "swin": "Swin"}
+    return kinds.get(model.split("_")[0], "ViT")
 
 
 def presets(flags):
@@ -277,6 +281,22 @@ class RevColClassifier(RevColV2):
     forward = classify
 
 
+class SwinClassifier(Swin):
+    """The same for Swin, under torchvision's names: `head` on the mean of the last map."""
+
+    unused_names = ()
+
+    def __init__(self, cfg, num_classes):
+        super().__init__(cfg.model, cfg.patch_size, cfg.swin_window, cfg.in_chans, cfg.drop_path)
+        self.head = make_head(self.embed_dim, num_classes, cfg)
+
+    def features(self, images):
+        """(B, C, H, W) -> (B, D)"""
+        return self.last_map(images).mean((1, 2))
+
+    forward = classify
+
+
 class ResNetClassifier(ResNet50):
     """The same for ResNet-50, under torchvision's names: `fc` on the mean of the last map."""
 
@@ -303,7 +323,8 @@ class ResNetClassifier(ResNet50):
 
 
 def make_model(cfg, num_classes):
-    classifiers = {"ViT": Classifier, "ResNet": ResNetClassifier, "RevColV2": RevColClassifier}
+    classifiers = {"ViT": Classifier, "ResNet": ResNetClassifier, "RevColV2": RevColClassifier,
+                   "Swin": SwinClassifier}
     classifier = BeitClassifier if cfg.model in BEIT_SIZES else classifiers[family(cfg.model)]
     return classifier(cfg, num_classes)
 
@@ -490,9 +511,9 @@ def train(cfg, run):
         features, labels, _ = extract(model, source, run)
         batches = batches_of_rows(features, labels, repeated_keys(run))
         rows = batches_of_features(model, held_out, run)
-        model.features = lambda features: features
+        vars(model)["features"] = lambda features: features  # Swin has a module of that name
     elif cfg.mode == "linear" and cfg.compile:
-        model.features = torch.compile(model.features)
+        vars(model)["features"] = torch.compile(model.features)
     meta = {"weights": cfg.weights, "recipe": cfg.recipe, "classes": list(source.classes), "pool": cfg.pool,
             "test_size": cfg.test_size, "test_crop": cfg.test_crop}
     scores = {step: line["eval/top1"] for step, line in run.evaluations().items()}

@@ -12,10 +12,10 @@
 --weights takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's
 ResNet-50, or `none`. Layout of --data, memory, use of the result: docs/TRANSFER.md.
 
-Not in the papers, our choice: no relative positions and no layer scale; positions, class token and vectors
-do not decay; torch's initial convolutions; losses are means over the pixels that count; a ResNet's BatchNorm
-learns in detection; heads have LayerNorm where MIMDet's have SyncBatchNorm. As in torchvision: RoIAlign
-without the half-pixel shift, box losses quadratic below 1/9, test images shrunk without antialiasing.
+Not in the papers, our choice: relative positions only of a file that has them, no layer scale; positions,
+class token and vectors do not decay; torch's initial convolutions; losses are means over pixels that count; a
+ResNet's BatchNorm learns in detection; heads have LayerNorm where MIMDet's have SyncBatchNorm. As in
+torchvision: RoIAlign without the half-pixel shift, box losses quadratic below 1/9, no antialiasing in tests.
 
     python transfer_seg_det.py --demo       on runs/mae_mff/encoder.pth: minutes on a CPU; --task det likewise
     torchrun --nproc_per_node 4 transfer_seg_det.py --recipe mff --weights encoder.pth --zero_is_ignore
@@ -76,8 +76,9 @@ from common import (
     training_keys,
 )
 from revcol_v2 import SIZES, RevColV2, cell_grid
+from swin import SWIN_SIZES, Swin
 
-MODELS = (*VIT_SIZES, *BEIT_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
+MODELS = (*VIT_SIZES, *BEIT_SIZES, *SWIN_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 
 
 @dataclass
@@ -89,11 +90,12 @@ class Config(RunConfig):
     recipe: str | None = None  # a paper's settings, recipes/NAME_TASK.txt; flags next to it win
     head: Literal["uper", "linear", "fcn"] = "uper"  # segmentation: the decoder
     weights: str | None = None  # file of the encoder's weights, or none for random ones
-    model: Literal[*MODELS] = "base"  # a ViT's SIZE, beit_SIZE, resnet50, revcol_SIZE; default: the file's
+    model: Literal[*MODELS] = "base"  # a ViT's SIZE, beit_, swin_, revcol_SIZE, resnet50; default: file's
     patch_size: int = 16  # pixels; likewise
     resnet_width: int = 64  # ResNet: channels of its stem; likewise
     columns: int = 2  # RevColV2: bottom-up, and as many top-down, columns; likewise
-    drop_path: float = 0.1  # ViT, RevColV2: stochastic depth of the last block
+    swin_window: int = 6  # Swin: side of its attention windows; likewise
+    drop_path: float = 0.1  # ViT, Swin, RevColV2: stochastic depth of the last block
     window: int = 14  # detection, ViT: side of its attention windows in patches; 0 = global attention
     recompute: bool = False  # ViT, RevColV2: compute activations again in the backward pass
     channels: int | None = None  # width of the decoder; default: UperNet on a ViT 768, else 512; det 256
@@ -118,7 +120,7 @@ class Config(RunConfig):
     warmup_iters: int = 1500  # linear warm-up
     weight_decay: float = 0.05  # AdamW, SGD
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW; SGD: the first is the momentum
-    layer_decay: float = 0.65  # ViT, RevColV2: learning rate of a block = that of the next one times this
+    layer_decay: float = 0.65  # ViT, Swin, RevColV2: learning rate of a block = the next one's times this
     clip_grad: float = 0.0  # largest gradient norm; 0 = no clipping
     # evaluation
     inference: Literal["slide", "whole"] = "slide"  # segmentation: windows of --img_size, or the whole image
@@ -134,7 +136,8 @@ class Config(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         (H, W), seg, vit = self.img_size, self.task == "seg", self.model in (*VIT_SIZES, *BEIT_SIZES)
-        resnet, uper = self.model == "resnet50", self.head == "uper"
+        resnet, uper, swin = self.model == "resnet50", self.head == "uper", self.model in SWIN_SIZES
+        grid_of = patch_grid if vit or swin else cell_grid
         self.channels = self.channels or (256 if not seg else 768 if vit and uper else 512)
         errors = {
             "--weights FILE is needed; none is the baseline with random weights":
@@ -146,10 +149,11 @@ class Config(RunConfig):
                 not seg and (H != W or H % 32 > 0),
             f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}":
                 not seg and not resnet and self.patch_size not in (4, 8, 16, 32),
-            "--layer_decay, --drop_path and --recompute are for ViTs and RevColV2":
-                resnet and (self.layer_decay != 1 or self.drop_path > 0 or self.recompute),
+            "--layer_decay, --drop_path and --recompute are for ViTs and RevColV2, Swin has the first two":
+                resnet and (self.layer_decay != 1 or self.drop_path > 0)
+                or (resnet or swin) and self.recompute,
             f"--img_size is one --patch_size of {self.patch_size}: at least two are needed":
-                not resnet and min((patch_grid if vit else cell_grid)(self.img_size, self.patch_size)) < 2,
+                not resnet and min(grid_of(self.img_size, self.patch_size)) < 2,
         }
         if wrong := [message for message, holds in errors.items() if holds]:
             raise ValueError(wrong[0])
@@ -215,8 +219,7 @@ class ViTEncoder(ViT):
             if det and cfg.window and number not in quarters:
                 block.attn = WindowAttention(self.embed_dim, block.attn.num_heads, self.grid, cfg.window)
         self.init_weights()
-        if self.pos_embed is not None:
-            self.pos_embed.requires_grad_()
+        self.requires_grad_()  # positions, too
         if cfg.head == "uper":  # which is the default in detection, too
             self.norm, self.unused_names = nn.Identity(), ["norm."]
         if det:
@@ -266,8 +269,7 @@ class BeitEncoder(ViTEncoder, RelPosViT):
 
     def biases(self, grid):
         first = 1 if self.cls_token is None else 0
-        sides = [getattr(block.attn, "side", None) for block in self.blocks]
-        grids = [(side, side) if side else grid for side in sides]
+        grids = [(block.attn.side,) * 2 if hasattr(block.attn, "side") else grid for block in self.blocks]
         tables = {grid: self.rel_pos_bias(grid)[:, first:, first:] for grid in dict.fromkeys(grids)}
         return [tables[grid] for grid in grids]
 
@@ -301,6 +303,20 @@ class ResNetEncoder(ResNet50):
         return maps
 
 
+class SwinEncoder(Swin):
+    """The ends of the four stages, each after a LayerNorm of its own, as Swin's authors have it."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg.model, cfg.patch_size, cfg.swin_window, cfg.in_chans, cfg.drop_path)
+        self.channels = [self.embed_dim // 8 * 2**i for i in range(4)]
+        self.strides = [cfg.patch_size * 2**i for i in range(4)]
+        self.norm, self.unused_names = nn.Identity(), ["norm."]
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
+
+    def forward(self, images):
+        return [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, self.maps(images), strict=True)]
+
+
 class RevColEncoder(RevColV2):
     """The four maps of RevColV2's last column, the top one pooled once more."""
 
@@ -314,7 +330,7 @@ class RevColEncoder(RevColV2):
 
 
 def make_encoder(cfg):
-    encoders = {"resnet50": ResNetEncoder, "revcol": RevColEncoder, "beit": BeitEncoder}
+    encoders = {"resnet50": ResNetEncoder, "revcol": RevColEncoder, "beit": BeitEncoder, "swin": SwinEncoder}
     return encoders.get(cfg.model.split("_")[0], ViTEncoder)(cfg)
 
 
@@ -744,9 +760,8 @@ def train(cfg, run):
     if cfg.weights != "none":
         content = read_file(cfg.weights)
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
-        others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", "lm_head.", "cls_pt_layers.",
-                  *model.encoder.unused_names)
-        load_weights(model.encoder, cfg.weights, ignore=others, prefix=prefix, content=content)
+        others = ("head.", "fc", "decoder", "mask_token", "lm_head.", "cls_pt", *model.encoder.unused_names)
+        load_weights(model.encoder, cfg.weights, ("norms.",), others, prefix, content)
     run.start(len(source), f"lr {cfg.lr:.3g}", steps, cfg.warmup_iters)
     if cfg.task == "det" and held_out.most > cfg.max_detections:
         print0(f"an image to evaluate has {held_out.most} objects, more than --max_detections "

@@ -22,9 +22,10 @@ bce(s, y) is the binary cross-entropy of sigmoid(s) and y; s > 0 says original. 
 L_adv sees the discriminator's parameters detached, L_D sees x^ detached.
 encoder.pth is the discriminator, a plain ViT; last.pth has the generator too.
 
-From scratch, training often collapses (0.2). The paper's discriminator starts from SimMIM's ViT-B, which has
-relative positions; here any plain ViT works. How its generator starts is unknown; it must predict raw pixels,
-as mae_mff.py --target raw and MAE's mae_visualize_vit_base.pth do (others: --generator_warmup_epochs).
+From scratch, training often collapses (0.2). The paper's discriminator starts from SimMIM's ViT-B, whose
+relative positions only vision_electra_simmim.py has; here any plain ViT works. How its generator starts is
+unknown; it must predict raw pixels, as mae_mff.py --target raw and MAE's mae_visualize_vit_base.pth do
+(others: --generator_warmup_epochs).
 Ours: sigma = 0.1, on the encoder's normalised tokens; one linear layer per head; levels weigh 1 : 1; L_adv
 does not saturate; composites not clipped; lr = base_lr x batch / 512, as SimMIM's; one AdamW for both.
 
@@ -256,10 +257,15 @@ class Discriminator(ViT):
 
 
 class VisionElectra(nn.Module):
+    """cell: side in pixels of what is hidden and judged, on a grid; reconstruction_loss: L_rec."""
+
+    reconstruction_loss = staticmethod(masked_mse)
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.generator = cfg, Generator(cfg)
         self.discriminator = None if cfg.levels == "none" else Discriminator(cfg)
+        self.cell, self.grid = cfg.patch_size, self.generator.grid
 
     def generate(self, images, noise):
         """(B, C, H, W), noise (B, L) -> pred (B, L, p*p*C) float32; mask (B, L), 1 = hidden; diversity, a
@@ -275,9 +281,8 @@ class VisionElectra(nn.Module):
     def compose(self, images, pred, mask):
         """x^ (B, C, H, W), and what of it is generated, {"image": (B,), "patch": (B, L)}, 0 or 1."""
         generated = mask if self.cfg.paste else torch.ones_like(mask)
-        p, grid = self.cfg.patch_size, self.generator.grid
-        where = patches_to_pixels(generated[..., None], p, grid) > 0
-        composite = torch.where(where, unpatchify(pred, p, grid), images)
+        where = patches_to_pixels(generated[..., None], self.cell, self.grid) > 0
+        composite = torch.where(where, unpatchify(pred, self.cell, self.grid), images)
         return composite, {"image": torch.ones_like(mask[:, 0]), "patch": generated}
 
     def balanced_weight(self, reconstruction, adversarial):
@@ -290,7 +295,7 @@ class VisionElectra(nn.Module):
     def forward(self, images, noise, gan_weight):
         """Returns L_rec + gan_weight L_adv + L_D and its terms; without a discriminator L_rec alone."""
         pred, mask, diversity = self.generate(images, noise)
-        reconstruction = masked_mse(pred, patchify(images, self.cfg.patch_size), mask)
+        reconstruction = self.reconstruction_loss(pred, patchify(images, self.cell), mask)
         if self.discriminator is None:
             return reconstruction, {"loss": reconstruction.detach()}
         composite, generated = self.compose(images, pred, mask)
@@ -362,7 +367,7 @@ def watch_for_collapse(terms, run):
 @torch.no_grad()
 def save_pictures(path, model, examples, run):
     """PNG with original, masked input, prediction, composite, and the verdicts on original and composite."""
-    (images, noise), cfg, p, grid = examples, model.cfg, model.cfg.patch_size, model.generator.grid
+    (images, noise), cfg, p, grid = examples, model.cfg, model.cell, model.grid
     torch.manual_seed(cfg.seed)
     pred, mask, *_ = model.generate(images, noise)
     composite, _ = model.compose(images, pred, mask)
@@ -406,15 +411,15 @@ def load_initial(model, cfg):
                      prefix="discriminator." if own else None, content=content)
 
 
-def train_warm_start(cfg, run, n):
-    """--demo: train the generator alone, in a folder of its own; where no file was given, start from it.
-    Returns whether that run was completed."""
+def train_warm_start(cfg, run, n, train, values):
+    """--demo: train the generator alone, in a folder of its own, with these values of flags; where no file
+    was given, start from it. Returns whether that run was completed."""
     out = f"{run.out}/warmstart"
     print0(f"first the generator alone, which both networks start from: {out}/")
-    batch_size = min(WARMSTART["batch_size"], n) // run.world_size * run.world_size
+    batch_size = min(values["batch_size"], n) // run.world_size * run.world_size
     own = {"out": out, "resume": True, "batch_size": batch_size, "micro_batch": None}
     own |= dict.fromkeys(cfg.start_from)
-    ended = run.run_stage(train, dataclasses.replace(cfg, **WARMSTART | own), run.method)
+    ended = run.run_stage(train, dataclasses.replace(cfg, **values | own), run.method)
     cfg.generator_init = cfg.generator_init or f"{out}/last.pth"
     cfg.discriminator_init = cfg.discriminator_init or f"{out}/encoder.pth"
     return ended
@@ -433,7 +438,7 @@ def train(cfg, run):
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 512")
     given = cfg.levels == "none" or (cfg.generator_init and cfg.discriminator_init)
     if cfg.demo and not given and not run.checkpoints():
-        if not train_warm_start(cfg, run, len(source)):
+        if not train_warm_start(cfg, run, len(source), train, WARMSTART):
             return
         load_initial(model, cfg)
     ddp = run.prepare(model)

@@ -200,11 +200,13 @@ def fitted(gradient, node, number):
     return gradient.sum_to_size(tuple(meta.shape)).to(meta.dtype)
 
 
-def attention(query, key, value, **_):
-    """The kernel that a GPU would choose, without mask, dropout and causality."""
-    if query.dtype == torch.float32:
+def attention(query, key, value, attn_mask=None, **_):
+    """The kernel that a GPU would choose, without dropout and causality."""
+    if query.dtype == torch.float32 or attn_mask is not None:
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, torch.is_grad_enabled())[0]
+            query, key, value, attn_mask, torch.is_grad_enabled())[0]
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 

@@ -1,5 +1,8 @@
 """ViTs with relative positions: against timm's BEiT, and in the scripts that take one."""
 
+import sys
+import types
+
 import pytest
 import torch
 from conftest import run_script
@@ -34,7 +37,14 @@ def file_of_simmim(theirs, tmp_path_factory):
     weights |= {"encoder.mask_token": torch.randn(1, 1, 128), "decoder.0.weight": torch.randn(192, 128, 1, 1),
                 "decoder.0.bias": torch.randn(192),
                 "encoder.rel_pos_bias.relative_position_index": torch.ones(2)}
-    torch.save({"model": weights, "epoch": 799, "optimizer": {}}, path)
+    yacs = types.ModuleType("yacs.config")
+    yacs.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    settings = yacs.CfgNode(DATA=yacs.CfgNode(MASK_RATIO=0.6))
+    settings.frozen = True  # its attributes are saved, too
+    with pytest.MonkeyPatch.context() as patch:  # the class is not there when the file is read
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", yacs)
+        torch.save({"model": weights, "epoch": 799, "optimizer": {}, "config": settings}, path)
     return path
 
 

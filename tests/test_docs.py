@@ -27,7 +27,7 @@ import mae_mff
 from shapes import Shapes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-METHODS = ["mae_mff", "ddae", "ddae_beitv2", "cim", "vision_electra", "revcol_v2"]
+METHODS = ["mae_mff", "ddae", "ddae_beitv2", "cim", "vision_electra", "vision_electra_simmim", "revcol_v2"]
 
 
 def headings(page):

@@ -27,18 +27,21 @@ IMPORTS = {
     "check": {"common", "sources"},
     **dict.fromkeys(("mae_mff", "ddae", "vision_electra", "revcol_v2"), {"common"}),
     "ddae_beitv2": {"beit", "common", "ddae"},
+    "swin": set(),
+    "vision_electra_simmim": {"beit", "common", "swin", "vision_electra"},
     "vqgan": {"common"},
     "convert_dalle": {"common", "vqgan"},
     "cim": {"common", "convert_dalle"},
     "augment": {"common"},
     "evaluate": {"common"},
-    "finetune": {"beit", "common", "revcol_v2", "augment", "evaluate", "sources"} | LAZY["finetune"],
+    "finetune": {"beit", "common", "revcol_v2", "swin", "augment", "evaluate", "sources"} | LAZY["finetune"],
     "predict": {"common", "evaluate", "sources"},
     "layers": {"common", "draw", "evaluate", "finetune", "predict"},
     "transfer_data": {"common"},
     "coco": {"common", "shapes", "transfer_data"},
     "overlay": {"transfer_data"},
-    "transfer_seg_det": {"beit", "common", "revcol_v2", "transfer_data", "coco", "overlay", "predict_scenes"},
+    "transfer_seg_det": {"beit", "common", "revcol_v2", "swin", "transfer_data", "coco", "overlay",
+                         "predict_scenes"},
     "predict_scenes": {"common", "transfer_data", "coco", "overlay", "predict"},
 }
 # Of train_step and the loop: lines of mae_mff.py that others may replace, and all lines of their own.
@@ -132,7 +135,8 @@ def test_one_update_reads_the_same_in_every_script(script):
     assert {line[2:] for line in lines if line[0] == "-"} <= REPLACED
 
 
-@pytest.mark.parametrize("script", [*OWN, "mae_mff", "convert_dalle", "finetune", "transfer_seg_det"])
+@pytest.mark.parametrize("script", [*OWN, "mae_mff", "vision_electra_simmim", "convert_dalle", "finetune",
+                                    "transfer_seg_det"])
 def test_flags_have_help_and_an_update_few_arguments(script):
     module = importlib.import_module(script)
     common.make_parser(module.Config).format_help()  # fails at a field without a comment
