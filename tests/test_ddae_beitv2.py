@@ -300,14 +300,14 @@ def test_demo_learns_resumes_and_its_encoder_goes_on(tmp_path):
                "--epochs", 0.04, "--out", "run"]
     run_script(command, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert lines[-1]["train/cross_entropy"] < 0.9 * lines[0]["train/cross_entropy"]
+    assert lines[-1]["train/cross_entropy"] < 0.95 * lines[0]["train/cross_entropy"]
     before = (tmp_path / "run/tokenizer.pth").read_bytes()
     assert "resumed from" in run_script([*command, "--resume"], tmp_path)
     assert (tmp_path / "run/tokenizer.pth").read_bytes() == before
     flags = ["--pool", "cls", "--weights", str(tmp_path / "run/encoder.pth")]
     cfg = common.parse_config(finetune.Config, finetune.presets, flags)
     assert (cfg.model, cfg.patch_size, cfg.img_size) == ("beit_nano", 5, (25, 25))
-    images, forward = torch.randn(2, 3, 25, 25), beit.RelPosViT.forward
+    images, forward = torch.randn(2, 1, 25, 25), beit.RelPosViT.forward
     run = torch.load(tmp_path / "run/last.pth", weights_only=True)
     student = DeepDynamicBEiTv2(Config(**run["config"]), 64)
     student.load_state_dict(run["model"])
