@@ -17,8 +17,8 @@ ResNet-50 (docs/WEIGHTS.md), or none. Model, size and normalisation come from th
 
 The head reads one vector per image. ViT: LayerNorm of the mean patch token (--pool avg, to fine-tune) or the
 class token after the final LayerNorm (--pool cls, to probe). ResNet, Swin: mean of their last map. RevColV2:
-the mean of the last column's top level (units that it does not depend on are left out, so such a file serves
-no dense task); a probe reads the last bottom-up column.
+the mean of the last column's top level (units that it does not depend on stay as they were, so that the file
+serves dense tasks, too); a probe reads the last bottom-up column.
 
 Our choice: the targets of `--loss bce` are the mixed, smoothed labels, without a threshold. augment.py has
 the augmentation, evaluate.py what all modes measure.
@@ -344,7 +344,8 @@ def load_model(cfg, num_classes):
         ignore = ["decoder", "mask_token", "fuse_", "lm_head.", "cls_pt_layers.", "head.", "fc.",
                   *model.unused_names]
         ignore += [] if "fc_norm.weight" in model.state_dict() else ["fc_norm."]  # kept if both have it
-        load_weights(model, cfg.weights, ("head.", "fc_norm.", "fc."), ignore, content=content)
+        missing = ("head.", "fc_norm.", "fc.", *getattr(model, "idle_names", ()))
+        load_weights(model, cfg.weights, missing, ignore, content=content)
     model.requires_grad_(cfg.mode == "finetune")
     model.head.requires_grad_(True)
     return model

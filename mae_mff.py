@@ -230,6 +230,13 @@ class MaskedAutoencoder(ViT):
         y = [linear(x) for linear, x in zip(self.fuse_proj, shallow, strict=True)] + [last]
         return sum(w * y_i for w, y_i in zip(self.fuse_weight.softmax(0), y, strict=True))
 
+    def fuse_shares(self):
+        """softmax(w) under the layers' numbers, {name: detached scalar}; {} without fusion."""
+        if len(self.fuse_layers) == 1:
+            return {}
+        shares = self.fuse_weight.detach().softmax(0).unbind()
+        return {f"fuse_weight/{i}": share for i, share in zip(self.fuse_layers, shares, strict=True)}
+
     def decode(self, latent, ids_restore):
         """(B, 1 + len_keep, D) -> predicted patches (B, L, p*p*C)."""
         x = self.decoder_embed(latent)
@@ -258,11 +265,7 @@ class MaskedAutoencoder(ViT):
         pred, mask = self.predict(images, noise)
         with torch.autocast(images.device.type, enabled=False):  # target and loss in float32
             loss = masked_mse(pred.float(), self.target(images.float()), mask)
-        terms = {"loss": loss.detach()}
-        if len(self.fuse_layers) > 1:
-            weights = self.fuse_weight.detach().softmax(0).unbind()
-            terms |= {f"fuse_weight/{i}": w for i, w in zip(self.fuse_layers, weights, strict=True)}
-        return loss, terms
+        return loss, {"loss": loss.detach()} | self.fuse_shares()
 
 
 # ---- training ----------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def load_finished(cfg, make_model):
     n, names = len(weights[heads[0]]), network_of(content).get("classes")
     built.mode = "linear" if ".1." in heads[0] else "finetune"  # whose head begins with BatchNorm
     model = make_model(built, n)
-    load_weights(model, cfg.weights, ignore=("decoder", "mask_token"), prefix="", content=content)
+    load_weights(model, cfg.weights, getattr(model, "idle_names", ()), ("decoder", "mask_token"), "", content)
     return model.eval(), names or [str(i) for i in range(n)], names is not None
 
 

@@ -30,21 +30,21 @@ from common import (
 from predict import write_confusion, write_csv
 
 
-def load_finished(cfg, run, script):
+def load_finished(cfg, run, make_model):
     """(model, what the file says of itself)"""
     content = read_file(cfg.weights)
     meta = network_of(content)
-    model = script.make_model(cfg, len(meta["classes"]), meta.get("masks", True))
+    model = make_model(cfg, len(meta["classes"]), meta.get("masks", True))
     load_weights(model, cfg.weights, prefix="", content=content)
     return model.to(run.device).eval(), meta
 
 
-def evaluate_file(cfg, run, script):
+def evaluate_file(cfg, run, script, make_model):
     """--mode evaluate: scores of the held-out images, per_class.csv and, for segmentation, confusion.csv."""
     held_out = script.open_scenes(cfg, "val")
     run.start(None)
     run.load()  # nothing to resume; writes config.json
-    model, meta = load_finished(cfg, run, script)
+    model, meta = load_finished(cfg, run, make_model)
     classes = held_out.classes
     if list(classes) != list(meta["classes"]):
         ours, theirs = (", ".join(names[:4]) for names in (meta["classes"], classes))
@@ -130,14 +130,14 @@ def save_image(path, image):
 
 
 @torch.inference_mode()
-def predict_scenes(cfg, run, script):
+def predict_scenes(cfg, run, script, make_model):
     """--predict: of each image pictures/NAME.png, the prediction on it; and labels/NAME.png, or of all
     detections results.json, in COCO's format, with images.json, which explains its ids."""
     cfg.data = cfg.predict
     det = cfg.task == "det"
     source = Photos(open_data(cfg, "all"), det)
     run.start(None)
-    model, meta = load_finished(cfg, run, script)
+    model, meta = load_finished(cfg, run, make_model)
     paths, ids, classes = names_of(source), image_ids(source), list(meta["classes"])
     codes = meta.get("codes", {i: i + cfg.zero_is_ignore for i in range(len(classes))})
     categories = meta.get("categories", list(range(1, len(classes) + 1)))

@@ -25,11 +25,13 @@ blocks. a: per channel, starts at 0.5, stays 0.001 away from 0 (0 counts as posi
 
 Ours: 2 + 2 columns; strides p/4, p/2, p, p; SIZES, which meet the supplement's 88 M / 19 G and 327 M / 67 G
 (table 5) within 3 %; ViT blocks at stride p, at finer levels MLP blocks that do not mix positions, so that
-nothing leaks into a hidden cell; a mask token per level; sine-cosine positions on each level's grid; MAE's
-masking, target, crop, flip and initial values; no losses on inner columns.
+nothing leaks into a hidden cell; sizes *_flat have all levels at stride p, to see what the pyramid gives; a
+mask token per level; sine-cosine positions on each level's grid; MAE's masking, target, crop, flip and
+initial values; no losses on inner columns.
 
-Read-outs. Fine-tuning: mean of the last column's top level, without units that it does not depend on. Probe,
-kNN: that of the last bottom-up column. Dense tasks: all maps of the last column, the top one pooled again.
+Read-outs. Fine-tuning: mean of the last column's top level; units that it does not depend on stay as they
+were, for dense tasks. Probe, kNN: that of the last bottom-up column. Dense tasks: all maps of the last
+column, the top one pooled again.
 
     python revcol_v2.py --demo                                            three minutes on two CPU cores
     torchrun --nproc_per_node 8 revcol_v2.py --model base                 supplement, table 1; data/imagenet
@@ -69,13 +71,16 @@ from common import (
     warmup_cosine,
 )
 
-SIZES = {  # channels and blocks of the four levels, channels of a head (ours)
-    "nano": ((16, 32, 64, 64), (1, 1, 1, 2), 32),
-    "tiny": ((32, 64, 128, 128), (1, 1, 2, 3), 32),
-    "base": ((48, 96, 448, 448), (1, 1, 4, 5), 64),
-    "large": ((64, 128, 768, 768), (1, 1, 5, 6), 64),
+PYRAMID, FLAT = (16, 4, 1, 1), (1, 1, 1, 1)  # tokens of a level in a cell
+SIZES = {  # channels and blocks of the four levels, channels of a head, tokens in a cell (ours)
+    "nano": ((16, 32, 64, 64), (1, 1, 1, 2), 32, PYRAMID),
+    "tiny": ((32, 64, 128, 128), (1, 1, 2, 3), 32, PYRAMID),
+    "base": ((48, 96, 448, 448), (1, 1, 4, 5), 64, PYRAMID),
+    "large": ((64, 128, 768, 768), (1, 1, 5, 6), 64, PYRAMID),
+    "nano_flat": ((48,) * 4, (1, 1, 1, 2), 24, FLAT),
+    "tiny_flat": ((96,) * 4, (2, 2, 2, 2), 32, FLAT),
+    "base_flat": ((384,) * 4, (3, 3, 3, 3), 64, FLAT),
 }
-PER_CELL = (16, 4, 1, 1)  # tokens of a level in a cell
 TOP = 3
 
 
@@ -151,17 +156,17 @@ def from_cells(cells, p, grid):
     return x.reshape(B, -1, h * p, w * p)
 
 
-def to_map(x, level, grid):
+def to_map(x, k, grid):
     """Tokens of a level (B, L * k, C), cell by cell -> map (B, C, h, w) of its own grid"""
-    x = x.unflatten(1, (*grid, PER_CELL[level])).permute(0, 4, 1, 2, 3)
+    x = x.unflatten(1, (*grid, k)).permute(0, 4, 1, 2, 3)
     while x.shape[4] > 1:  # quarters of cells become cells
         x = x.unflatten(4, (2, 2, -1)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     return x.squeeze(4)
 
 
-def level_pos_embed(channels, level, grid):
+def level_pos_embed(channels, k, grid):
     """Sine-cosine table (1, L * k, C) of a level's own grid, in the order of its tokens."""
-    numbers = to_map(torch.arange(math.prod(grid) * PER_CELL[level]).view(1, -1, 1), level, grid)
+    numbers = to_map(torch.arange(math.prod(grid) * k).view(1, -1, 1), k, grid)
     return sincos_pos_embed(channels, numbers.shape[2:])[:, 1:][:, numbers.flatten().argsort()]
 
 
@@ -219,10 +224,10 @@ class Link(nn.Module):
     """What a neighbouring level sends: linear, LayerNorm. To a coarser level, four neighbours inside a cell
     are joined first; to a finer one, the result is copied to its four positions."""
 
-    def __init__(self, source, level, channels):
+    def __init__(self, source, level, channels, per_cell):
         super().__init__()
-        self.joined = max(1, PER_CELL[source] // PER_CELL[level])
-        self.copies = max(1, PER_CELL[level] // PER_CELL[source])
+        self.joined = max(1, per_cell[source] // per_cell[level])
+        self.copies = max(1, per_cell[level] // per_cell[source])
         self.proj = nn.Linear(self.joined * channels[source], channels[level])
         self.norm = nn.LayerNorm(channels[level], eps=1e-6)
 
@@ -237,11 +242,11 @@ class Unit(nn.Module):
 
     def __init__(self, size, level, rates, top_down, first):
         super().__init__()
-        channels, _, head = SIZES[size]
+        channels, _, head, per_cell = SIZES[size]
         dim, stem = channels[level], None if top_down else nn.Identity()
-        self.down = Link(level - 1, level, channels) if level else stem
-        self.up = None if first or level == TOP else Link(level + 1, level, channels)
-        block = functools.partial(Block, num_heads=dim // head) if PER_CELL[level] == 1 else MLPBlock
+        self.down = Link(level - 1, level, channels, per_cell) if level else stem
+        self.up = None if first or level == TOP else Link(level + 1, level, channels, per_cell)
+        block = functools.partial(Block, num_heads=dim // head) if per_cell[level] == 1 else MLPBlock
         self.blocks = nn.Sequential(*(block(dim, drop_path=rate) for rate in rates))
         self.a = None if first else nn.Parameter(torch.full((dim,), 0.5))
 
@@ -262,16 +267,17 @@ class Unit(nn.Module):
 
 class Column(nn.Module):
     """One column. Bottom-up: levels 0 to 3, each from the one below and, in the column before, the one above.
-    Top-down: mirrored, from 3 to `lowest`. rate: drop path of the last block, from 0 at the first."""
+    Top-down: mirrored, computed down to `lowest`. rate: drop path of the last block, from 0 at the first."""
 
     def __init__(self, size, rate, top_down, first=False, lowest=0):
         super().__init__()
         depths = SIZES[size][1]
         self.top_down = top_down
-        self.order = list(range(TOP, lowest - 1, -1) if top_down else range(TOP + 1))
+        levels = range(TOP, -1, -1) if top_down else range(TOP + 1)
+        self.order = [level for level in levels if level >= lowest]
         rates = iter([rate * i / (sum(depths) - 1) for i in range(sum(depths))])
         self.units = nn.ModuleDict()
-        for level in self.order:
+        for level in levels:
             own = [next(rates) for _ in range(depths[level])]
             self.units[str(level)] = Unit(size, level, own, top_down, first)
 
@@ -289,27 +295,39 @@ class Column(nn.Module):
 
 
 class RevColV2(nn.Module):
-    """The network without heads. read: "dense" (all of it), "top" (what the last column's top level depends
-    on), "bottom_up" (these columns alone)."""
+    """The network without heads. read: "dense" (all of it), "top" (all, but what the last column's top level
+    does not depend on is neither computed nor learned), "bottom_up" (these columns alone)."""
 
     def __init__(self, size, img_size, patch_size, in_chans=3, drop_path=0.0, columns=2, memory="column",
                  read="dense"):
         super().__init__()
-        self.channels, self.depths, _ = SIZES[size]
+        self.channels, self.depths, _, self.per_cell = SIZES[size]
         self.patch_size, self.grid, self.memory = patch_size, cell_grid(img_size, patch_size), memory
         self.embed_dim = self.channels[TOP]
         for level in range(TOP + 1):
-            table = level_pos_embed(self.channels[level], level, self.grid)
+            table = level_pos_embed(self.channels[level], self.per_cell[level], self.grid)
             self.register_buffer(f"pos_embed_{level}", table, persistent=False)
-        self.stem = nn.Linear((patch_size // 4) ** 2 * in_chans, self.channels[0])
+        self.stem = nn.Linear(patch_size**2 * in_chans // self.per_cell[0], self.channels[0])
         self.bottom_up = nn.ModuleList(Column(size, drop_path, False, first=i == 0) for i in range(columns))
         lowest = [{"dense": 0, "top": max(0, TOP - i), "bottom_up": TOP + 1}[read] for i in range(columns)]
         lowest.reverse()
         self.top_down = nn.ModuleList(Column(size, drop_path, True, lowest=n) for n in lowest if n <= TOP)
         # How the names start that a file of the whole network has and this read-out has not.
-        self.unused_names = [f"top_down.{i}.units.{j}." for i in range(columns) for j in range(lowest[i])]
+        self.unused_names = ["top_down."] if read == "bottom_up" else []
+        # ... and of what it has and does not compute.
+        self.idle_names = [f"top_down.{i}.units.{level}." for i, column in enumerate(self.top_down)
+                           for level in range(TOP + 1) if level not in column.order]
         self.last_layer = 1 + max(self.layer_id(name) for name, _ in self.named_parameters())
         init_linear(self)
+        self.requires_grad_()
+
+    def requires_grad_(self, requires_grad=True):
+        """Of what is computed; the rest stays as it is."""
+        super().requires_grad_(requires_grad)
+        for name, parameter in self.named_parameters():
+            if name.startswith(tuple(self.idle_names)):
+                parameter.requires_grad_(False)
+        return self
 
     @torch.no_grad()
     def keep_invertible(self):
@@ -323,7 +341,7 @@ class RevColV2(nn.Module):
         """(1, L * k, C); computed anew for other image sizes."""
         if grid == self.grid:
             return getattr(self, f"pos_embed_{level}")
-        return level_pos_embed(self.channels[level], level, grid).to(self.stem.weight.device)
+        return level_pos_embed(self.channels[level], self.per_cell[level], grid).to(self.stem.weight.device)
 
     def run_column(self, column, *inputs):
         again = self.memory == "column" and torch.is_grad_enabled()
@@ -333,11 +351,12 @@ class RevColV2(nn.Module):
         """(B, C, H, W) -> levels of the last bottom-up column, of the cells ids_keep (B, n) or of all."""
         self.keep_invertible()
         grid = patch_grid(images.shape[2:], self.patch_size)
-        cells, table = to_cells(images, self.patch_size), join_cells(self.pos_embed(0, grid), PER_CELL[0])
+        k = self.per_cell[0]
+        cells, table = to_cells(images, self.patch_size), join_cells(self.pos_embed(0, grid), k)
         if ids_keep is not None:
             cells = gather_tokens(cells, ids_keep)
             table = gather_tokens(table.expand(len(cells), -1, -1), ids_keep)
-        stem = self.stem(split_cells(cells, PER_CELL[0])) + split_cells(table, PER_CELL[0])
+        stem = self.stem(split_cells(cells, k)) + split_cells(table, k)
         x = ()
         for column in self.bottom_up:
             x = self.run_column(column, stem, *x)
@@ -349,7 +368,7 @@ class RevColV2(nn.Module):
         filled = []
         for level, tokens in enumerate(x):
             if ids_restore is not None:
-                k, (B, L) = PER_CELL[level], ids_restore.shape
+                k, (B, L) = self.per_cell[level], ids_restore.shape
                 cells, token = join_cells(tokens, k), self.mask_tokens[level].to(tokens.dtype)
                 hidden = token.expand(B, L - cells.shape[1], k, -1).flatten(2)
                 tokens = split_cells(gather_tokens(torch.cat([cells, hidden], dim=1), ids_restore), k)
@@ -370,9 +389,12 @@ class RevColV2(nn.Module):
         return self.levels(images)[TOP].mean(1)
 
     def maps(self, images):
-        """(B, C, H, W) -> maps of the four levels at strides p/4, p/2, p and, pooled once more, 2 p"""
-        grid = patch_grid(images.shape[2:], self.patch_size)
-        maps = [to_map(x, level, grid) for level, x in enumerate(self.levels(images))]
+        """(B, C, H, W) -> maps of the four levels at strides p/4, p/2, p and, pooled once more, 2 p; what a
+        flat layout lacks of the fine ones, its pixels repeat"""
+        grid, maps = patch_grid(images.shape[2:], self.patch_size), []
+        for x, k, wanted in zip(self.levels(images), self.per_cell, PYRAMID, strict=True):
+            side = math.isqrt(wanted // k)
+            maps.append(to_map(x, k, grid).repeat_interleave(side, 2).repeat_interleave(side, 3))
         return [*maps[:TOP], F.max_pool2d(maps[TOP], 2, ceil_mode=True)]
 
     def layer_id(self, name):
@@ -398,7 +420,7 @@ class MaskedRevCol(RevColV2):
         self.cfg = cfg
         tokens = [nn.init.normal_(torch.empty(1, 1, 1, c), std=0.02) for c in self.channels]
         self.mask_tokens = nn.ParameterList(tokens)
-        C, values = self.channels[0], (cfg.patch_size // 4) ** 2 * cfg.in_chans
+        C, values = self.channels[0], cfg.patch_size**2 * cfg.in_chans // self.per_cell[0]
         self.pixel_head = nn.Sequential(nn.LayerNorm(C, eps=1e-6), nn.Linear(C, values))
         init_linear(self.pixel_head)
 
@@ -411,7 +433,7 @@ class MaskedRevCol(RevColV2):
         """(B, C, H, W), noise (B, L) -> pred (B, L, p*p*C), ordered as in `to_cells`, mask (B, L)"""
         ids_keep, ids_restore, mask = random_masking(noise, self.cfg.mask_ratio)
         x = self.levels(images, ids_keep, ids_restore)[0]
-        return join_cells(self.pixel_head(x), PER_CELL[0]), mask
+        return join_cells(self.pixel_head(x), self.per_cell[0]), mask
 
     def forward(self, images, noise):
         """Returns the loss and its terms."""

@@ -6,8 +6,9 @@
     --head linear  one linear layer on a ViT's normalised last map; --head fcn: FCN on a ResNet-50 with its
                    last two stages dilated (both: CIM sec. 3.2)
 --task det   boxes and masks; AP by pycocotools
-    torchvision's Mask R-CNN with ViTDet's heads (Li et al., ECCV 2022) on large-scale jitter. A ViT without
-    class token, in windows but for four blocks, with a simple feature pyramid; others: an FPN on their maps
+    torchvision's Mask R-CNN with ViTDet's heads (Li et al., ECCV 2022) on large-scale jitter; --detector
+    cascade: three box heads, cascade.py. A ViT without class token, in windows but for four blocks, with a
+    simple feature pyramid; others: an FPN on their maps
 
 --weights takes encoder.pth or last.pth of any script here, official MAE files, timm's ViTs, torchvision's
 ResNet-50, or `none`. Layout of --data, memory, use of the result: docs/TRANSFER.md.
@@ -27,7 +28,7 @@ import sys
 import time
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -96,6 +97,7 @@ class Config(RunConfig):
     columns: int = 2  # RevColV2: bottom-up, and as many top-down, columns; likewise
     swin_window: int = 6  # Swin: side of its attention windows; likewise
     drop_path: float = 0.1  # ViT, Swin, RevColV2: stochastic depth of the last block
+    detector: Literal["mask_rcnn", "cascade"] = "mask_rcnn"  # detection: one box head, or three in a row
     window: int = 14  # detection, ViT: side of its attention windows in patches; 0 = global attention
     recompute: bool = False  # ViT, RevColV2: compute activations again in the backward pass
     channels: int | None = None  # width of the decoder; default: UperNet on a ViT 768, else 512; det 256
@@ -143,8 +145,9 @@ class Config(RunConfig):
             "--weights FILE is needed; none is the baseline with random weights":
                 self.weights is None and not self.check_data,
             f"--head {self.head} is not for {self.model}: linear is for ViTs, fcn for resnet50":
-                seg and not {"uper": True, "linear": vit, "fcn": resnet}[self.head],
+                seg and not {"linear": vit, "fcn": resnet}.get(self.head, True),
             "--head and --compile are for --task seg": not seg and (not uper or self.compile),
+            "--detector is for --task det": seg and self.detector != "mask_rcnn",
             f"--img_size {H},{W}: --task det wants one number, a multiple of 32":
                 not seg and (H != W or H % 32 > 0),
             f"--task det needs a --patch_size of 4, 8, 16 or 32, not {self.patch_size}":
@@ -168,25 +171,32 @@ DEFAULTS = {
 
 
 # What a finished model says of itself, so that it can be used without its flags.
-MODEL = ("task", "head", "channels", "window", "rpn_convs", "inference", "max_detections", "zero_is_ignore")
+MODEL = ("task", "head", "channels", "detector", "window", "rpn_convs", "inference", "max_detections",
+         "zero_is_ignore", "queries", "layers", "pixel_layers")
 
 
-def presets(flags):
-    """Defaults by --task, --recipe and --demo, then by what the file of weights says of its network."""
+def presets(flags, script=sys.modules[__name__]):
+    """Defaults by --task, --recipe and --demo, then by what the file of weights says of its network. script:
+    whose Config and DEFAULTS; transfer_mask2former.py, which has no --task, gives itself."""
+    task = getattr(flags, "task", "m2f")
     if flags.predict or flags.mode == "evaluate":
         meta = network_of(read_file(flags.weights)) if flags.weights else {}
-        if "classes" not in meta or "task" not in meta:
-            raise UserError(f"--weights {flags.weights}: expected a finished model.pth of this script")
-        known = {name: meta[name] for name in (*NETWORK, "img_size", *MODEL) if name in meta}
-        out = "predictions" if flags.predict else f"runs/transfer_{meta['task']}_evaluate"
+        task = "m2f" if meta.get("head") == "mask2former" else meta.get("task")
+        if "classes" not in meta or task not in script.DEFAULTS:
+            other = f", not a file of {meta['method']}.py" if "method" in meta else ""
+            raise UserError(f"--weights {flags.weights}: expected a finished model.pth of this script{other}")
+        known = {field.name: meta[field.name] for field in fields(script.Config) if field.name in meta}
+        out = "predictions" if flags.predict else f"runs/transfer_{task}_evaluate"
         resnet = {"layer_decay": 1.0, "drop_path": 0.0} if meta["model"] == "resnet50" else {}
-        return DEFAULTS[meta["task"]] | resnet | known | {"out": out}
+        return script.DEFAULTS[task] | resnet | known | {"out": out}
     if flags.iters and flags.epochs:
         raise UserError(f"--iters {flags.iters} and --epochs {flags.epochs}: give one of them")
-    values, task = dict(DEFAULTS[flags.task]), flags.task
+    values = dict(script.DEFAULTS[task])
     for recipe in filter(None, (flags.recipe, "demo" if flags.demo else None)):
-        chosen = read_recipe(Config, f"{recipe}_{task}")
+        chosen = read_recipe(script.Config, f"{recipe}_{task}")
         values |= {"epochs": None} | chosen if "iters" in chosen else chosen
+    if flags.demo and getattr(flags, "detector", None) == "cascade":
+        values["iters"] = 260  # three heads take longer: as many minutes as with one
     weights = flags.weights or values.get("weights", "none")
     if weights != "none":
         try:
@@ -213,14 +223,14 @@ class ViTEncoder(ViT):
         det, self.recompute, self.unused_names = cfg.task == "det", cfg.recompute, []
         quarters = [self.depth * i // 4 for i in (1, 2, 3, 4)]  # numbers of blocks, from 1
         uper = [round(self.depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]  # BEiT's, MAE's
-        self.taps = uper if cfg.head == "uper" and not det else [self.depth]
+        self.taps = uper if cfg.head != "linear" and not det else [self.depth]
         self.channels, self.strides = [self.embed_dim] * len(self.taps), [self.patch_size] * len(self.taps)
         for number, block in enumerate(self.blocks, start=1):
             if det and cfg.window and number not in quarters:
                 block.attn = WindowAttention(self.embed_dim, block.attn.num_heads, self.grid, cfg.window)
         self.init_weights()
         self.requires_grad_()  # positions, too
-        if cfg.head == "uper":  # which is the default in detection, too
+        if cfg.head != "linear":
             self.norm, self.unused_names = nn.Identity(), ["norm."]
         if det:
             self.cls_token, self.unused_names = None, ["norm.", "cls_token"]
@@ -405,22 +415,25 @@ class Segmenter(nn.Module):
         super().__init__()
         self.cfg, self.encoder = cfg, make_encoder(cfg)
         channels, D, self.neck = self.encoder.channels, self.encoder.channels[0], None
-        if cfg.head == "uper" and isinstance(self.encoder, ViT):  # BEiT's, MAE's
+        if cfg.head != "linear" and isinstance(self.encoder, ViT):  # BEiT's, MAE's
             self.neck = nn.ModuleDict({"scales": four_scales(D, D, D, nn.BatchNorm2d)})
         if cfg.head == "uper":
             self.head = UperHead(channels, cfg.channels, classes)
         elif cfg.head == "fcn":
             self.head = FCNHead(channels[-1], cfg.channels, classes, depth=2, joined=True)
-        else:
+        elif cfg.head == "linear":
             self.head = classifier(channels[-1], classes, dropout=0.0)
-        self.auxiliary = FCNHead(channels[2], 256, classes) if cfg.head != "linear" else None
+        self.auxiliary = FCNHead(channels[2], 256, classes) if cfg.head in ("uper", "fcn") else None
+
+    def maps(self, images):
+        """(B, C, H, W) -> maps, finest first"""
+        maps = self.encoder(images)
+        return [scale(x) for scale, x in zip(self.neck["scales"], maps, strict=True)] if self.neck else maps
 
     def scores(self, images):
         """(B, C, H, W) -> [scores (B, classes, h, w) float32]: the head's, and in training the auxiliary
         one's"""
-        maps = self.encoder(images)
-        if self.neck:
-            maps = [scale(x) for scale, x in zip(self.neck["scales"], maps, strict=True)]
+        maps = self.maps(images)
         scores = [self.head(maps if self.cfg.head == "uper" else maps[-1])]
         if self.auxiliary and self.training:
             scores.append(self.auxiliary(maps[2]))
@@ -538,6 +551,7 @@ class Detector(nn.Module):
     def __init__(self, cfg, classes, masks=True):
         super().__init__()
         backbone, width, side = Backbone(cfg), cfg.channels, cfg.img_size[0]
+        box_head = functools.partial(FastRCNNConvFCHead, (width, 7, 7), [width] * 4, [1024], norm_layer=norm)
         strides = (*backbone.strides, 2 * backbone.strides[-1])
         anchors = AnchorGenerator(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * 5)
         self.model = MaskRCNN(
@@ -548,11 +562,14 @@ class Detector(nn.Module):
             rpn_post_nms_top_n_train=1000, box_batch_size_per_image=cfg.rois,
             box_detections_per_img=cfg.max_detections,
             box_roi_pool=roi_align(7, backbone.strides), mask_roi_pool=roi_align(14, backbone.strides),
-            box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer=norm),
-            mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm),
+            box_head=box_head(), mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm),
             box_predictor=FastRCNNPredictor(1024, classes + 1),
             mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
         self.model.transform.normalize = lambda image: image  # done: no copies of mean and deviation
+        if cfg.detector == "cascade":
+            from cascade import CascadeHeads  # only this one needs it
+
+            self.model.roi_heads = CascadeHeads(self.model.roi_heads, box_head)
         heads = self.model.roi_heads
         if not masks:
             heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
@@ -565,8 +582,8 @@ class Detector(nn.Module):
 
     def forward(self, images, targets):
         """images (B, C, S, S), targets: [{"boxes" (n, 4), "labels" (n,), "masks" (n, S, S)}] -> loss, {name:
-        detached}: the sum of torchvision's five (without masks, four), means over the batch's sampled boxes
-        (masks: over pixels)"""
+        detached}: the sum of torchvision's five (without masks, four; a cascade's stages add theirs), means
+        over the batch's sampled boxes (masks: over pixels)"""
         terms = self.model(list(images), targets)
         terms = {"loss": sum(terms.values()), **terms}
         return terms["loss"], {name.removeprefix("loss_"): value.detach() for name, value in terms.items()}
@@ -728,7 +745,8 @@ def about(cfg, source):
     """What a file of weights says of itself, besides the network; of classes also how the data write them."""
     own = {"codes": source.codes} if cfg.task == "seg" else {"categories": list(source.categories),
                                                              "masks": source.masks}
-    return {name: getattr(cfg, name) for name in MODEL} | {"classes": list(source.classes)} | own
+    known = {name: getattr(cfg, name) for name in MODEL if hasattr(cfg, name)}
+    return known | {"classes": list(source.classes)} | own
 
 
 def make_model(cfg, classes, masks):
@@ -736,12 +754,13 @@ def make_model(cfg, classes, masks):
     return Segmenter(cfg, classes) if cfg.task == "seg" else Detector(cfg, classes, masks)
 
 
-def train(cfg, run):
+def train(cfg, run, script=sys.modules[__name__]):
+    """script: whose make_model and training_batches"""
     if cfg.predict or cfg.mode == "evaluate":
         import predict_scenes  # only these two need it
 
         job = predict_scenes.predict_scenes if cfg.predict else predict_scenes.evaluate_file
-        return job(cfg, run, sys.modules[__name__])
+        return job(cfg, run, sys.modules[__name__], script.make_model)
     source, held_out = open_both(cfg).values()
     classes = source.classes
     truth = coco_truth(held_out) if cfg.task == "det" and run.is_main else None
@@ -756,7 +775,7 @@ def train(cfg, run):
         raise UserError("BatchNorm after UperNet's pooling to one pixel needs two images per forward pass: "
                         "raise --batch_size or --micro_batch")
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg, len(classes), cfg.task == "det" and source.masks)
+    model = script.make_model(cfg, len(classes), cfg.task == "det" and source.masks)
     if cfg.weights != "none":
         content = read_file(cfg.weights)
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
@@ -775,7 +794,7 @@ def train(cfg, run):
     checksum = zlib.crc32(repr(classes).encode())
     run.inputs = {"list of classes": f"{len(classes)} names, checksum {checksum:08x}"}
     run.load(model=model, optimizer=optimizer, scaler=scaler)
-    batches, samples = training_batches(source, run), data.Scenes(run.samples(held_out, data.Fit(cfg)))
+    batches, samples = script.training_batches(source, run), data.Scenes(run.samples(held_out, data.Fit(cfg)))
     meta = about(cfg, source)
 
     evaluated = run.evaluations().keys()
@@ -811,7 +830,7 @@ def train(cfg, run):
         run.export("model.pth", model.state_dict(), run.meta(**meta))
     folder = getattr(held_out, "images", None) or getattr(held_out, "folder", None)  # not of drawn ones
     predict = {"predict": folder, "weights": f"{run.out}/model.pth", "out": f"{run.out}_predictions"}
-    steps = [run.command("transfer_seg_det.py", **predict)] if folder else []
+    steps = [run.command(f"{run.method}.py", **predict)] if folder else []
     run.finish("model.pth, last.pth, log.jsonl, pictures/, curves.png", steps)
 
 

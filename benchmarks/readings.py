@@ -8,8 +8,9 @@ small run disagrees with it, what do runs say?
 CONTINUED = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
 TOKENS = {"--tokenizer": "tokenizer/tokenizer.pth"}
 FROM_MAE = {"--init": "mae/encoder.pth"}
+FEW = "{cim} --no-share --data {few} --epochs 60 --warmup_epochs 6"
 # name: (flags, what it starts from). {x}: the flags of replicate.py's arms; {slow30}: MAE's rate over 30;
-# {half}: passes of half the run
+# {half}: passes of half the run; {few}: 2,000 of the images
 ARMS = {
     "ddae_beta-1": ("ddae.py {ddae} --no-learn_beta --beta_init -1", {}),
     "ddae_beta-.5": ("ddae.py {ddae} --no-learn_beta --beta_init -0.5", {}),
@@ -21,6 +22,9 @@ ARMS = {
     "mae_on": ("mae_mff.py {mae}", FROM_MAE),
     "ddae_ramp": ("ddae.py {ddae} --feature_ramp 0.25", {}),
     "ddae_random": ("ddae.py {ddae} --mask random", {}),
+    "ddae_literal": ("ddae.py {ddae} --reg literal", {}),
+    "ddae_none": ("ddae.py {ddae} --reg none", {}),
+    "ds_random": ("ddae.py {ddae} --no-distill --decoder mae --no-dynamic --mask random", {}),
     "dds_random": ("ddae.py {dds} --mask random", {}),
     "ve_image": ("vision_electra.py {ve} --adversarial_levels image", CONTINUED),
     "ve_ratio.1": ("vision_electra.py {ve} --gan_ratio 0.1", CONTINUED),
@@ -37,6 +41,8 @@ ARMS = {
     "respix_alone_uniform": ("cim.py {cim} --no-share --sampling uniform", TOKENS),
     "respix_half_window": ("cim.py {cim} --window {window}", TOKENS),
     "respix_channels": ("cim.py {cim} --window_per_channel", TOKENS),
+    "respix_few": (f"cim.py {FEW}", TOKENS),
+    "respix_few_argmax": (f"cim.py {FEW} --sampling argmax", TOKENS),
     "revdet_uniform": ("cim.py {cim} --objective revdet --sampling uniform", TOKENS),
 }
 # What the last lines of a training log say of how much was learned
@@ -49,12 +55,16 @@ CLAIMS = [  # group, words, where it is asked, first, second, read-outs
         ("beta-1", "beta fixed at -1 beats a learned one", "DDAE, table 7"),
         ("beta-.5", "beta fixed at -0.5 beats a learned one", "DDAE, table 7"),
         ("beta.5", "beta fixed at 0.5 beats a learned one", "DDAE, table 7"),
+        ("literal", "eq. 6's regulariser as printed beats the scaled one", "DDAE, eq. 6"),
+        ("none", "no regulariser beats the scaled one", "DDAE, eq. 6"),
         ("2levels", "two levels beat four, of four blocks", "the paper: every third of twelve"),
         ("instance", "the target without its image's mean is better", "ours"),
         ("channel", "the target standardised by channel is better", "data2vec's"),
         ("ramp", "a ramp of the feature loss is better", "BootMAE's code"))),
     ("ddae_readings", "from a trained encoder DDAE beats MAE going on", "ours", "ddae_on", "mae_on", PROBES),
     ("ddae_readings", "DDAE with random masks beats MAE", "DDAE, abstract", "ddae_random", "mae", PROBES),
+    ("ddae_readings", "deep supervision with random masks beats MAE", "DDAE, table 3", "ds_random", "mae",
+     PROBES),
     ("ddae_readings", "DDS with random masks beats MAE", "DDAE, table 2", "dds_random", "mae", PROBES),
     *(("ve_readings", f"{words}: beats MAE going on", "VE, abstract", f"ve_{name}", "raw_on", PROBES)
       for name, words in (
@@ -67,10 +77,16 @@ CLAIMS = [  # group, words, where it is asked, first, second, read-outs
           ("waits", "ratio .1, the generator waits"),
           ("30", "ratio .1, MAE's rate / 30"),
           ("100", "ratio .1, MAE's rate / 100"))),
+    *(("ve_readings", f"{words}, layer decay 0.9: beats MAE going on", "VE, abstract", name, "raw_on",
+       ("finetune_.9",))
+      for name, words in (("ve", "a weight of 0.2"), ("ve_ratio.1", "gradient ratio .1"),
+                          ("ve_alone", "no deceiving"))),
     ("cim_readings", "nothing shared, sampling beats argmax", "CIM, table 7", "respix_alone",
      "respix_alone_argmax", BOTH),
     ("cim_readings", "nothing shared, sampling beats uniform tokens", "CIM, table 7", "respix_alone",
      "respix_alone_uniform", BOTH),
+    ("cim_readings", "2,000 images, 60 passes, nothing shared: sampling beats argmax", "CIM, table 7",
+     "respix_few", "respix_few_argmax", BOTH),
     ("cim_readings", "sharing helps", "CIM, table 5", "respix", "respix_alone", BOTH),
     ("cim_readings", "a window of half a patch beats one of 8 px", "the paper: 8 of 16 px",
      "respix_half_window", "respix", BOTH),

@@ -8,6 +8,7 @@ of ImageNet need not hold after some minutes of CIFAR-10.
     python benchmarks/replicate.py --data cifar10.npz                          ViT-Tiny, 2,150 updates; GPU
     python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2   ViT-nano, 500 updates; CPU
     python benchmarks/replicate.py --data tiny.npz --scale tiny_imagenet       ViT-Tiny, 4,000 updates; 64 px
+    python benchmarks/replicate.py --data tiny.npz --scale photographs --only shares  top-1 by share of labels
 
 `--data` is an .npz of images, 32 or 64 px square, with labels and `split`; CIFAR-10 as one:
 
@@ -17,9 +18,9 @@ of ImageNet need not hold after some minutes of CIFAR-10.
              labels=np.concatenate([part.targets for part in parts]),
              split=np.repeat([0, 1], [50_000, 10_000]))
 
-Repeat the command to go on after a stop: what is finished is not run again. `--only mff,ddae` runs a part,
-`--jobs` so many at a time. Runs go to --out, the tables to --table, and all logs, one compressed file per
-kind of run, to --logs.
+Repeat the command to go on after a stop: what is finished is not run again, nor what --logs holds already.
+`--only mff,ddae` runs a part, `--jobs` so many at a time. Runs go to --out, the tables to --table, and all
+logs, one compressed file per kind of run, to --logs.
 """
 
 import argparse
@@ -55,6 +56,10 @@ SCALES = {
     "tiny_imagenet": {"model": "tiny", "updates": 4000, "batch": 128, "mae": "3e-3", "ve": "1e-3",
                       "revcol": "3e-3", "cim": "2e-3", "images": 20_000, "tune_epochs": 5, "img_size": 64,
                       "patch_size": 8, "resnet": "--img_size 64 --patch_size 16"},
+    "photographs": {"model": "nano", "updates": 2000, "batch": 128, "mae": "4e-3", "ve": "1e-3",
+                    "revcol": "4e-3", "cim": "2e-3", "images": 100_000, "tune_epochs": 1,
+                    "tune_updates": 1000, "img_size": 64, "patch_size": 8,
+                    "resnet": "--img_size 64 --patch_size 16"},
 }
 READ_OUTS = {
     "finetune": "--batch_size 64 --base_lr 2e-3 --warmup_epochs 0.3 --augment crop --mixup 0 --cutmix 0 "
@@ -62,8 +67,13 @@ READ_OUTS = {
     "linear": "--mode linear --augment none --batch_size 1024 --base_lr 1.0 --epochs 50 --warmup_epochs 5 "
               "--eval_every 50",
 }
+READ_OUTS["finetune_.9"] = f"{READ_OUTS['finetune']} --layer_decay 0.9"
 READ_OUTS["linear_mean"] = f"{READ_OUTS['linear']} --pool avg"
-HEADS = {"finetune": "fine-tuned", "linear": "linear probe", "linear_mean": "probe of the mean token"}
+SHARES = {"share_1": 0.01, "share_5": 0.05, "share_25": 0.25, "share_100": 1.0}  # of the labelled images
+WAYS = READ_OUTS | dict.fromkeys(SHARES, READ_OUTS["finetune"])
+HEADS = {"finetune": "fine-tuned", "finetune_.9": "fine-tuned, layer decay 0.9", "linear": "linear probe",
+         "linear_mean": "probe of the mean token",
+         **{way: f"fine-tuned, {share:.0%} of the labels" for way, share in SHARES.items()}}
 
 
 @dataclass
@@ -89,8 +99,8 @@ def arms(scale):
     ve = f"--base_lr {scale['ve']}"
     continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
     own = {"mae": f"{mae} {fused}", "ddae": ddae, "dds": f"{ddae} {steps}", "ve": ve, "cim": cim,
-           "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100, "half": "{half}",
-           "window": scale.get("patch_size", 4) // 2}
+           "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100,
+           "half": "{half}", "few": "{few}", "window": scale.get("patch_size", 4) // 2}
     more = {name: Arm(*words.format(**own).split(" ", 1), start)
             for name, (words, start) in readings.ARMS.items()}
     return more | {
@@ -168,6 +178,11 @@ CLAIMS = [
     Claim("revcol", "pre-training beats random weights", "RevColV2, supplement 2.1: +1.6",
           "revcol", "revcol_scratch"),
     *(Claim(*claim, ways=ways) for *claim, ways in readings.CLAIMS),
+    *(Claim("shares", f"{words} beats random weights", "", name, scratch, ways=tuple(SHARES))
+      for words, name, scratch in (
+          ("MAE", "mae", "scratch"), ("MFF", "mff", "scratch"), ("DDAE", "ddae", "scratch"),
+          ("CIM (RevDet) on a ResNet", "resnet_revdet", "resnet_scratch"),
+          ("RevColV2", "revcol", "revcol_scratch"))),
 ]
 
 
@@ -176,6 +191,7 @@ class Bench:
         self.args, self.scale = args, SCALES[args.scale]
         self.out, self.data = args.out.resolve(), args.data.resolve()
         self.arms = arms(self.scale)
+        self.logs = read_logs(args.logs)  # {run: lines} of earlier runs: these need not run again
         # arms that start from the same run wait for one another
         self.locks = collections.defaultdict(threading.Lock)
         if not self.data.is_file():
@@ -196,6 +212,10 @@ class Bench:
         if file.exists() and file.read_text() != settings:
             sys.exit(f"{self.out} has runs of another scale or of other images: give another --out")
         file.write_text(settings)
+        self.few = self.out / "few.npz"
+        if not self.few.exists():
+            spaced = np.linspace(0, len(train), 2000, endpoint=False).astype(int)
+            np.savez(self.few, images=images[train[spaced]])
         self.labelled = self.out / "labelled.npz"  # what the read-outs learn from
         if not self.labelled.exists():
             first = train[: self.scale["images"]]
@@ -242,12 +262,15 @@ class Bench:
                                     "--epochs", f"{self.epochs:.6g}", "--warmup_epochs",
                                     f"{self.epochs / 10:.6g}",
                                     "--pictures", 0, "--seed", seed, *start,
-                                    *arm.flags.format(half=f"{self.epochs / 2:.4g}").split()])
+                                    *arm.flags.format(half=f"{self.epochs / 2:.4g}", few=self.few).split()])
         return self.out / name / str(seed) / "run/encoder.pth"
 
     def read_out(self, name, seed, ways):
         """Pre-train one arm with one seed, unless that is done, and read it out."""
         flags = self.arms[name].flags.split()
+        ways = [way for way in ways if f"{name}/{seed}_{way}" not in self.logs]
+        if not ways:
+            return
         if self.arms[name].script:
             size = flags[flags.index("--img_size"):][:2] if "--img_size" in flags else []
             shape = [*self.shape, *size, "--weights", self.pretrain(name, seed)]
@@ -255,27 +278,55 @@ class Bench:
             shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none",
                      "--layer_decay", 1]
         for way in ways:
-            epochs = [] if way in readings.PROBES else ["--epochs", self.scale["tune_epochs"]]
-            self.run(f"{name}/{seed}_{way}",
-                     ["finetune.py", "--data", self.labelled, *shape, *READ_OUTS[way].split(), *epochs,
-                                              "--seed", seed])
+            epochs, data = ["--epochs", self.scale["tune_epochs"]], self.labelled
+            if way in readings.PROBES:
+                epochs = []
+            elif way in SHARES:  # the same number of updates, whatever the share
+                data, images = self.share(SHARES[way])
+                epochs = self.scale["tune_updates"] * 64 / images
+                epochs = ["--epochs", epochs, "--warmup_epochs", epochs / 10]
+            words = ["finetune.py", "--data", data, *shape, *WAYS[way].split(), *epochs, "--seed", seed]
+            self.run(f"{name}/{seed}_{way}", words)
+
+    def share(self, part):
+        """Path of an .npz with evenly spaced training images and all test images, and the number of the
+        former."""
+        path = self.out / f"labelled_{part:g}.npz"
+        with self.locks[path.name]:
+            if not path.exists():
+                with np.load(self.labelled) as data:
+                    images, labels, split = (data[name] for name in ("images", "labels", "split"))
+                train = np.flatnonzero(split == 0)
+                train = train[np.linspace(0, len(train), int(part * len(train)), endpoint=False).astype(int)]
+                keep = np.concatenate([train, np.flatnonzero(split == 1)])
+                np.savez(path, images=images[keep], labels=labels[keep], split=split[keep])
+            with np.load(path) as data:
+                return path, int((data["split"] == 0).sum())
+
+    def read_log(self, run):
+        """Lines of a finished run, each with its commit; none of another."""
+        folder = self.out / run
+        if not (folder / "done").exists():
+            return self.logs.get(run, [])
+        commit = (folder / "done").read_text()
+        with open(folder / "run/log.jsonl") as log:
+            return [{"run": run, "commit": commit} | json.loads(line) for line in log]
 
     def end_of_log(self, name):
         """Means of readings.WATCHED over the last five lines of all seeds, in words"""
-        paths = [self.out / name / str(seed) for seed in self.args.seeds]
-        lines = [line for path in paths if (path / "done").exists() for line in read_log(path)[-5:]]
+        lines = [line for seed in self.args.seeds for line in self.read_log(f"{name}/{seed}")[-5:]]
         values = {key: [line[f"train/{key}"] for line in lines if f"train/{key}" in line]
                   for key in readings.WATCHED}
         return ", ".join(f"{key} {statistics.mean(some):.3g}" for key, some in values.items() if some)
 
     def results(self):
-        """{(arm, seed): {way: top-1}} of all that is done."""
-        found = collections.defaultdict(dict)
-        for name, seed, way in itertools.product(self.arms, self.args.seeds, READ_OUTS):
-            folder = self.out / name / f"{seed}_{way}"
-            if (folder / "done").exists():
-                found[name, seed][way] = read_log(folder)[-1]["eval/top1"]
-        return found
+        """{(arm, seed): {way: top-1}} of all that is done, and the commits that it was done at."""
+        found, commits = collections.defaultdict(dict), set()
+        for name, seed, way in itertools.product(self.arms, self.args.seeds, WAYS):
+            if lines := self.read_log(f"{name}/{seed}_{way}"):
+                found[name, seed][way] = lines[-1]["eval/top1"]
+                commits.add(lines[-1]["commit"])
+        return found, commits
 
 
 def git_commit():
@@ -283,9 +334,14 @@ def git_commit():
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def read_log(folder):
-    with open(folder / "run/log.jsonl") as log:
-        return [json.loads(line) for line in log]
+def read_logs(folder):
+    """What write_logs wrote: {run: its lines}."""
+    runs = collections.defaultdict(list)
+    for file in folder.glob("*.jsonl.gz"):
+        with gzip.open(file, "rt") as log:
+            for line in map(json.loads, log):
+                runs[line["run"]].append(line)
+    return runs
 
 
 def pooled_spread(results, way):
@@ -318,13 +374,13 @@ def cell(values):
 
 def table(bench):
     """Markdown: one row per claim, one per arm, of all that is done."""
-    scale, seeds, results = bench.scale, bench.args.seeds, bench.results()
+    scale, seeds = bench.scale, bench.args.seeds
+    results, commits = bench.results()
     claims = [claim for claim in CLAIMS if claim.group in bench.args.only]
-    shown = [way for way in READ_OUTS if any(way in claim.ways for claim in claims)]
+    shown = [way for way in WAYS if any(way in claim.ways for claim in claims)]
     heads = " | ".join(HEADS[way] for way in shown)
-    commits = sorted({file.read_text() for file in bench.out.glob("*/*/done")})
     spreads, widths = {}, {}
-    for way in READ_OUTS:
+    for way in WAYS:
         spreads[way], freedom = pooled_spread(results, way)
         # of one run's interval
         widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan
@@ -335,8 +391,8 @@ def table(bench):
         f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: fine-tuned for "
         f"{scale['tune_epochs']} passes (layer decay 0.75; random weights 1), and by a linear probe on "
         "frozen features (class token; RevColV2: mean). Top-1 on the test images in %, mean ± standard "
-        f"deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(commits)}, table of "
-        f"{git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
+        f"deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(sorted(commits))}, "
+        f"table of {git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
         "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over "
         f"all runs ({', '.join(f'{HEADS[way]} {spreads[way]:.2f}' for way in shown)} points; nan: one seed); "
@@ -383,9 +439,9 @@ def write_logs(bench, folder):
     """NAME.jsonl.gz: log lines of all finished runs of one arm; `run`: arm/seed, or arm/seed_read-out."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in bench.arms:
-        lines = [json.dumps({"run": f"{name}/{done.parent.name}"} | line)
-                 for done in sorted(bench.out.glob(f"{name}/*/done"))
-                 for line in read_log(done.parent)]
+        runs = {f"{name}/{done.parent.name}" for done in bench.out.glob(f"{name}/*/done")}
+        runs |= {run for run in bench.logs if run.split("/")[0] == name}
+        lines = [json.dumps(line) for run in sorted(runs) for line in bench.read_log(run)]
         if lines:
             with (open(folder / f"{name}.jsonl.gz", "wb") as file,
                   gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed):
@@ -400,7 +456,7 @@ def main():
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
                         default=[0, 1, 2])
     parser.add_argument("--only", help="groups of claims (default mff,ddae,cim,ve,revcol; also "
-                        "ddae_readings,cim_readings,ve_readings: readings.py)")
+                        "ddae_readings,cim_readings,ve_readings: readings.py; shares)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
     parser.add_argument("--out", type=Path, help="default runs/replicate_SCALE")
@@ -409,7 +465,7 @@ def main():
     parser.add_argument("--logs", type=Path, help="default OUT/logs")
     args = parser.parse_args()
     groups = dict.fromkeys(claim.group for claim in CLAIMS)
-    papers = [group for group in groups if not group.endswith("_readings")]
+    papers = [group for group in groups if not group.endswith(("_readings", "shares"))]
     wanted = args.only = args.only.split(",") if args.only else papers
     if unknown := set(wanted) - set(groups):
         parser.error(f"--only {','.join(unknown)}: there are {', '.join(groups)}")

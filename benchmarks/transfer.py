@@ -1,4 +1,4 @@
-"""Memory and time of one update of transfer_seg_det.py, each row in a process of its own.
+"""Memory and time of one update of transfer_seg_det.py, or what a row names, each in a process of its own.
 
 Peak memory (of the GPU, or what this process holds on a CPU) and the median time after a first update, with
 random images and targets, AdamW states included. Prints a Markdown table and writes it to --out.
@@ -20,13 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402  (found through the line above)
+import transfer_mask2former  # noqa: E402
 import transfer_seg_det as transfer  # noqa: E402
 
 ROWS = [  # flags, images per forward pass
     ("--task seg --model base --img_size 512", 2),
     ("--task seg --model base --img_size 512 --recompute", 2),
     ("--task seg --model resnet50 --head fcn --img_size 512", 2),
+    ("transfer_mask2former.py --model base --img_size 512", 2),
     ("--task det --model base --img_size 512", 1),
+    ("--task det --model base --img_size 512 --detector cascade", 1),
     ("--task det --model base --img_size 768", 1),
     ("--task det --model base --img_size 1024", 1),
     ("--task det --model base --img_size 1024 --recompute", 1),
@@ -37,15 +40,20 @@ ROWS = [  # flags, images per forward pass
 
 def measure(flags, n, updates):
     """{"memory": GiB, "parameters": millions, "seconds": median of an update}"""
-    cfg = common.parse_config(transfer.Config, transfer.presets, [*flags.split(), "--weights", "none"])
+    words = flags.split()
+    script = transfer_mask2former if words[0].endswith(".py") and words.pop(0) else transfer
+    cfg = common.parse_config(script.Config, script.presets, [*words, "--weights", "none"])
     run, (H, W) = common.Run(cfg, "benchmark"), cfg.img_size
     torch.manual_seed(0)
-    model = (transfer.Segmenter(cfg, 150) if cfg.task == "seg"
-             else transfer.Detector(cfg, 80)).to(run.device).train()
+    model = script.make_model(cfg, 150 if cfg.task == "seg" else 80, True).to(run.device).train()
     optimizer = transfer.make_optimizer(model, cfg)
     common.set_lr(optimizer, cfg.lr)
     images = torch.randn(n, 3, H, W, device=run.device)
-    if cfg.task == "seg":
+    if cfg.head == "mask2former":  # nine classes in an image
+        classes = torch.arange(9, device=run.device)
+        squares = classes.view(3, 3).repeat_interleave(H // 3 + 1, 0).repeat_interleave(W // 3 + 1, 1)
+        targets = squares[:H, :W].expand(n, -1, -1), classes.expand(n, -1)
+    elif cfg.task == "seg":
         targets = torch.randint(150, (n, H, W), device=run.device)
     else:  # eight objects in an image
         corners = torch.randint(0, H // 2, (n, 8, 2))

@@ -165,7 +165,7 @@ def revcol_columns(args):
 
 @figure
 def mff_weights(args):
-    lines = read_log(DOCS / "logs/cifar_mff.jsonl")
+    lines = read_log(DOCS / "logs/cifar_mff.jsonl.gz")
     picture, axes = new(1, 1, 6, 3.4)
     names = [name for name in lines[0] if name.startswith("train/fuse_weight/")]
     for i, name in enumerate(names):
@@ -188,7 +188,7 @@ def ddae_beta(args):
     picture, axes = new(2, 3, 10, 5)
     for column, (name, words) in enumerate(readings.items()):
         for row, start in enumerate(("shallow", "deep")):
-            lines, axis = read_log(DOCS / f"logs/cifar_ddae_beta_{name}_{start}.jsonl"), axes[row, column]
+            lines, axis = read_log(DOCS / f"logs/cifar_ddae_beta_{name}_{start}.jsonl.gz"), axes[row, column]
             for level in range(1, 5):
                 betas = [line[f"train/beta/{level}"] for line in lines]
                 axis.plot([line["step"] for line in lines], betas, label=f"level {level}")
@@ -229,7 +229,7 @@ def losses(args):
 
 
 def read_log(path):
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
+    with gzip.open(path, "rt") as file:
         return [json.loads(line) for line in file]
 
 

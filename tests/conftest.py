@@ -29,6 +29,16 @@ FORKS.set_forkserver_preload(["torch", "torchvision.transforms.v2", "conftest", 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests, where pytest-xdist is installed: in two processes, file by file. (They come here, too.)"""
+    whole = not hasattr(config, "workerinput") and config.args_source == config.ArgsSource.TESTPATHS
+    free = config.pluginmanager.hasplugin("xdist") and not config.option.usepdb
+    if whole and free and config.option.numprocesses is None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
 def _run_here(arguments, cwd, environment, output):
     """In the forked process: what `python SCRIPT ...` does, with both streams in a file."""
     os.setsid()  # a process group of its own, so that a test can interrupt all of it

@@ -203,10 +203,9 @@ def fitted(gradient, node, number):
 def attention(query, key, value, attn_mask=None, **_):
     """The kernel that a GPU would choose, without dropout and causality."""
     if query.dtype == torch.float32 or attn_mask is not None:
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        mask = None if attn_mask is None else attn_mask.expand(*query.shape[:3], key.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, torch.is_grad_enabled())[0]
+            query, key, value, mask, torch.is_grad_enabled())[0]
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 

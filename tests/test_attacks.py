@@ -368,6 +368,7 @@ def test_an_environment_set_in_part_is_refused(monkeypatch, given):
 
 @pytest.mark.parametrize("script, splits", [
     ("mae_mff.py", [(2, 3), (3, 8), (1, 6)]),
+    ("mff_feature.py", [(2, 6), (1, 8)]),
     ("ddae.py", [(2, 6), (1, 8)]),
     ("ddae_beitv2.py", [(2, 6), (1, 8)]),
     ("revcol_v2.py", [(2, 6), (1, 8)]),

@@ -27,7 +27,9 @@ import mae_mff
 from shapes import Shapes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-METHODS = ["mae_mff", "ddae", "ddae_beitv2", "cim", "vision_electra", "vision_electra_simmim", "revcol_v2"]
+METHODS = ["mae_mff", "mff_feature", "ddae", "ddae_beitv2", "cim", "vision_electra", "vision_electra_simmim",
+           "revcol_v2"]
+TUNING = ["finetune", "transfer_seg_det", "transfer_mask2former"]
 
 
 def headings(page):
@@ -69,8 +71,8 @@ def test_printed_commands_are_accepted(page):
     for command in re.findall(r"^.*\.py.*$", text, re.MULTILINE):
         script, words = re.search(r"(\w+)\.py\b *([^#|]*)", command).groups()
         skip = {"...", "--draw", "--help", "--predict", "evaluate", "--attention"} & set(words.split())
-        if script in (*METHODS, "finetune", "transfer_seg_det") and not skip:
-            if script in ("finetune", "transfer_seg_det"):
+        if script in (*METHODS, *TUNING) and not skip:
+            if script in TUNING:
                 words = re.sub(r"--weights \S+", "", words) + " --weights none"
             module = importlib.import_module(script)
             common.parse_config(module.Config, module.presets, words.split())
@@ -139,7 +141,7 @@ def test_intervals_are_those_of_a_t_test():
     args = types.SimpleNamespace(seeds=[0, 1, 2], scale="small", only=["mff"])
     scale = replicate.SCALES["small"]
     bench = types.SimpleNamespace(args=args, scale=scale, arms=replicate.arms(scale), out=ROOT / "nowhere",
-                                  epochs=1.0, results=lambda: results)
+                                  epochs=1.0, results=lambda: (results, {"f2c164b"}))
     row = next(line for line in replicate.table(bench).splitlines() if line.startswith("| MFF beats MAE"))
     interval = stats.ttest_ind(values["mff"], values["mae"]).confidence_interval(0.95)
     margin = (interval.high - interval.low) / 2

@@ -15,7 +15,8 @@ import common
 
 # Our files that each one imports. LAZY: only where it needs them, to be copied without them.
 LAZY = {"common": {"shapes", "sources", "shards", "weights", "check", "draw"},
-        "finetune": {"layers", "predict"}, "transfer_seg_det": {"predict_scenes"}, "convert_dalle": {"vqgan"}}
+        "finetune": {"layers", "predict"}, "transfer_seg_det": {"cascade", "predict_scenes"},
+        "convert_dalle": {"vqgan"}}
 IMPORTS = {
     "shapes": set(),
     "common": LAZY["common"],
@@ -26,6 +27,7 @@ IMPORTS = {
     "sources": {"common", "shapes", "shards"},
     "check": {"common", "sources"},
     **dict.fromkeys(("mae_mff", "ddae", "vision_electra", "revcol_v2"), {"common"}),
+    "mff_feature": {"common", "mae_mff"},
     "ddae_beitv2": {"beit", "common", "ddae"},
     "swin": set(),
     "vision_electra_simmim": {"beit", "common", "swin", "vision_electra"},
@@ -40,8 +42,10 @@ IMPORTS = {
     "transfer_data": {"common"},
     "coco": {"common", "shapes", "transfer_data"},
     "overlay": {"transfer_data"},
-    "transfer_seg_det": {"beit", "common", "revcol_v2", "swin", "transfer_data", "coco", "overlay",
-                         "predict_scenes"},
+    "cascade": set(),
+    "transfer_seg_det": {"beit", "common", "revcol_v2", "swin", "transfer_data", "coco", "overlay"}
+    | LAZY["transfer_seg_det"],
+    "transfer_mask2former": {"common", "transfer_data", "transfer_seg_det"},
     "predict_scenes": {"common", "transfer_data", "coco", "overlay", "predict"},
 }
 # Of train_step and the loop: lines of mae_mff.py that others may replace, and all lines of their own.
@@ -92,6 +96,7 @@ OWN = {
         "watch_for_collapse(terms, run)",
         'run.save(getattr(model, encoder).trunk_state(), prefix=f"{encoder}.")',
     ],
+    "mff_feature": [],  # whose train_step is mae_mff.py's
     "revcol_v2": ['run.save(model.trunk_state(), model=f"revcol_{cfg.model}")'],
 }
 
@@ -121,7 +126,8 @@ def test_imports_form_floors(script):
 
 def lines_of_an_update(script):
     """train_step and the loop, without comments and docstring"""
-    functions = {node.name: node for node in syntax(script).body if isinstance(node, ast.FunctionDef)}
+    trees = syntax("mae_mff"), syntax(script)  # a script may import the first one's train_step
+    functions = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
     functions["train_step"].body.pop(0)
     loop = next(node for node in functions["train"].body if isinstance(node, ast.While))
     text = "\n".join(map(ast.unparse, (functions["train_step"], loop)))

@@ -124,19 +124,20 @@ def test_written_results_have_the_ap_of_the_evaluation(scenes, tmp_path, monkeyp
         assert rle.decode(results[0]["segmentation"]).any()
 
 
-def test_boxes_without_masks_train_evaluate_and_predict(scenes, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("detector, masks", [("mask_rcnn", False), ("cascade", False), ("cascade", True)])
+def test_detectors_with_and_without_masks_train_evaluate_and_predict(scenes, tmp_path, detector, masks):  # noqa: F811
     shutil.copytree(scenes / "coco", tmp_path / "coco")
-    for path in (tmp_path / "coco/annotations").glob("*.json"):
+    for path in () if masks else (tmp_path / "coco/annotations").glob("*.json"):
         content = json.loads(path.read_text())
         for entry in content["annotations"]:
             entry.pop("segmentation")
         path.write_text(json.dumps(content))
     flags = ("--task det --data coco --weights none --model nano --img_size 64 --patch_size 16 --channels 16 "
              "--iters 2 --batch_size 2 --warmup_iters 1 --pictures 2 --out run")
-    output = go(tmp_path, flags)
-    assert "boxes alone" in output
+    output = go(tmp_path, f"{flags} --detector {detector}")
+    assert ("boxes alone" in output) != masks
     scores = read_log(tmp_path / "run")
-    assert "eval/box_ap" in scores and "eval/mask_ap" not in scores
+    assert "eval/box_ap" in scores and ("eval/mask_ap" in scores) == masks
     go(tmp_path, "--mode evaluate --weights run/model.pth --data coco --out again")
     assert {name: x for name, x in read_log(tmp_path / "again").items() if "eval/" in name} == {
         name: x for name, x in scores.items() if "eval/" in name}

@@ -12,7 +12,7 @@ from torture import log
 
 import common
 import revcol_v2 as revcol
-from revcol_v2 import PER_CELL, RevColV2
+from revcol_v2 import PYRAMID, RevColV2
 
 
 def pretraining(*words):
@@ -30,9 +30,9 @@ def randomised(model):
     return model
 
 
-def position_maps(channels, grid):
+def position_maps(channels, grid, sides=(4, 2, 1, 1)):
     """The sine-cosine table of each level's own grid, as a map."""
-    sizes = [(grid[0] * side, grid[1] * side) for side in (4, 2, 1, 1)]
+    sizes = [(grid[0] * side, grid[1] * side) for side in sides]
     tables = [common.sincos_pos_embed(C, size)[:, 1:] for C, size in zip(channels, sizes, strict=True)]
     return [x.transpose(1, 2).unflatten(2, size) for x, size in zip(tables, sizes, strict=True)]
 
@@ -54,11 +54,11 @@ def test_cells_hold_the_pixels_of_their_place(p, grid):
     q = p // 4
     squares = images.unfold(2, q, q).unfold(3, q, q).permute(0, 4, 5, 1, 2, 3).flatten(1, 3)
     tokens = revcol.split_cells(cells, 16)
-    assert torch.equal(revcol.to_map(tokens, 0, grid), squares)
-    means = revcol.to_map(tokens.unflatten(1, (-1, 4)).mean(2), 1, grid)
+    assert torch.equal(revcol.to_map(tokens, 16, grid), squares)
+    means = revcol.to_map(tokens.unflatten(1, (-1, 4)).mean(2), 4, grid)
     torch.testing.assert_close(means, F.avg_pool2d(squares, 2))
-    for level, expected in enumerate(position_maps((16,) * 4, grid)):
-        assert torch.equal(revcol.to_map(revcol.level_pos_embed(16, level, grid), level, grid), expected)
+    for k, expected in zip(PYRAMID, position_maps((16,) * 4, grid), strict=True):
+        assert torch.equal(revcol.to_map(revcol.level_pos_embed(16, k, grid), k, grid), expected)
 
 
 @pytest.mark.parametrize("ratio, size, p, L, visible", [
@@ -87,15 +87,15 @@ def slow_link(link, x, joined, copied):
     return F.interpolate(x, scale_factor=copied)
 
 
-def slow_unit(unit, level, lower, upper, before):
+def slow_unit(unit, level, lower, upper, before, flat):
     x = 0 if level or lower is None else lower  # the stem
     if level and lower is not None:
-        x = x + slow_link(unit.down, lower, 2 if level < 3 else 1, 1)
+        x = x + slow_link(unit.down, lower, 2 if level < 3 and not flat else 1, 1)
     if upper is not None:
-        x = x + slow_link(unit.up, upper, 1, 2 if level < 2 else 1)
+        x = x + slow_link(unit.up, upper, 1, 2 if level < 2 and not flat else 1)
     tokens = x.flatten(2).transpose(1, 2)
     for block in unit.blocks:
-        if level >= 2:
+        if level >= 2 or flat:
             tokens = tokens + block.attn(block.norm1(tokens))
             tokens = tokens + block.mlp(block.norm2(tokens))
         else:
@@ -104,31 +104,35 @@ def slow_unit(unit, level, lower, upper, before):
     return x if before is None else x + unit.a.view(1, -1, 1, 1) * before
 
 
-def slow_column(column, before, stem=None):
+def slow_column(column, before, stem=None, flat=False):
     x = [None] * 4
     above, below = (x, before) if stem is None else (before, x)
     for level in (3, 2, 1, 0) if stem is None else (0, 1, 2, 3):
         lower, upper = below[level - 1] if level else stem, above[level + 1] if level < 3 else None
-        x[level] = slow_unit(column.units[str(level)], level, lower, upper, before[level])
+        x[level] = slow_unit(column.units[str(level)], level, lower, upper, before[level], flat)
     return x
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("columns, built_for", [(1, (16, 24)), (2, (16, 24)), (3, (32, 32))])
-def test_columns_against_their_equations_on_maps(columns, built_for):
-    model = randomised(RevColV2("tiny", built_for, 8, columns=columns)).eval()
+@pytest.mark.parametrize("size, columns, built_for", [
+    ("tiny", 1, (16, 24)), ("tiny", 2, (16, 24)), ("tiny", 3, (32, 32)), ("tiny_flat", 2, (32, 32))])
+def test_columns_against_their_equations_on_maps(size, columns, built_for):
+    model, flat = randomised(RevColV2(size, built_for, 8, columns=columns)).eval(), size == "tiny_flat"
     images, grid, close = torch.randn(2, 3, 16, 24), (2, 3), {"rtol": 1e-4, "atol": 1e-4}
-    kernel = model.stem.weight.unflatten(1, (2, 2, 3)).permute(0, 3, 1, 2)
-    tables = position_maps(model.channels, grid)
-    stem, x = F.conv2d(images, kernel, model.stem.bias, stride=2) + tables[0], [None] * 4
+    sides, q = ((1, 1, 1, 1), 8) if flat else ((4, 2, 1, 1), 2)
+    kernel = torch.stack([revcol.from_cells(row.view(1, 1, -1), 8, (1, 1))[0] for row in model.stem.weight]
+                         ) if flat else model.stem.weight.unflatten(1, (2, 2, 3)).permute(0, 3, 1, 2)
+    tables = position_maps(model.channels, grid, sides)
+    stem, x = F.conv2d(images, kernel, model.stem.bias, stride=q) + tables[0], [None] * 4
     for column in model.bottom_up:
-        x = slow_column(column, x, stem)
+        x = slow_column(column, x, stem, flat)
     for level, tokens in enumerate(model.encode(images)):
-        torch.testing.assert_close(revcol.to_map(tokens, level, grid), x[level], **close)
+        torch.testing.assert_close(revcol.to_map(tokens, model.per_cell[level], grid), x[level], **close)
     x = [tokens + table for tokens, table in zip(x, tables, strict=True)]
     for column in model.top_down:
-        x = slow_column(column, x)
-    expected = [*x[:3], F.max_pool2d(x[3], 2, ceil_mode=True)]
+        x = slow_column(column, x, flat=flat)
+    fine = [F.interpolate(x[level], scale_factor=(4, 2)[level] // sides[level]) for level in (0, 1)]
+    expected = [*fine, x[2], F.max_pool2d(x[3], 2, ceil_mode=True)]
     torch.testing.assert_close(model.maps(images), expected, **close)
     torch.testing.assert_close(model.features(images), x[3].mean((2, 3)), **close)
 
@@ -136,7 +140,7 @@ def test_columns_against_their_equations_on_maps(columns, built_for):
 @torch.no_grad()
 def test_whole_columns_are_inverted():
     model = randomised(RevColV2("tiny", (16, 16), 4)).eval().double()
-    sizes = zip(PER_CELL, model.channels, strict=True)
+    sizes = zip(PYRAMID, model.channels, strict=True)
     before = [torch.randn(2, 16 * k, C, dtype=torch.float64) for k, C in sizes]
     stem = torch.randn(2, 16 * 16, model.channels[0], dtype=torch.float64)
     for column, start in ((model.bottom_up[1], stem), (model.top_down[0], None)):
@@ -165,13 +169,13 @@ def test_hidden_cells_leak_nowhere_but_into_the_target():
 def test_mask_tokens_fill_the_hidden_cells_of_every_level():
     model = pretraining()
     ids_keep, ids_restore, mask = revcol.random_masking(torch.rand(2, 64), 0.75)
-    x = [torch.randn(2, 16 * k, C) for k, C in zip(PER_CELL, model.channels, strict=True)]
+    x = [torch.randn(2, 16 * k, C) for k, C in zip(PYRAMID, model.channels, strict=True)]
     for level, filled in enumerate(model.fill(x, ids_restore, (8, 8))):
-        cells = revcol.join_cells(filled - model.pos_embed(level, (8, 8)), PER_CELL[level])
-        visible, token = revcol.join_cells(x[level], PER_CELL[level]), model.mask_tokens[level].flatten()
+        cells = revcol.join_cells(filled - model.pos_embed(level, (8, 8)), PYRAMID[level])
+        visible, token = revcol.join_cells(x[level], PYRAMID[level]), model.mask_tokens[level].flatten()
         for b in range(2):
             torch.testing.assert_close(cells[b, ids_keep[b]], visible[b], rtol=1e-4, atol=1e-5)
-            expected = token.repeat(48, PER_CELL[level])
+            expected = token.repeat(48, PYRAMID[level])
             torch.testing.assert_close(cells[b, mask[b].bool()], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -221,7 +225,8 @@ def test_two_forward_passes_before_one_backward_pass():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("size, parameters, multiply_adds", [("base", 88, 19), ("large", 327, 67)])
+@pytest.mark.parametrize("size, parameters, multiply_adds", [
+    ("base", 88, 19), ("large", 327, 67), ("base_flat", 88, 19)])
 def test_sizes_of_the_supplements_table_5(size, parameters, multiply_adds):
     # Attention as plain products: older counters do not know the CPU's fused kernel.
     with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -248,7 +253,8 @@ def test_scales_keep_away_from_0_and_do_not_decay():
 
 @pytest.mark.parametrize("columns", [1, 2, 4])
 def test_read_outs_are_parts_of_the_whole(columns):
-    """A part loads what is not in unused_names, has the whole's features, and uses all of its parameters."""
+    """A part loads what is not in unused_names, has the whole's features, and uses all parameters that learn;
+    no others are computed."""
     whole = randomised(RevColV2("tiny", (32, 32), 4, columns=columns)).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -257,17 +263,20 @@ def test_read_outs_are_parts_of_the_whole(columns):
         part = RevColV2("tiny", (32, 32), 4, columns=columns, read=read).eval()
         weights, unused = whole.state_dict(), tuple(part.unused_names)
         part.load_state_dict({name: weights[name] for name in weights if not name.startswith(unused)})
+        for p in part.requires_grad_().parameters():
+            p.data = p if p.requires_grad else torch.full_like(p, math.nan)
         found = part.features(images)
         torch.testing.assert_close(found, features)
         found.square().sum().backward()
-        assert all(p.grad.any() for p in part.parameters())
+        assert all(p.grad.any() for p in part.parameters() if p.requires_grad)
         last = max(part.layer_id(name) for name, _ in part.named_parameters())
         assert part.layer_id("head.weight") == last + 1  # right after what is there
 
 
-def test_layer_ids_and_drop_path():
-    """Depth in the column's own order, plus the column; top-down columns counted on."""
-    model = RevColV2("tiny", (32, 32), 4, drop_path=0.6)  # depths 1, 1, 2, 3
+@pytest.mark.parametrize("read", ["dense", "top"])
+def test_layer_ids_and_drop_path(read):
+    """Depth in the column's own order, plus the column; top-down columns counted on; whatever is read."""
+    model = RevColV2("tiny", (32, 32), 4, drop_path=0.6, read=read)  # depths 1, 1, 2, 3
     expected = {"stem.weight": 0, "bottom_up.0.units.0.blocks.0.mlp.fc1.weight": 1,
                 "bottom_up.0.units.3.blocks.2.norm1.bias": 7, "bottom_up.1.units.0.up.proj.weight": 2,
                 "bottom_up.1.units.3.a": 2, "bottom_up.1.units.2.blocks.1.attn.qkv.weight": 5,
@@ -275,7 +284,7 @@ def test_layer_ids_and_drop_path():
                 "top_down.1.units.0.blocks.0.norm.bias": 10, "top_down.1.units.0.a": 4, "head.weight": 11}
     assert {name: model.layer_id(name) for name in expected} == expected
     for column in [*model.bottom_up, *model.top_down]:
-        rates = [block.drop_path for level in column.order for block in column.units[str(level)].blocks]
+        rates = [block.drop_path for unit in column.units.values() for block in unit.blocks]
         assert rates == pytest.approx([0.1 * i for i in range(7)])
 
 
