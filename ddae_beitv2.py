@@ -1,7 +1,6 @@
 """BEiT-v2 with DDAE's deep dynamic supervision (DDS): DDAE, table 2. --no-dds is BEiT-v2.
 
-BEiT-v2  Peng et al., BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers, arXiv
-         2208.06366, with the settings of its code for 300 epochs
+BEiT-v2  Peng et al., BEiT v2, arXiv 2208.06366, with the settings of its code for 300 epochs
 DDAE     Chen et al., AAAI 2024: ddae.py, which has masks, distances and weights
 
 Idea. A frozen tokenizer, VQ-KD, made to keep CLIP's features, gives each patch one of 8192 ids: what it shows
@@ -98,21 +97,19 @@ class Config(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.grid, depth = patch_grid(self.img_size, self.patch_size), VIT_SIZES[self.model][1]
-        L = math.prod(self.grid)
-        self.n_masked = int(L * self.mask_ratio)
+        self.n_masked = int(math.prod(self.grid) * self.mask_ratio)
         self.warmup_epochs = min(10.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
-        if not 0 < self.n_masked < L:
-            raise ValueError(f"--mask_ratio {self.mask_ratio} of {L} patches hides none or all of them")
+        if not 0 < self.n_masked < math.prod(self.grid):
+            raise ValueError(f"--mask_ratio {self.mask_ratio} of {self.grid} patches hides none or all")
         if depth % self.num_levels:
             raise ValueError(f"--num_levels {self.num_levels} does not divide the {depth} blocks")
         if not (self.tokenizer or self.demo or self.check_data):
             raise ValueError("--tokenizer FILE is needed, VQ-KD's: docs/ddae_beitv2.md says where it is")
 
 
-# Grey: ids of drawn colours would teach nothing but colours.
+# Grey: what colours an image has is easily predicted, and says little of its shapes.
 DEMO = {"data": "shapes", "img_size": (25, 25), "in_chans": 1, "model": "nano", "patch_size": 5,
-        "num_levels": 2, "layer_scale": 1.0, "initial": "mae", "epochs": 1.4, "batch_size": 32, "lr": 2e-3,
-        "log_every": 25}
+        "num_levels": 2, "layer_scale": 1.0, "initial": "mae", "epochs": 1.6, "batch_size": 32, "lr": 2e-3}
 
 
 def presets(flags):
@@ -170,14 +167,13 @@ def load_tokenizer(path, cfg, device="cpu"):
 
 @torch.no_grad()
 def make_tokenizer(cfg, run, images):
-    """--demo, in place of VQ-KD: nothing is trained. A nano ViT with random weights, without positions and
-    blind to a patch's mean, makes codes of images (B, C, H, W); less their mean, 64 of them at random are the
-    codebook."""
+    """--demo, in place of VQ-KD: nothing is trained. A nano ViT with random weights, blind to positions and a
+    patch's mean, makes codes of images (B, C, H, W); less their mean, 64 at random are the codebook."""
     torch.manual_seed(cfg.seed)
     tokenizer = Tokenizer("nano", cfg.grid, cfg.patch_size, cfg.in_chans, vocab_size=64)
-    tokenizer.encoder.pos_embed.zero_()
     kernel = tokenizer.encoder.patch_embed.proj.weight
-    kernel -= kernel.mean((2, 3), keepdim=True)
+    kernel.sub_(kernel.mean((2, 3), keepdim=True)).mul_(4)
+    tokenizer.encoder.pos_embed.zero_()
     codes = tokenizer.codes(run.normalize.undo(images).cpu()).flatten(0, 1)
     tokenizer.encode_task_layer[2].bias -= codes.mean(0)
     tokenizer.quantize["embedding"].weight.copy_((codes - codes.mean(0))[torch.randperm(len(codes))[:64]])
@@ -190,9 +186,8 @@ def make_tokenizer(cfg, run, images):
 
 def token_loss(logits, target):
     """Cross-entropy of each hidden patch: logits (K, B, n, V), target (B, n) -> (K, B, n) float32"""
-    target = target.expand(len(logits), -1, -1)
-    error = F.cross_entropy(logits.float().flatten(0, 2), target.flatten(), reduction="none")
-    return error.view(target.shape)
+    ids = target.flatten().repeat(len(logits))
+    return F.cross_entropy(logits.float().flatten(0, 2), ids, reduction="none").view(logits.shape[:3])
 
 
 def sum_of_levels(error, weight):
