@@ -107,7 +107,8 @@ def network_shown(weights):
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         L = weights["pos_embed"].shape[1] - 1 if table is None else (table_side(table) or 0) ** 2
         side, prefix = math.isqrt(L), "" if table is None else "beit_"
-        beit = "lm_head.weight" in weights  # as pre-trained, on images normalised by 0.5
+        # As pre-trained: BEiT on images normalised by 0.5, BEiT-v2, which has an aggregation, by ImageNet's.
+        beit = "lm_head.weight" in weights and "cls_pt_layers.0.norm1.weight" not in weights
         colours = dict.fromkeys(("mean", "std"), (0.5,) * 3) if beit else {}
         for size, (dim, blocks, _) in VIT_SIZES.items():
             if (dim, blocks, side**2) == (D, depth, L):

@@ -10,6 +10,7 @@ from conftest import run_script
 import beit
 import common
 import transfer_seg_det
+import weights as files
 from common import UserError
 
 TABLE = f"rel_pos_bias.{beit.TABLE}"
@@ -172,3 +173,11 @@ def test_a_detectors_windows_attend_as_small_images():
             there = found[:, y : y + 2, x : x + 2].flatten(1, 2)
             torch.testing.assert_close(there, plain(window, small), atol=1e-5, rtol=1e-5)
     assert encoder(torch.randn(1, 3, 32, 32))[0].shape == (1, 192, 4, 4)
+
+
+def test_pre_trained_files_say_how_their_images_were_normalised():
+    """BEiT's by 0.5, BEiT-v2's, with its aggregation, by ImageNet's values, which are the default."""
+    state = beit.RelPosViT("nano", (32, 32), 4).state_dict() | {"lm_head.weight": torch.zeros(8, 128)}
+    assert files.network_shown(state)["mean"] == (0.5,) * 3
+    second = files.network_shown(state | {"cls_pt_layers.0.norm1.weight": torch.ones(128)})
+    assert second["model"] == "beit_nano" and "mean" not in second
