@@ -212,21 +212,25 @@ class Bench:
         if file.exists() and file.read_text() != settings:
             sys.exit(f"{self.out} has runs of another scale or of other images: give another --out")
         file.write_text(settings)
-        self.few = self.out / "few.npz"
-        if not self.few.exists():
-            spaced = np.linspace(0, len(train), 2000, endpoint=False).astype(int)
-            np.savez(self.few, images=images[train[spaced]])
-        self.labelled = self.out / "labelled.npz"  # what the read-outs learn from
-        if not self.labelled.exists():
-            first = train[: self.scale["images"]]
-            if len(np.unique(labels[first])) < len(np.unique(labels)):  # they lie class by class
-                first = train[np.linspace(0, len(train), len(first), endpoint=False).astype(int)]
-            if len(np.unique(labels[first])) < len(np.unique(labels)):
-                sys.exit(f"{self.data}: {len(first):,} evenly spaced training images lack a class")
-            keep = np.concatenate([first, np.flatnonzero(split == 1)])
-            with open(self.out / "labelled.tmp", "wb") as file:
-                np.savez(file, images=images[keep], labels=labels[keep], split=split[keep])
-            os.replace(self.out / "labelled.tmp", self.labelled)
+        first = train[: self.scale["images"]]
+        if len(np.unique(labels[first])) < len(np.unique(labels)):  # they lie class by class
+            first = evenly(train, len(first))
+        if len(np.unique(labels[first])) < len(np.unique(labels)):
+            sys.exit(f"{self.data}: {len(first):,} evenly spaced training images lack a class")
+        self.train, self.labelled = train, first  # the latter: what the read-outs learn from
+
+    def part(self, name, train):
+        """Path of out/NAME.npz: of --data the training images with these numbers, and all test images."""
+        path = self.out / f"{name}.npz"
+        with self.locks[path.name]:
+            if not path.exists():
+                with np.load(self.data) as data:
+                    keep = np.concatenate([train, np.flatnonzero(data["split"] == 1)])
+                    arrays = {name: data[name][keep] for name in ("images", "labels", "split")}
+                with open(path.with_suffix(".tmp"), "wb") as file:
+                    np.savez(file, **arrays)
+                os.replace(path.with_suffix(".tmp"), path)
+        return path
 
     def run(self, name, command):
         """One script into out/name, unless that is done: its file `done` names the commit."""
@@ -257,12 +261,13 @@ class Bench:
             other, file = file.split("/")
             start += [flag, self.pretrain(other, seed).with_name(file)]
         model = ["--model", scale["model"]] if name != "tokenizer" else []
+        few = self.part("few", evenly(self.train, 2000)) if "{few}" in arm.flags else None
         self.run(f"{name}/{seed}", [arm.script, "--data", self.data, *self.shape, *model, "--batch_size",
                                     scale["batch"],
                                     "--epochs", f"{self.epochs:.6g}", "--warmup_epochs",
                                     f"{self.epochs / 10:.6g}",
                                     "--pictures", 0, "--seed", seed, *start,
-                                    *arm.flags.format(half=f"{self.epochs / 2:.4g}", few=self.few).split()])
+                                    *arm.flags.format(half=f"{self.epochs / 2:.4g}", few=few).split()])
         return self.out / name / str(seed) / "run/encoder.pth"
 
     def read_out(self, name, seed, ways):
@@ -278,30 +283,16 @@ class Bench:
             shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none",
                      "--layer_decay", 1]
         for way in ways:
-            epochs, data = ["--epochs", self.scale["tune_epochs"]], self.labelled
+            epochs, share = ["--epochs", self.scale["tune_epochs"]], SHARES.get(way, 1.0)
+            images = evenly(self.labelled, int(share * len(self.labelled)))
+            data = self.part("labelled" if share == 1.0 else f"labelled_{share:g}", images)
             if way in readings.PROBES:
                 epochs = []
             elif way in SHARES:  # the same number of updates, whatever the share
-                data, images = self.share(SHARES[way])
-                epochs = self.scale["tune_updates"] * 64 / images
+                epochs = self.scale["tune_updates"] * 64 / len(images)
                 epochs = ["--epochs", epochs, "--warmup_epochs", epochs / 10]
             words = ["finetune.py", "--data", data, *shape, *WAYS[way].split(), *epochs, "--seed", seed]
             self.run(f"{name}/{seed}_{way}", words)
-
-    def share(self, part):
-        """Path of an .npz with evenly spaced training images and all test images, and the number of the
-        former."""
-        path = self.out / f"labelled_{part:g}.npz"
-        with self.locks[path.name]:
-            if not path.exists():
-                with np.load(self.labelled) as data:
-                    images, labels, split = (data[name] for name in ("images", "labels", "split"))
-                train = np.flatnonzero(split == 0)
-                train = train[np.linspace(0, len(train), int(part * len(train)), endpoint=False).astype(int)]
-                keep = np.concatenate([train, np.flatnonzero(split == 1)])
-                np.savez(path, images=images[keep], labels=labels[keep], split=split[keep])
-            with np.load(path) as data:
-                return path, int((data["split"] == 0).sum())
 
     def read_log(self, run):
         """Lines of a finished run, each with its commit; none of another."""
@@ -327,6 +318,11 @@ class Bench:
                 found[name, seed][way] = lines[-1]["eval/top1"]
                 commits.add(lines[-1]["commit"])
         return found, commits
+
+
+def evenly(numbers, n):
+    """n evenly spaced ones of them."""
+    return numbers[np.linspace(0, len(numbers), n, endpoint=False).astype(int)]
 
 
 def git_commit():

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -221,7 +222,8 @@ def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
         return {path: path.stat().st_mtime_ns for path in out.glob("*/*/output.txt")}
 
     before = finished()
-    (out / "scratch/0_finetune/done").unlink()  # as if it had been stopped
+    (out / "scratch/0_finetune/done").unlink()  # as if it had been stopped, before its log was kept
+    (tmp_path / "logs/scratch.jsonl.gz").unlink()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--no_runs"])
     replicate.main()
     assert finished() == before and "scratch" not in (tmp_path / "table.md").read_text().split("| run |")[1]
@@ -230,6 +232,7 @@ def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
     again = {path.parent.parent.name for path, time in finished().items() if time != before[path]}
     assert again == {"scratch"}
     assert (tmp_path / "table.md").read_text() == table
+    (tmp_path / "logs/mae.jsonl.gz").rename(tmp_path / "mae.jsonl.gz")
     (out / "mae/0_finetune/done").unlink()
     (out / "mae/0_finetune/run/log.jsonl").unlink()
     (out / "labelled.npz").write_bytes(b"broken")
@@ -239,6 +242,11 @@ def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [*map(str, command), *flags])
         with pytest.raises(SystemExit, match=words):
             replicate.main()
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    shutil.copyfile(tmp_path / "mae.jsonl.gz", tmp_path / "logs/mae.jsonl.gz")
+    shutil.rmtree(out)  # logs alone are as good
+    replicate.main()
+    assert not finished() and (tmp_path / "table.md").read_text() == table
 
 
 @pytest.mark.parametrize("name", throughput.METHODS)
