@@ -21,6 +21,7 @@ from common import VIT_SIZES, UserError, ViT, interpolate, print0
 
 TABLE = "relative_position_bias_table"
 BEIT_SIZES = [f"beit_{size}" for size in VIT_SIZES]
+PRETRAINING = ("lm_head.", "cls_pt_layers.")  # how names start of what BEiT and BEiT-v2 only pre-train with
 
 
 def relative_index(grid):

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from augment import erase_and_mix, repeated_keys, training_batches
-from beit import BEIT_SIZES, TABLE, RelPosViT
+from beit import BEIT_SIZES, PRETRAINING, TABLE, RelPosViT
 from common import (
     NETWORK,
     VIT_SIZES,
@@ -341,8 +341,7 @@ def load_model(cfg, num_classes):
             model.norm_the_mean()
             cfg.pool = model.pool
             print0(f"{cfg.weights} is fine-tuned: read out as then, by its norm of the mean token (pool avg)")
-        ignore = ["decoder", "mask_token", "fuse_", "lm_head.", "cls_pt_layers.", "head.", "fc.",
-                  *model.unused_names]
+        ignore = ["decoder", "mask_token", "fuse_", *PRETRAINING, "head.", "fc.", *model.unused_names]
         ignore += [] if "fc_norm.weight" in model.state_dict() else ["fc_norm."]  # kept if both have it
         missing = ("head.", "fc_norm.", "fc.", *getattr(model, "idle_names", ()))
         load_weights(model, cfg.weights, missing, ignore, content=content)

@@ -47,7 +47,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 import overlay
 import transfer_data as data
-from beit import BEIT_SIZES, TABLE, RelPosViT
+from beit import BEIT_SIZES, PRETRAINING, TABLE, RelPosViT
 from coco import CocoScenes, DrawnScenes, average_precision, coco_results, coco_truth
 from common import (
     NETWORK,
@@ -779,8 +779,9 @@ def train(cfg, run, script=sys.modules[__name__]):
     if cfg.weights != "none":
         content = read_file(cfg.weights)
         prefix = {"seg": "encoder.", "det": "model.backbone.encoder."}.get(network_of(content).get("task"))
-        others = ("head.", "fc", "decoder", "mask_token", "lm_head.", "cls_pt", *model.encoder.unused_names)
-        load_weights(model.encoder, cfg.weights, ("norms.",), others, prefix, content)
+        others = ("head.", "fc_norm.", "fc.", "decoder", "mask_token", *PRETRAINING)
+        load_weights(model.encoder, cfg.weights, ("norms.",), (*others, *model.encoder.unused_names), prefix,
+                     content)
     run.start(len(source), f"lr {cfg.lr:.3g}", steps, cfg.warmup_iters)
     if cfg.task == "det" and held_out.most > cfg.max_detections:
         print0(f"an image to evaluate has {held_out.most} objects, more than --max_detections "

@@ -388,7 +388,7 @@ def save_pictures(path, model, examples, run):
 
 
 def load_initial(model, cfg):
-    """--generator_init, refused where it is known not to predict raw pixels, and --discriminator_init."""
+    """--generator_init, refused where it is known not to predict raw pixels, and --discriminator_init"""
     if cfg.generator_init:
         path, content = cfg.generator_init, read_file(cfg.generator_init)
         names, config = weights_of(content, "generator.").keys(), content.get("config")
@@ -402,12 +402,17 @@ def load_initial(model, cfg):
                      ignore=("head.", "fc_norm."), prefix="generator.", content=content)
         if decoder and target is None:
             print0(f"{path} does not say whether it predicts raw pixels; if not: --generator_warmup_epochs")
+    load_discriminator(model, cfg)
+
+
+def load_discriminator(model, cfg, others=()):
+    """--discriminator_init; others: how names start of more weights that it has no use for."""
     if cfg.discriminator_init:
         content = read_file(cfg.discriminator_init)
         own = "discriminator.norm.weight" in weights_of(content, "")  # our last.pth: with the heads
         unused = [f"heads.{level}" for level in LEVELS["both"] if level not in LEVELS[cfg.levels]]
         load_weights(model.discriminator, cfg.discriminator_init, allow_missing=("heads.",),
-                     ignore=("decoder", "mask_token", "head.", "fc_norm.", *unused),
+                     ignore=("decoder", "mask_token", "head.", "fc_norm.", *others, *unused),
                      prefix="discriminator." if own else None, content=content)
 
 

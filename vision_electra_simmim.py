@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from beit import TABLE, RelPosViT
+from beit import PRETRAINING, TABLE, RelPosViT
 from common import (
     VIT_SIZES,
     RandomResizedCrop,
@@ -61,7 +61,14 @@ from common import (
     weights_of,
 )
 from swin import SIZES, Swin
-from vision_electra import VisionElectra, save_pictures, train_step, train_warm_start, watch_for_collapse
+from vision_electra import (
+    VisionElectra,
+    load_discriminator,
+    save_pictures,
+    train_step,
+    train_warm_start,
+    watch_for_collapse,
+)
 
 
 @dataclass
@@ -225,18 +232,12 @@ class SimMIMElectra(VisionElectra):
 
 def load_initial(model, cfg):
     """--generator_init and --discriminator_init"""
-    others = ("head.", "fc_norm.", "lm_head.", "cls_pt_layers.")
     if path := cfg.generator_init:
         content = read_file(path)
         decoder = any("decoder" in name for name in weights_of(content, "generator."))
         load_weights(model.generator, path, allow_missing=() if decoder else ("decoder", "mask_token"),
-                     ignore=others, prefix="generator.", content=content)
-    if path := cfg.discriminator_init:
-        content = read_file(path)
-        own = "discriminator.norm.weight" in weights_of(content, "")  # our last.pth: with the heads
-        load_weights(model.discriminator, path, allow_missing=("heads.",),
-                     ignore=("decoder", "mask_token", *others), prefix="discriminator." if own else None,
-                     content=content)
+                     ignore=("head.", "fc_norm.", *PRETRAINING), prefix="generator.", content=content)
+    load_discriminator(model, cfg, PRETRAINING)
 
 
 def train(cfg, run):
