@@ -165,9 +165,11 @@ class CLIPTower(ViT):
     def class_attention(self, x):
         """Tokens (B, 1 + L, D) before the last block -> what its class token pays to each patch, mean over
         heads: (B, L) float32; their sum is 1 less what it pays to itself."""
-        attn = self.blocks[-1].attn
-        q, k, _ = attn.qkv(self.blocks[-1].norm1(x)).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
-        scores = torch.einsum("bhd,bnhd->bhn", q[:, 0] * q.shape[-1] ** -0.5, k)
+        attn, x = self.blocks[-1].attn, self.blocks[-1].norm1(x)
+        (q_weight, k_weight, _), (q_bias, k_bias, _) = attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3)
+        q = F.linear(x[:, 0], q_weight, q_bias).unflatten(1, (attn.num_heads, -1))  # of the class token alone
+        k = F.linear(x, k_weight, k_bias).unflatten(2, (attn.num_heads, -1))
+        scores = torch.einsum("bhd,bnhd->bhn", q * q.shape[-1] ** -0.5, k)
         return scores.float().softmax(-1)[..., 1:].mean(1)
 
     @torch.no_grad()

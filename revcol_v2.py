@@ -393,8 +393,8 @@ class RevColV2(nn.Module):
         flat layout lacks of the fine ones, its pixels repeat"""
         grid, maps = patch_grid(images.shape[2:], self.patch_size), []
         for x, k, wanted in zip(self.levels(images), self.per_cell, PYRAMID, strict=True):
-            side = math.isqrt(wanted // k)
-            maps.append(to_map(x, k, grid).repeat_interleave(side, 2).repeat_interleave(side, 3))
+            x, side = to_map(x, k, grid), math.isqrt(wanted // k)
+            maps.append(F.interpolate(x, scale_factor=side) if side > 1 else x)
         return [*maps[:TOP], F.max_pool2d(maps[TOP], 2, ceil_mode=True)]
 
     def layer_id(self, name):

@@ -171,8 +171,9 @@ class PixelDecoder(nn.Module):
         positions = [sine_positions(grid, x.shape[1], device) + level
                      for grid, x, level in zip(grids, others, self.level_embed, strict=True)]
         x = torch.cat([x.flatten(2) for x in others], dim=2).transpose(1, 2)  # (B, N, D)
+        positions, places = torch.cat(positions), torch.cat(places)
         for layer in self.layers:
-            x = layer(x, torch.cat(positions), torch.cat(places), grids)
+            x = layer(x, positions, places, grids)
         others = x.split([h * w for h, w in grids], dim=1)
         last = others[-1].transpose(1, 2).unflatten(2, grids[-1])
         lateral = self.lateral(finest)
