@@ -1,8 +1,8 @@
 """Vision ELECTRA with SimMIM as its generator, and SimMIM's ViT or a Swin Transformer as its discriminator.
 
 Extends vision_electra.py, whose losses, levels, update and pictures it uses; read that first. The abstract
-names SimMIM beside MAE as the generator and Swin beside ViT as the discriminator; a review says that the
-discriminator started from SimMIM's ViT-B. SimMIM: Xie et al., CVPR 2022, arXiv 2111.09886.
+names MAE and SimMIM as generators, ViT and Swin as discriminators; a review says that the discriminator
+started from SimMIM's ViT-B. SimMIM: Xie et al., CVPR 2022, arXiv 2111.09886.
 
 Idea. SimMIM hides cells of 32 x 32 pixels, each 2 x 2 patches of a ViT and one position of a Swin's last
 map. Its encoder sees all tokens, a learned one in place of those that are hidden; one linear layer predicts

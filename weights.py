@@ -140,7 +140,7 @@ def adopt(content, path):
         rest = [name for name in PLACES if name != place and is_state(content.get(name))] + prefixes[1:]
         tell(f"{path}: the network is taken from {place or 'the file'}{f' ({prefix})' if prefix else ''}; "
              f"the file also holds: {', '.join(rest) or 'nothing'}")
-    decoder = "decoder.0." if prefix == "encoder." else prefix  # SimMIM's stands beside its encoder
+    decoder = "decoder.0." if prefix == "encoder." else prefix  # SimMIM's has a prefix of its own
     weights = {name.removeprefix(prefix): value for name, value in weights.items()
                if name.startswith((prefix, decoder))}
     try:

@@ -32,7 +32,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def file_of_simmim(theirs, tmp_path_factory):
-    """As its authors write it: names with a prefix, beside them the decoder, all below "model"."""
+    """As its authors write it: names with a prefix, and the decoder, all below "model"."""
     path = tmp_path_factory.mktemp("simmim") / "simmim.pth"
     weights = {f"encoder.{name}": value for name, value in theirs.state_dict().items()}
     weights |= {"encoder.mask_token": torch.randn(1, 1, 128), "decoder.0.weight": torch.randn(192, 128, 1, 1),

@@ -50,8 +50,8 @@ def test_masks_hide_exactly_their_share_in_blocks(img_size, patch_size, n):
     masks = torch.stack([ddae.sample_mask(cfg) for _ in range(200)]) > 0
     assert (masks.sum(1) == n).all() and len(masks.unique(dim=0)) > 100
     grid = masks.view(200, *cfg.grid).float()
-    beside = (grid[:, :, 1:] * grid[:, :, :-1]).mean() / grid.mean()  # a hidden patch's neighbour is hidden
-    assert beside > 1.5 * n / math.prod(cfg.grid)
+    pairs = (grid[:, :, 1:] * grid[:, :, :-1]).mean() / grid.mean()  # a hidden patch's neighbour is hidden
+    assert pairs > 1.5 * n / math.prod(cfg.grid)
 
 
 # ---- student

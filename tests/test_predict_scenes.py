@@ -125,7 +125,7 @@ def test_written_results_have_the_ap_of_the_evaluation(scenes, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("detector, masks", [("mask_rcnn", False), ("cascade", False), ("cascade", True)])
-def test_detectors_with_and_without_masks_train_evaluate_and_predict(scenes, tmp_path, detector, masks):  # noqa: F811
+def test_detectors_train_evaluate_and_predict(scenes, tmp_path, detector, masks):  # noqa: F811
     shutil.copytree(scenes / "coco", tmp_path / "coco")
     for path in () if masks else (tmp_path / "coco/annotations").glob("*.json"):
         content = json.loads(path.read_text())
