@@ -38,9 +38,7 @@ def test_one_graph_and_the_same_losses(compiled, unbroken, script):
     assert losses(out) == pytest.approx(losses(unbroken / script), rel=1e-4)
 
 
-# mff_feature.py, ddae_beitv2.py and vision_electra_simmim.py have not been run so yet.
-@pytest.mark.parametrize("script", [name for name in COMMANDS if not name.startswith(
-    ("mff_feature", "ddae_beitv2", "vision_electra_simmim"))])
+@pytest.mark.parametrize("script", COMMANDS)
 def test_compiled_in_two_processes(small_npz, tmp_path, script):
     if "MINMIM_SLOW_TESTS" not in os.environ or not shutil.which("g++"):
         pytest.skip("needs minutes and a C++ compiler: set MINMIM_SLOW_TESTS=1")
