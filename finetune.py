@@ -42,17 +42,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from augment import erase_and_mix, repeated_keys, training_batches
-from beit import BEIT_SIZES, PRETRAINING, TABLE, RelPosViT
+from backbones import MODELS, Classifier, family, make_classifier
+from beit import PRETRAINING, TABLE
 from common import (
     NETWORK,
-    VIT_SIZES,
-    ResNet50,
     RunConfig,
     UserError,
-    ViT,
     adamw,
     batch_statistics,
-    drop_path,
     launch,
     load_weights,
     network_of,
@@ -69,11 +66,8 @@ from common import (
     weights_of,
 )
 from evaluate import batches_of_features, eval_batches, evaluate, extract, knn, write_features
-from revcol_v2 import SIZES, RevColV2, cell_grid
+from revcol_v2 import cell_grid
 from sources import open_held_out, open_labelled
-from swin import SWIN_SIZES, Swin
-
-MODELS = (*VIT_SIZES, *BEIT_SIZES, *SWIN_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
 
 
 @dataclass
@@ -181,11 +175,6 @@ DEMO = {"data": "shapes", "img_size": (32, 32), "model": "nano", "patch_size": 4
 DEMO_RECIPES = {"finetune": "demo", "linear": "demo_linear"}
 
 
-def family(model):
-    kinds = {"resnet50": "ResNet", "revcol": "RevColV2", "swin": "Swin"}
-    return kinds.get(model.split("_")[0], "ViT")
-
-
 def presets(flags):
     """Defaults by --mode, --recipe and --demo, then by what the file of weights says."""
     usual = DEMO_RECIPES if flags.demo else {"linear": "linear_mae"}  # without one: the fields' defaults
@@ -216,123 +205,10 @@ def presets(flags):
 # ---- model -------------------------------------------------------------------------------------------------
 
 
-def make_head(features, num_classes, cfg):
-    """The classifier; for a frozen network after BatchNorm without affine parameters (MAE's protocol)."""
-    if cfg.mode in ("knn", "layers", "features"):
-        return nn.Identity()
-    linear = nn.Linear(features, num_classes)
-    nn.init.trunc_normal_(linear.weight, std=0.02 * cfg.head_init)
-    nn.init.zeros_(linear.bias)
-    if cfg.mode == "finetune":
-        return linear
-    return nn.Sequential(nn.BatchNorm1d(features, affine=False, eps=1e-6), linear)
-
-
-def classify(model, images):
-    """(B, C, H, W) -> scores (B, classes)"""
-    return model.head(model.features(images))
-
-
-class Classifier(ViT):
-    """ViT with a linear head on one vector per image. unused_names: of a file of weights."""
-
-    unused_names = ()
-
-    def __init__(self, cfg, num_classes):
-        super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path)
-        self.pool = cfg.pool
-        self.init_weights()
-        self.head = make_head(self.embed_dim, num_classes, cfg)
-        self.fc_norm = nn.Identity()
-        if cfg.pool == "avg" and cfg.mode == "finetune":
-            self.norm_the_mean()
-
-    def norm_the_mean(self):
-        """Read out by the LayerNorm of the mean, as MAE fine-tunes, not the mean of normalised tokens."""
-        self.pool, self.unused_names = "avg", ("norm.",)
-        self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.embed_dim, eps=1e-6)
-
-    def features(self, images):
-        """(B, C, H, W) -> (B, D): whole images, no masking, deterministic in eval mode."""
-        x = super().forward(images)
-        return self.fc_norm(x[:, 1:].mean(1) if self.pool == "avg" else x[:, 0])
-
-    forward = classify
-
-
-class BeitClassifier(Classifier, RelPosViT):
-    """The same for a ViT with relative positions."""
-
-
-class RevColClassifier(RevColV2):
-    """The same for RevColV2: on the last column after a fresh LayerNorm, or the last bottom-up one."""
-
-    def __init__(self, cfg, num_classes):
-        finetune, memory = cfg.mode == "finetune", "column" if cfg.recompute else "plain"
-        super().__init__(cfg.model.removeprefix("revcol_"), cfg.img_size, cfg.patch_size, cfg.in_chans,
-                         cfg.drop_path, cfg.columns, memory, "top" if finetune else "bottom_up")
-        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6) if finetune else nn.Identity()
-        self.head = make_head(self.embed_dim, num_classes, cfg)
-
-    def features(self, images):
-        """(B, C, H, W) -> (B, D)"""
-        return self.fc_norm(super().features(images))
-
-    forward = classify
-
-
-class SwinClassifier(Swin):
-    """The same for Swin, under torchvision's names: `head` on the mean of the last map."""
-
-    unused_names = ()
-
-    def __init__(self, cfg, num_classes):
-        super().__init__(cfg.model, cfg.patch_size, cfg.swin_window, cfg.in_chans, cfg.drop_path)
-        self.head = make_head(self.embed_dim, num_classes, cfg)
-
-    def features(self, images):
-        """(B, C, H, W) -> (B, D)"""
-        return self.last_map(images).mean((1, 2))
-
-    forward = classify
-
-
-class ResNetClassifier(ResNet50):
-    """The same for ResNet-50, under torchvision's names: `fc` on the mean of the last map."""
-
-    unused_names, layer_id = (), None  # no layer-wise decay
-
-    def __init__(self, cfg, num_classes):
-        super().__init__(cfg.resnet_width, cfg.in_chans)
-        self.fc = make_head(self.embed_dim, num_classes, cfg)
-        self.to(memory_format=torch.channels_last)
-        ends = [module for name, module in self.named_modules() if name.endswith("bn3")]  # of the branches
-        for i, norm in enumerate(ends):
-            rate = cfg.drop_path * i / (len(ends) - 1)
-            norm.register_forward_hook(lambda norm, _, x, rate=rate: drop_path(x, rate, norm.training))
-
-    @property
-    def head(self):
-        return self.fc
-
-    def features(self, images):
-        """(B, C, H, W) -> (B, D)"""
-        return super().forward(images).mean((2, 3))
-
-    forward = classify
-
-
-def make_model(cfg, num_classes):
-    classifiers = {"ViT": Classifier, "ResNet": ResNetClassifier, "RevColV2": RevColClassifier,
-                   "Swin": SwinClassifier}
-    classifier = BeitClassifier if cfg.model in BEIT_SIZES else classifiers[family(cfg.model)]
-    return classifier(cfg, num_classes)
-
-
 def load_model(cfg, num_classes):
     """The network with --weights; all of it learns or, in a probe, the head alone."""
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg, num_classes)
+    model = make_classifier(cfg, num_classes)
     if cfg.weights != "none":
         content = read_file(cfg.weights)
         names = weights_of(content).keys()
@@ -475,8 +351,8 @@ def train(cfg, run):
         from predict import evaluate_file, predict_images
 
         if cfg.mode == "predict":
-            return predict_images(cfg, run, make_model)
-        return evaluate_file(cfg, run, make_model, report)
+            return predict_images(cfg, run)
+        return evaluate_file(cfg, run, report)
     source, held_out = open_sets(cfg).values()
     run.fit_batch(source, max(16, 2 * cfg.repeats), 0.0 if cfg.mode in ("linear", "layers") else 0.5)
     if cfg.mode == "finetune" and split_batch(cfg.batch_size, cfg.micro_batch, run.world_size)[0] < 2:

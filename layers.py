@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from backbones import make_head
 from common import ResNet50, UserError, ViT, epoch_order, print0, set_lr, warmup_cosine, write_atomically
 from draw import chart
 from evaluate import batches_of_features, evaluate, extract, knn_scores
-from finetune import LARS, loss_of, make_head  # a second copy of it, as it runs as __main__: harmless
+from finetune import LARS, loss_of  # a second copy of it, as it runs as __main__: harmless
 from predict import write_csv
 
 LIMIT = 8  # GiB of features; while they are gathered, there are two copies

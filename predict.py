@@ -10,6 +10,7 @@ import io
 
 import torch
 
+from backbones import make_classifier
 from common import (
     UserError,
     load_weights,
@@ -27,7 +28,7 @@ from sources import open_held_out
 TOP = 5  # classes per image in the CSV file
 
 
-def load_finished(cfg, make_model):
+def load_finished(cfg):
     """--weights -> (the classifier, names of its classes, whether the file names them)."""
     content = read_file(cfg.weights)
     weights, built = weights_of(content, ""), copy.copy(cfg)
@@ -36,7 +37,7 @@ def load_finished(cfg, make_model):
         raise UserError(f"{cfg.weights} has no classifier: train one, finetune.py --weights {cfg.weights}")
     n, names = len(weights[heads[0]]), network_of(content).get("classes")
     built.mode = "linear" if ".1." in heads[0] else "finetune"  # whose head begins with BatchNorm
-    model = make_model(built, n)
+    model = make_classifier(built, n)
     load_weights(model, cfg.weights, getattr(model, "idle_names", ()), ("decoder", "mask_token"), "", content)
     return model.eval(), names or [str(i) for i in range(n)], names is not None
 
@@ -65,9 +66,9 @@ def write_confusion(out, classes, matrix):
     write_csv(out / "confusion.csv", [["class", *classes], *lines])
 
 
-def evaluate_file(cfg, run, make_model, report):
+def evaluate_file(cfg, run, report):
     """--mode evaluate: scores, per_class.csv and confusion.csv in --out."""
-    model, classes, named = load_finished(cfg, make_model)
+    model, classes, named = load_finished(cfg)
     source = open_evaluated(cfg, classes, named)
     classes = source.classes
     run.start(None)
@@ -93,10 +94,10 @@ def evaluate_file(cfg, run, make_model, report):
 
 
 @torch.inference_mode()
-def predict_images(cfg, run, make_model):
+def predict_images(cfg, run):
     """--predict: --out, a CSV file, with the most probable classes of each image that can be read."""
     path = new_file(cfg.out or "predictions.csv", ".csv")
-    model, classes, _ = load_finished(cfg, make_model)
+    model, classes, _ = load_finished(cfg)
     source, rows = open_data(cfg, "all"), []
     run.join()
     model.to(run.device)

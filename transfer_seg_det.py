@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
@@ -47,13 +46,12 @@ from torchvision.transforms.v2.functional import to_dtype
 
 import overlay
 import transfer_data as data
-from beit import BEIT_SIZES, PRETRAINING, TABLE, RelPosViT
+from backbones import MODELS, make_encoder
+from beit import BEIT_SIZES, PRETRAINING, TABLE
 from coco import CocoScenes, DrawnScenes, average_precision, coco_results, coco_truth
 from common import (
     NETWORK,
     VIT_SIZES,
-    Attention,
-    ResNet50,
     RunConfig,
     UserError,
     ViT,
@@ -70,16 +68,13 @@ from common import (
     read_file,
     read_recipe,
     remember_statistics,
-    resize_pos_embed,
     save_image_grid,
     set_lr,
     split_batch,
     training_keys,
 )
-from revcol_v2 import SIZES, RevColV2, cell_grid
-from swin import SWIN_SIZES, Swin
-
-MODELS = (*VIT_SIZES, *BEIT_SIZES, *SWIN_SIZES, "resnet50", *(f"revcol_{size}" for size in SIZES))
+from revcol_v2 import cell_grid
+from swin import SWIN_SIZES
 
 
 @dataclass
@@ -208,140 +203,6 @@ def presets(flags, script=sys.modules[__name__]):
     if "resnet50" in (flags.model, values.get("model")):
         values |= {"layer_decay": 1.0, "drop_path": 0.0}
     return values | ({"epochs": None} if flags.iters else {"iters": None} if flags.epochs else {})
-
-
-# ---- encoders ----------------------------------------------------------------------------------------------
-# Each has: forward(images (B, C, H, W)) -> its maps, finest first; channels and strides, one per map;
-# layer_id(name) for layer-wise decay; unused_names: first parts of names of weights that it has no use for.
-
-
-class ViTEncoder(ViT):
-    """A ViT for images of any size that its patches tile. UperNet takes four of its maps, not normalised."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path)
-        det, self.recompute, self.unused_names = cfg.task == "det", cfg.recompute, []
-        quarters = [self.depth * i // 4 for i in (1, 2, 3, 4)]  # numbers of blocks, from 1
-        uper = [round(self.depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]  # BEiT's, MAE's
-        self.taps = uper if cfg.head != "linear" and not det else [self.depth]
-        self.channels, self.strides = [self.embed_dim] * len(self.taps), [self.patch_size] * len(self.taps)
-        for number, block in enumerate(self.blocks, start=1):
-            if det and cfg.window and number not in quarters:
-                block.attn = WindowAttention(self.embed_dim, block.attn.num_heads, self.grid, cfg.window)
-        self.init_weights()
-        self.requires_grad_()  # positions, too
-        if cfg.head != "linear":
-            self.norm, self.unused_names = nn.Identity(), ["norm."]
-        if det:
-            self.cls_token, self.unused_names = None, ["norm.", "cls_token"]
-
-    def tokens(self, images, grid):
-        pos_embed = self.pos_embed if grid == self.grid else resize_pos_embed(self.pos_embed, self.grid, grid)
-        x = self.patch_embed(images) + pos_embed[:, 1:]
-        if self.cls_token is None:
-            return x
-        return torch.cat([(self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-
-    def biases(self, grid):
-        return [None] * self.depth
-
-    def forward(self, images):
-        h, w = grid = patch_grid(images.shape[2:], self.patch_size)
-        x, maps, again = self.tokens(images, grid), [], self.recompute and self.training
-        for number, (block, bias) in enumerate(zip(self.blocks, self.biases(grid), strict=True), start=1):
-            x = checkpoint(block, x, bias, use_reentrant=False) if again else block(x, bias)
-            if number in self.taps:
-                maps.append(self.norm(x)[:, -h * w :].transpose(1, 2).unflatten(2, grid))  # (B, D, h, w)
-        return maps
-
-
-class WindowAttention(Attention):
-    """Attention inside windows of side x side patches of a grid, without class token."""
-
-    def __init__(self, dim, num_heads, grid, side):
-        super().__init__(dim, num_heads)
-        self.grid, self.side = grid, side
-
-    def forward(self, x, bias=None):  # (B, h*w, D); bias of a window: see attend
-        (h, w), side, D = self.grid, self.side, x.shape[-1]
-        x = F.pad(x.unflatten(1, (h, w)), (0, 0, 0, -w % side, 0, -h % side))  # zeros on the right and below
-        x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)  # B, rows, columns, s, s, D
-        x = super().forward(x.reshape(-1, side * side, D), bias).view(x.shape)
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)
-
-
-class BeitEncoder(ViTEncoder, RelPosViT):
-    """The same with relative positions; a window has those of an image of its size."""
-
-    def tokens(self, images, grid):
-        x = self.patch_embed(images)
-        return x if self.cls_token is None else self.prepend_cls(x)
-
-    def biases(self, grid):
-        first = 1 if self.cls_token is None else 0
-        grids = [(block.attn.side,) * 2 if hasattr(block.attn, "side") else grid for block in self.blocks]
-        tables = {grid: self.rel_pos_bias(grid)[:, first:, first:] for grid in dict.fromkeys(grids)}
-        return [tables[grid] for grid in grids]
-
-
-class ResNetEncoder(ResNet50):
-    """The ends of the four stages. FCN: the last two stay on the second one's grid, with dilations 2 and 4
-    (the first block of each: 1 and 2, mmsegmentation's "contracted" dilation)."""
-
-    unused_names = ()
-
-    def __init__(self, cfg):
-        super().__init__(cfg.resnet_width, cfg.in_chans)
-        self.channels, self.strides = [4 * cfg.resnet_width * 2**i for i in range(4)], [4, 8, 16, 32]
-        if cfg.head == "fcn":
-            self.strides[2:] = [8, 8]
-            for stage, dilation in ((self.layer3, 2), (self.layer4, 4)):
-                stage[0].downsample[0].stride = (1, 1)
-                for i, block in enumerate(stage):
-                    d = dilation if i else dilation // 2
-                    block.conv2.stride, block.conv2.dilation, block.conv2.padding = (1, 1), (d, d), (d, d)
-        self.to(memory_format=torch.channels_last)
-
-    def layer_id(self, name):
-        return 0
-
-    def forward(self, images):
-        x, maps = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1), []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            maps.append(x)
-        return maps
-
-
-class SwinEncoder(Swin):
-    """The ends of the four stages, each after a LayerNorm of its own, as Swin's authors have it."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg.model, cfg.patch_size, cfg.swin_window, cfg.in_chans, cfg.drop_path)
-        self.channels = [self.embed_dim // 8 * 2**i for i in range(4)]
-        self.strides = [cfg.patch_size * 2**i for i in range(4)]
-        self.norm, self.unused_names = nn.Identity(), ["norm."]
-        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
-
-    def forward(self, images):
-        return [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, self.maps(images), strict=True)]
-
-
-class RevColEncoder(RevColV2):
-    """The four maps of RevColV2's last column, the top one pooled once more."""
-
-    def __init__(self, cfg):
-        size, memory = cfg.model.removeprefix("revcol_"), "column" if cfg.recompute else "plain"
-        super().__init__(size, cfg.img_size, cfg.patch_size, cfg.in_chans, cfg.drop_path, cfg.columns, memory)
-        self.strides = [self.patch_size * s // 4 for s in (1, 2, 4, 8)]
-
-    def forward(self, images):
-        return self.maps(images)
-
-
-def make_encoder(cfg):
-    encoders = {"resnet50": ResNetEncoder, "revcol": RevColEncoder, "beit": BeitEncoder, "swin": SwinEncoder}
-    return encoders.get(cfg.model.split("_")[0], ViTEncoder)(cfg)
 
 
 # ---- segmentation ------------------------------------------------------------------------------------------

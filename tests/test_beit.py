@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import run_script
 
+import backbones
 import beit
 import common
 import transfer_seg_det
@@ -141,7 +142,7 @@ def test_layers_of_the_decay():
 def dense_encoder(task, model):
     cfg = transfer_seg_det.Config(task=task, model=model, patch_size=8, img_size=(32, 32), window=2,
                                   weights="none")
-    return transfer_seg_det.make_encoder(cfg).eval()
+    return backbones.make_encoder(cfg).eval()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 64)])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import common
+from backbones import Classifier
 from common import UserError, ViT
-from finetune import Classifier
 
 
 def test_patchify_order_and_round_trip_on_a_rectangle():

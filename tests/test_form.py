@@ -36,15 +36,17 @@ IMPORTS = {
     "cim": {"common", "convert_dalle"},
     "augment": {"common"},
     "evaluate": {"common"},
-    "finetune": {"beit", "common", "revcol_v2", "swin", "augment", "evaluate", "sources"} | LAZY["finetune"],
-    "predict": {"common", "evaluate", "sources"},
-    "layers": {"common", "draw", "evaluate", "finetune", "predict"},
+    "backbones": {"beit", "common", "revcol_v2", "swin"},
+    "finetune": {"backbones", "beit", "common", "revcol_v2", "augment", "evaluate", "sources"}
+    | LAZY["finetune"],
+    "predict": {"backbones", "common", "evaluate", "sources"},
+    "layers": {"backbones", "common", "draw", "evaluate", "finetune", "predict"},
     "transfer_data": {"common"},
     "coco": {"common", "shapes", "transfer_data"},
     "overlay": {"transfer_data"},
     "cascade": set(),
-    "transfer_seg_det": {"beit", "common", "revcol_v2", "swin", "transfer_data", "coco", "overlay"}
-    | LAZY["transfer_seg_det"],
+    "transfer_seg_det": {"backbones", "beit", "common", "revcol_v2", "swin", "transfer_data", "coco",
+                         "overlay"} | LAZY["transfer_seg_det"],
     "transfer_mask2former": {"common", "transfer_data", "transfer_seg_det"},
     "predict_scenes": {"common", "transfer_data", "coco", "overlay", "predict"},
 }

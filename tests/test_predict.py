@@ -10,8 +10,9 @@ import torch
 from conftest import run_script
 from PIL import Image
 
+from backbones import make_classifier
 from common import UserError, parse_config
-from finetune import Config, make_model, presets
+from finetune import Config, presets
 from predict import load_finished
 from shapes import Shapes
 
@@ -106,7 +107,7 @@ def test_classifiers_of_other_code_give_their_own_answers(kind, tmp_path):
     elif kind == "probe":
         flags = "--mode linear --weights none --model tiny --img_size 64"
         cfg = parse_config(Config, presets, flags.split())
-        theirs = make_model(cfg, 7)
+        theirs = make_classifier(cfg, 7)
         theirs.head[0].running_mean.normal_()
         content = {"model": theirs.state_dict(), "meta": {
             "method": "finetune", "model": "tiny", "patch_size": 16, "img_size": (64, 64), "pool": "cls",
@@ -121,7 +122,7 @@ def test_classifiers_of_other_code_give_their_own_answers(kind, tmp_path):
         torch.save(content, tmp_path / "a.pth")
     flags = ["--mode", "evaluate", "--weights", str(tmp_path / "a.pth"), "--img_size", "64"]
     cfg = parse_config(Config, presets, flags)
-    ours, classes, named = load_finished(cfg, make_model)
+    ours, classes, named = load_finished(cfg)
     assert len(classes) == 7 and named == (kind == "probe")
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ from conftest import run_script
 from torchvision.models import SwinTransformer
 from torture import log
 
+import backbones
 import common
 import finetune
 import swin
@@ -79,7 +80,7 @@ def test_dense_tasks_read_the_stages(task, theirs, file, tmp_path):
     """Four maps, each after a LayerNorm that is new; a short run and the use of its file."""
     cfg = transfer.Config(task=task, model="swin_nano", patch_size=4, swin_window=2, img_size=(64, 64),
                           weights="none")
-    encoder = transfer.make_encoder(cfg).eval()
+    encoder = backbones.make_encoder(cfg).eval()
     with torch.no_grad():
         for norm in encoder.norms:
             norm.weight.uniform_(0.5, 2)

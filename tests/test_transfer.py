@@ -26,6 +26,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import masks_to_boxes
 from torture import log, same, state
 
+import backbones
 import coco
 import common
 import overlay
@@ -96,7 +97,7 @@ def test_vit_maps_equal_timms(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     images = torch.randn(2, 3, 32, 32)
     for head, taps, norm in (("uper", [0, 1, 2, 3], False), ("linear", [3], True)):
-        encoder = transfer.ViTEncoder(small("seg", "--head", head)).eval()
+        encoder = backbones.ViTEncoder(small("seg", "--head", head)).eval()
         common.load_weights(encoder, tmp_path / "timm.pth", ignore=("head.", *encoder.unused_names))
         expected = theirs.forward_intermediates(images, indices=taps, norm=norm, intermediates_only=True)
         assert len(expected) == len(encoder.channels) == len(encoder.strides)
@@ -108,7 +109,7 @@ def test_vit_maps_equal_timms(tmp_path):
 def test_resnet_maps_equal_torchvisions(tmp_path, head, dilate):
     theirs = resnet50(replace_stride_with_dilation=[False, dilate, dilate]).eval()
     torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
-    ours = transfer.ResNetEncoder(small("seg", "--model", "resnet50", "--head", head)).eval()
+    ours = backbones.ResNetEncoder(small("seg", "--model", "resnet50", "--head", head)).eval()
     common.load_weights(ours, tmp_path / "resnet.pth", ignore=("fc.",))
     images = torch.randn(1, 3, 64, 64)
     expected = create_feature_extractor(theirs, [f"layer{i}" for i in range(1, 5)])(images).values()
@@ -120,7 +121,7 @@ def test_resnet_maps_equal_torchvisions(tmp_path, head, dilate):
 @pytest.mark.parametrize("grid, side", [((8, 8), 4), ((7, 5), 3), ((2, 2), 5)])
 def test_window_attention_equals_a_loop_over_windows(grid, side):
     (h, w), x = grid, torch.randn(2, math.prod(grid), 8)
-    windowed, plain = transfer.WindowAttention(8, 2, grid, side), common.Attention(8, 2)
+    windowed, plain = backbones.WindowAttention(8, 2, grid, side), common.Attention(8, 2)
     plain.load_state_dict(windowed.state_dict())
     padded = torch.zeros(2, side * math.ceil(h / side), side * math.ceil(w / side), 8)
     padded[:, :h, :w] = x.unflatten(1, grid)
@@ -137,13 +138,13 @@ def test_taps_windows_and_sizes_of_maps():
     for size, taps, quarters in (("tiny", [4, 6, 8, 12], [3, 6, 9, 12]), ("nano", [1, 2, 3, 4], [1, 2, 3, 4]),
                                  ("large", [8, 12, 16, 24], [6, 12, 18, 24])):
         with torch.device("meta"):
-            assert transfer.ViTEncoder(small("seg", "--model", size)).taps == taps
-            encoder = transfer.ViTEncoder(small("det", "--model", size))
-        kinds = [type(block.attn) is transfer.WindowAttention for block in encoder.blocks]
+            assert backbones.ViTEncoder(small("seg", "--model", size)).taps == taps
+            encoder = backbones.ViTEncoder(small("det", "--model", size))
+        kinds = [type(block.attn) is backbones.WindowAttention for block in encoder.blocks]
         assert encoder.taps == quarters[-1:] and kinds == [i + 1 not in quarters for i in range(len(kinds))]
     for model, sizes in (("nano", [(6, 10)] * 4), ("revcol_nano", [(24, 40), (12, 20), (6, 10), (3, 5)])):
         for flag in ("--recompute", "--no-recompute"):
-            encoder = transfer.make_encoder(small("seg", "--model", model, flag))
+            encoder = backbones.make_encoder(small("seg", "--model", model, flag))
             assert [tuple(x.shape[2:]) for x in encoder(torch.randn(2, 3, 24, 40))] == sizes
     for model in ("tiny", "resnet50"):
         cfg = config("--weights", "none", "--task", "det", "--img_size", 64, "--model", model)
