@@ -77,8 +77,8 @@ SIZES = {  # channels and blocks of the four levels, channels of a head, tokens 
     "tiny": ((32, 64, 128, 128), (1, 1, 2, 3), 32, PYRAMID),
     "base": ((48, 96, 448, 448), (1, 1, 4, 5), 64, PYRAMID),
     "large": ((64, 128, 768, 768), (1, 1, 5, 6), 64, PYRAMID),
-    "nano_flat": ((48,) * 4, (1, 1, 1, 2), 24, FLAT),
-    "tiny_flat": ((96,) * 4, (2, 2, 2, 2), 32, FLAT),
+    "nano_flat": ((60,) * 4, (1, 1, 1, 2), 30, FLAT),
+    "tiny_flat": ((96,) * 4, (3, 3, 3, 3), 32, FLAT),
     "base_flat": ((384,) * 4, (3, 3, 3, 3), 64, FLAT),
 }
 TOP = 3

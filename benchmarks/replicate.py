@@ -127,6 +127,8 @@ def arms(scale):
         "ve": Arm("vision_electra.py", ve, continued),
         "ve_half": Arm("vision_electra.py", f"{ve} --gan_weight 0.5", continued),
         "revcol": Arm("revcol_v2.py", f"--base_lr {scale['revcol']} --memory plain"),
+        "revcol_flat": Arm("revcol_v2.py", f"--base_lr {scale['revcol']} --memory plain "
+                                           f"--model {scale['model']}_flat"),
         "scratch": Arm(None, ""),
         "resnet_scratch": Arm(None, "--model resnet50 --resnet_width 16 --img_size 64"),
         "revcol_scratch": Arm(None, f"--model revcol_{scale['model']}"),
@@ -177,6 +179,8 @@ CLAIMS = [
     Claim("ve", "a weight of 0.2 beats 0.5", "VE, supplement: +6.7", "ve", "ve_half"),
     Claim("revcol", "pre-training beats random weights", "RevColV2, supplement 2.1: +1.6",
           "revcol", "revcol_scratch"),
+    Claim("layout", "a pyramid beats levels of one stride, at equal FLOPs", "ours: the paper shows neither",
+          "revcol", "revcol_flat"),
     *(Claim(*claim, ways=ways) for *claim, ways in readings.CLAIMS),
     *(Claim("shares", f"{words} beats random weights", "", name, scratch, ways=tuple(SHARES))
       for words, name, scratch in (
@@ -453,7 +457,7 @@ def main():
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
                         default=[0, 1, 2])
     parser.add_argument("--only", help="groups of claims (default mff,ddae,cim,ve,revcol; also "
-                        "ddae_readings,cim_readings,ve_readings: readings.py; shares)")
+                        "ddae_readings,cim_readings,ve_readings: readings.py; shares; layout)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
     parser.add_argument("--out", type=Path, help="default runs/replicate_SCALE")
@@ -462,7 +466,7 @@ def main():
     parser.add_argument("--logs", type=Path, help="default OUT/logs")
     args = parser.parse_args()
     groups = dict.fromkeys(claim.group for claim in CLAIMS)
-    papers = [group for group in groups if not group.endswith(("_readings", "shares"))]
+    papers = [group for group in groups if not group.endswith(("_readings", "shares", "layout"))]
     wanted = args.only = args.only.split(",") if args.only else papers
     if unknown := set(wanted) - set(groups):
         parser.error(f"--only {','.join(unknown)}: there are {', '.join(groups)}")
