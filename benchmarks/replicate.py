@@ -58,7 +58,7 @@ SCALES = {
                       "patch_size": 8, "resnet": "--img_size 64 --patch_size 16"},
     "photographs": {"model": "nano", "updates": 2000, "batch": 128, "mae": "4e-3", "ve": "1e-3",
                     "revcol": "4e-3", "cim": "2e-3", "images": 100_000, "tune_epochs": 1,
-                    "tune_updates": 1000, "img_size": 64, "patch_size": 8,
+                    "tune_updates": 600, "img_size": 64, "patch_size": 8,
                     "resnet": "--img_size 64 --patch_size 16"},
 }
 READ_OUTS = {
