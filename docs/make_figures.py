@@ -8,6 +8,7 @@ From docs/logs and docs/runs
     mff_weights      softmax(w) of the fused blocks over a training (MFF, figure 1)
     ddae_beta        beta of each level, for three readings of eq. (6) and two starts (DDAE, figures 5, 6)
     losses           the loss of every run of benchmarks/replicate.py
+    labels           top-1 by number of labelled images, with and without pre-training
 From networks that learnt drawn shapes, in --runs: for each SCRIPT of mae_mff, ddae, cim, vision_electra the
 files that `python SCRIPT.py --demo --out RUNS/SCRIPT` writes
     attention        the class token's in an early block; mean distance by block, MAE and DDAE (DDAE, 3 and 4)
@@ -20,6 +21,7 @@ files that `python SCRIPT.py --demo --out RUNS/SCRIPT` writes
 import argparse
 import gzip
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -225,6 +227,34 @@ def losses(args):
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("update")
+    return picture
+
+
+@figure
+def labels(args):
+    lines = [line for path in sorted((DOCS / "runs/shares").glob("*.jsonl.gz")) for line in read_log(path)]
+    top1 = {}  # {(arm, share in %): of each seed}
+    for line in lines:
+        arm, _, share = line["run"].partition("_share_")
+        if share and "eval/top1" in line:
+            top1.setdefault((arm.split("/")[0], int(share)), {})[arm] = line["eval/top1"]
+    kinds = {"ViT-nano": {"random weights": "scratch", "MAE": "mae", "MFF": "mff", "DDAE": "ddae"},
+             "ResNet-50, a quarter of the width": {"random weights": "resnet_scratch",
+                                                   "CIM, RevDet": "resnet_revdet"},
+             "RevColV2-nano": {"random weights": "revcol_scratch", "pre-trained": "revcol"}}
+    shares = sorted({share for _, share in top1})
+    picture, axes = new(1, 3, 10, 3.4)
+    for axis, (title, arms) in zip(axes[0], kinds.items(), strict=True):
+        for i, (words, arm) in enumerate(arms.items()):
+            means = [statistics.mean(top1[arm, share].values()) for share in shares]
+            axis.plot([1000 * share for share in shares], means, "o-", markersize=4, label=words,
+                      **({"color": "gray", "linestyle": "--"} if i == 0 else {"color": f"C{i - 1}"}))
+        axis.set(xscale="log", ylim=(0, None), xlabel="labelled images", title=title)
+        axis.title.set_fontsize(9)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.sharey(axes[0, 0])
+    axes[0, 0].set_ylabel("top-1, %")
     return picture
 
 
