@@ -32,7 +32,7 @@ from convert_dalle import DVAE  # noqa: E402
 
 IMAGES = 1_281_167  # ImageNet-1K's, to train on
 PEAK = {"H100": 989e12, "A100": 312e12}  # FLOP per second, bf16, dense: the maker's numbers
-SHARE = 0.4  # of the peak
+SHARE = 0.25  # of the peak: what MAE reaches with --compile (docs/GPU.md: 4,126 images/s)
 PROBE = "--weights none --mode linear --augment crop --mixup 0 --cutmix 0 --erasing 0 --smoothing 0"
 RUNS = [  # name, script, size, epochs, largest micro-batch of one process, flags
     ("MAE", "mae_mff", "base", 800, 256, "--fuse_layers 11"),
@@ -119,7 +119,7 @@ def main():
 Written by `python benchmarks/costs.py --data PHOTOS`; commit {git_commit()}, torch {torch.__version__}.
 
 - Hours of one card for {IMAGES:,} images (ImageNet-1K, 224 px; about 140 GB on disk) at {SHARE:.0%} of its
-  peak; N cards take an N-th. [GPU.md](GPU.md) has the shares that were measured: 23 to 36 %, so expect more.
+  peak, which MAE reached with `--compile` on [an H100](GPU.md); N cards take an N-th.
 - Cores: one of this machine decodes and crops {rates["crop"]:.0f} photographs in a second, and gives
   {rates["full"]:.0f} the full augmentation, of {kilobytes:.0f} kB on average. ImageNet's have 110 kB and take
   longer in proportion, unless they are [shrunk](RUNNING.md#speed).
