@@ -1,6 +1,8 @@
 """Shared by all tests: run a script as a user would, and small data on disk."""
 
 import atexit
+import functools
+import inspect
 import multiprocessing
 import os
 import random
@@ -21,8 +23,18 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "benchmarks", "docs")]
 
-from shapes import Shapes  # noqa: E402  (found through the line above)
+import common  # noqa: E402  (found through the line above)
+from shapes import Shapes  # noqa: E402
 
+# Each parser reads its fields' comments; of the fields that all scripts share once for all runs.
+inspect.getsource = functools.cache(inspect.getsource)
+inspect.getsource(common.RunConfig)
+
+# One folder for all processes of pytest-xdist: the first one makes it, starts the others, and removes it.
+if "MINMIM_SHARED" not in os.environ:
+    FOLDER = tempfile.TemporaryDirectory()
+    os.environ["MINMIM_SHARED"] = FOLDER.name
+SHARED = Path(os.environ["MINMIM_SHARED"])
 # Importing torch takes longer than most runs: they are forked from a process that has done so.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torchvision.transforms.v2", "conftest", "common", "torch._dynamo"])
@@ -153,31 +165,49 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
     return [path, *flags]
 
 
+def once(name, make):
+    """The path SHARED/name after make(path), which one of xdist's processes calls while the others wait."""
+    try:
+        (SHARED / f"{name}.made").mkdir()
+    except FileExistsError:
+        while not (SHARED / f"{name}.done").exists():
+            time.sleep(0.1)
+        return SHARED / name
+    try:
+        make(SHARED / name)
+    finally:
+        (SHARED / f"{name}.done").touch()
+    return SHARED / name
+
+
 @pytest.fixture(scope="session")
-def small_npz(tmp_path_factory):
+def small_npz():
     """250 + 53 labelled images: no number of processes above one shares 53 evenly, no batch divides 250."""
-    path = tmp_path_factory.mktemp("npz") / "small.npz"
-    samples = [Shapes((32, 32), 3, n=303).read(i) for i in range(303)]
-    images, labels = (np.stack([np.asarray(sample[part]) for sample in samples]) for part in (0, 1))
-    np.savez(path, images=images.transpose(0, 2, 3, 1), labels=labels, split=np.arange(303) >= 250)
-    return path
+    def make(path):
+        samples = [Shapes((32, 32), 3, n=303).read(i) for i in range(303)]
+        images, labels = (np.stack([np.asarray(sample[part]) for sample in samples]) for part in (0, 1))
+        np.savez(path, images=images.transpose(0, 2, 3, 1), labels=labels, split=np.arange(303) >= 250)
+
+    return once("small.npz", make)
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory, small_npz):
+def unbroken(small_npz):
     """A folder SCRIPT.py per script with its golden run: twenty updates, a checkpoint and a log line after
     each. SCRIPT.py@8, @13 and @18 are that folder after these updates."""
     from commands import SCRIPTS
 
-    folder, runs = tmp_path_factory.mktemp("unbroken"), []
-    for script, command in SCRIPTS.items():
-        copy = "import shutil; shutil.copytree(self.out, f'{self.out}@{self.step}')"
-        golden = sabotaged(folder, command, "Run.save", copy, "self.step in (8, 13, 18)")
-        runs.append(Started([*golden, "--data", small_npz, "--out", script], folder))
-    for run in runs:
-        code, output = run.wait()
-        assert code == 0, output
-    return folder
+    def make(folder):
+        folder.mkdir()
+        copy, runs = "import shutil; shutil.copytree(self.out, f'{self.out}@{self.step}')", []
+        for script, command in SCRIPTS.items():
+            golden = sabotaged(folder, command, "Run.save", copy, "self.step in (8, 13, 18)")
+            runs.append(Started([*golden, "--data", small_npz, "--out", script], folder))
+        for run in runs:
+            code, output = run.wait()
+            assert code == 0, output
+
+    return once("unbroken", make)
 
 
 @pytest.fixture
@@ -198,8 +228,3 @@ def real_data():
     if not path:
         pytest.skip("MINMIM_TEST_DATA is not set: no real images to test with")
     return Path(path)
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)

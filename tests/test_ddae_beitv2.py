@@ -1,6 +1,5 @@
 """ddae_beitv2.py: student against timm's BEiT, tokenizer and loss against slow versions; the command."""
 
-import json
 import math
 import shutil
 import types
@@ -11,6 +10,7 @@ from commands import SCRIPTS
 from conftest import run_script
 from PIL import Image
 from torch.nn import functional as F
+from torture import log
 
 import beit
 import common
@@ -202,7 +202,6 @@ def test_tokenizer_for_patches_and_grids_of_another_size(tmp_path, capsys):
 
 @pytest.mark.parametrize("change, words", [
     (lambda path: None, "does not exist"),
-    (lambda path: path.write_bytes(b"x" * 100), "cannot read"),
     (lambda path: torch.save({"model": {"cls_token": torch.ones(1)}}, path), "lacks encoder.patch_embed"),
     (lambda path: vqkd_file(path, D=100), "width 100"),
     (lambda path: vqkd_file(path, in_chans=1), "1 channels; expected"),
@@ -273,21 +272,11 @@ def test_what_is_hidden_is_seen_by_the_tokenizer_alone():
     assert not torch.equal(*(model.tokenizer.ids(model.to_pixels(x)) for x in (changed, images)))
 
 
-@pytest.mark.parametrize("values, flag", [
-    ({"num_levels": 3}, "--num_levels 3"), ({"mask_ratio": 0.001}, "--mask_ratio 0.001"),
-    ({"tokenizer": None}, "--tokenizer FILE is needed"),
-])
-def test_wrong_settings(values, flag):
-    with pytest.raises(ValueError, match=flag):
-        Config(**SHAPE | values)
-
-
 # ---- the command
 
 
-@pytest.mark.parametrize("flags", [{}, {"in_chans": 1, "img_size": (32, 64)}, {"dds": False}], ids=str)
-def test_pictures_of_any_shape(flags, tmp_path):
-    model = build(**flags)
+def test_pictures_of_grey_rectangles(tmp_path):
+    model = build(in_chans=1, img_size=(32, 64))
     run = types.SimpleNamespace(normalize=common.Normalize(model.cfg.mean, model.cfg.std, "cpu"))
     ddae_beitv2.save_pictures(tmp_path / "x.png", model, batch(model, 2), run)
     with Image.open(tmp_path / "x.png") as picture:
@@ -299,7 +288,7 @@ def test_demo_learns_resumes_and_its_encoder_goes_on(tmp_path):
     command = ["ddae_beitv2.py", "--demo", "--workers", 0, "--log_every", 8, "--warmup_epochs", 0.01,
                "--epochs", 0.04, "--out", "run"]
     run_script(command, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    lines = log(tmp_path / "run")
     assert lines[-1]["train/cross_entropy"] < 0.95 * lines[0]["train/cross_entropy"]
     before = (tmp_path / "run/tokenizer.pth").read_bytes()
     assert "resumed from" in run_script([*command, "--resume"], tmp_path)

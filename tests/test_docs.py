@@ -24,7 +24,6 @@ from scipy import stats
 from torchvision.io import decode_image
 
 import common
-import mae_mff
 from shapes import Shapes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,23 +100,6 @@ def test_figures_of_code_and_logs_are_the_committed_ones(tmp_path, monkeypatch, 
     assert new.shape == committed.shape and (new - committed).abs().mean() < 1.5  # fonts differ
 
 
-def test_attention_maps_are_the_networks():
-    """The hook's softmax(q k / sqrt d), applied to the values, gives what the block's attention gives."""
-    pytest.importorskip("matplotlib")
-    make_figures = importlib.import_module("make_figures")
-    torch.manual_seed(0)
-    model = common.ViT("nano", (32, 32), 4, 3).eval()
-    images, kept = torch.randn(2, 3, 32, 32), []
-    attention = model.blocks[1].attn
-    hook = attention.register_forward_hook(lambda module, inputs, output: kept.append((inputs[0], output)))
-    weights = make_figures.attention_maps(model, images)[1]
-    hook.remove()
-    x, expected = kept[0]
-    values = attention.qkv(x)[..., 2 * x.shape[-1] :].unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
-    found = attention.proj((weights @ values).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-
-
 # ---- benchmarks
 
 
@@ -149,17 +131,6 @@ def test_intervals_are_those_of_a_t_test():
     assert row.endswith(f"| {(interval.high + interval.low) / 2:+.2f} ± {margin:.2f} within noise |  |")
 
 
-def test_a_page_keeps_what_is_outside_the_marks(tmp_path):
-    begin, end = replicate.MARKS
-    for name in ("RESULTS", "READINGS"):
-        results = (ROOT / f"docs/{name}.md").read_text()
-        assert results.count(begin) == results.count(end) == 1
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{begin}old\n{end}after\n")
-    replicate.write_table("new\n", page)
-    assert page.read_text() == f"before\n{begin}new\n{end}after\n"
-
-
 def test_the_script_that_shrinks_photographs(tmp_path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/RUNNING.md").read_text(), re.DOTALL)[1]
     (tmp_path / "PHOTOS/a").mkdir(parents=True)
@@ -171,27 +142,6 @@ def test_the_script_that_shrinks_photographs(tmp_path):
     subprocess.run([sys.executable, "shrink.py"], cwd=tmp_path, check=True, timeout=60)
     sizes = {path.name: Image.open(path).size for path in (tmp_path / "SMALL").rglob("*.jpg")}
     assert sizes == {"wide.jpg": (256, 384), "small.jpg": (40, 30)}
-
-
-def test_every_start_fits():
-    """At every scale the file that an arm begins with fits the network that reads it."""
-    for scale in replicate.SCALES.values():
-        shape = ["--model", scale["model"], "--img_size", "32", "--patch_size", "4"]
-        raw = replicate.arms(scale)["raw"].flags.split()
-        cfg = common.parse_config(mae_mff.Config, mae_mff.presets, [*shape, *raw])
-        model = mae_mff.MaskedAutoencoder(cfg)
-        generator = throughput.vision_electra.Generator(throughput.vision_electra.Config(
-            model=scale["model"], img_size=(32, 32), patch_size=4))
-        generator.load_state_dict(model.state_dict(), strict=False)
-        assert generator.state_dict().keys() <= model.state_dict().keys()
-
-
-def test_claims_name_arms():
-    for scale in replicate.SCALES.values():
-        arms = replicate.arms(scale)
-        used = {name for claim in replicate.CLAIMS for name in (claim.first, claim.second)}
-        starts = {file.split("/")[0] for arm in arms.values() for file in arm.start.values()}
-        assert used | starts == set(arms)
 
 
 def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
@@ -259,14 +209,3 @@ def test_throughput_makes_real_updates(name):
     update()
     after = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > 0.9 * len(before)
-
-
-def test_flops_are_those_of_the_formula():
-    """MFF is MAE and a linear layer for each fused block but the last: forward pass and two gradients."""
-    small = {"model": "nano", "img_size": (32, 32), "patch_size": 4}
-    counts = {}
-    for name in ("MAE", "MFF"):
-        _, update = throughput.make_update(mae_mff, 2, **small, **throughput.METHODS[name][1]("nano"))
-        counts[name] = throughput.count_flops(update)
-    tokens, width, fused = 1 + 16, 128, 4
-    assert counts["MFF"] - counts["MAE"] == 3 * 2 * 2 * tokens * width**2 * (fused - 1)

@@ -223,19 +223,6 @@ def test_settings():
     assert "--queries" in text and not {"--rois", "--head", "--window"} & set(re.findall(r"--\w+", text))
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--channels", "44"], "a multiple of 8"),
-    (["--compile"], "--compile is not for Mask2Former"),
-    (["--recipe", "mff"], "mff_m2f"),
-    (["--task", "det"], "unknown argument --task"),
-])
-def test_wrong_flags_are_refused_in_one_line(words, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        config(*words)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.count("\n") == 1
-
-
 # ---- runs
 
 

@@ -288,14 +288,6 @@ def test_layer_ids_and_drop_path(read):
         assert rates == pytest.approx([0.1 * i for i in range(7)])
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--patch_size", 6, "--img_size", 36], "--patch_size 6"), (["--mask_ratio", 1], "--mask_ratio 1")])
-def test_wrong_flags_are_refused(words, message, capsys):
-    with pytest.raises(SystemExit):
-        pretraining(*words)
-    assert message in capsys.readouterr().err
-
-
 def test_rectangles_of_one_channel_and_what_the_files_serve(small_npz, tmp_path):
     """--init takes either file, every read-out its own tensors from either."""
     flags = ["--img_size", "32,48", "--in_chans", 1, "--columns", 1, "--norm_pix_loss"]

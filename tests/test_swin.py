@@ -59,19 +59,11 @@ def test_layers_of_the_decay_are_simmims():
     assert expected.keys() <= names and {name: model.layer_id(name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("mode", ["finetune", "linear", "knn"])
-def test_finetune_takes_it_and_predicts(mode, file, small_npz, folder, tmp_path):
-    words = ["--data", small_npz, "--mode", mode, "--weights", file, "--out", "run"]
-    if mode != "knn":
-        words += ["--epochs", 0.2, "--batch_size", 25, "--warmup_epochs", 0]
-    words += ["--augment", "none"] * (mode == "linear")
-    output = run_script(["finetune.py", *words], tmp_path)
-    assert "top-1" in output
-    if mode == "finetune":
-        again = ["finetune.py", "--predict", folder, "--weights", "run/best.pth", "--out", "p.csv"]
-        assert "p.csv: 40 images, seen at 32 x 32" in run_script(again, tmp_path)
-        refused = ["finetune.py", "--mode", "layers", "--weights", file, "--data", small_npz]
-        assert "--mode layers is not for Swin" in run_script(refused, tmp_path, expect=2)
+def test_finetune_takes_it_and_predicts(file, small_npz, folder, tmp_path):
+    words = ["--data", small_npz, "--weights", file, "--epochs", 0.2, "--batch_size", 25, "--out", "run"]
+    assert "top-1" in run_script(["finetune.py", *words, "--warmup_epochs", 0], tmp_path)
+    again = ["finetune.py", "--predict", folder, "--weights", "run/best.pth", "--out", "p.csv"]
+    assert "p.csv: 40 images, seen at 32 x 32" in run_script(again, tmp_path)
 
 
 @pytest.mark.parametrize("task", ["seg", "det"])

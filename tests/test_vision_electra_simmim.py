@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, sabotaged
+from conftest import run_script
 from test_beit import file_of_simmim, theirs  # noqa: F401  (fixtures)
 from test_vision_electra import bce, gradients
 from torchvision.models import SwinTransformer
@@ -174,19 +174,9 @@ def test_a_file_of_another_network_is_refused(tmp_path, field, discriminator):
         start(tmp_path, {"model": mae.state_dict()}, field, discriminator=discriminator)
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"img_size": (24, 32), "patch_size": 8}, "no multiple of 16, the side of a cell"),
-    ({"mask_ratio": 0.0}, "hides none or all"),
-    ({"discriminator": "swin", "model": "huge"}, "expected one of nano"),
-    ({"discriminator": "none", "discriminator_init": "x"}, "--discriminator_init")])
-def test_wrong_values_are_refused(values, words):
-    with pytest.raises(ValueError, match=words):
-        Config(**SMALL | values)
-
-
 @pytest.mark.parametrize("discriminator", ["vit", "swin"])
-def test_a_demo_that_is_stopped_and_in_two_processes_is_the_same(small_npz, tmp_path, discriminator):
-    """Two processes accumulate, and stop in the warm start. No noise, as that differs by process."""
+def test_a_demo_in_two_processes_is_the_same(small_npz, tmp_path, discriminator):
+    """Two processes accumulate. No noise, as that differs by process."""
     command = ["vision_electra_simmim.py", "--demo", "--data", small_npz, "--amp", "off", "--workers", 0,
                "--log_every", 1, "--batch_size", 20, "--epochs", 0.2, "--noise", 0, "--pictures", 0,
                "--generator_warmup_epochs", 0.1, "--save_minutes", 0, "--resume", "--discriminator",
@@ -195,11 +185,7 @@ def test_a_demo_that_is_stopped_and_in_two_processes_is_the_same(small_npz, tmp_
     assert "whole/warmstart/last.pth: 57/57 tensors loaded" in output
     loaded = "whole/warmstart/encoder.pth: 54/58 tensors loaded; missing: heads" in output
     assert loaded == (discriminator == "vit")
-    two = [*command, "two", "--micro_batch", 5]
-    when = "self.out.name == 'warmstart' and self.step == 1"
-    attack = sabotaged(tmp_path, two, "Run.end_update", "os.kill(os.getpid(), signal.SIGTERM)", when)
-    assert "stopped after step" in run_script(attack, tmp_path, processes=2)
-    run_script(two, tmp_path, processes=2)
+    run_script([*command, "two", "--micro_batch", 5], tmp_path, processes=2)
     for folder in ("", "warmstart"):
         losses = [[line["train/loss"] for line in log(tmp_path / name / folder)] for name in ("whole", "two")]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) >= 2

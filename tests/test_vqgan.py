@@ -189,9 +189,3 @@ def test_the_loss_is_that_of_the_erased_pixels():
     expected = sum(abs(e) + e * e for e in error) / len(error)
     assert terms["enhancer_loss"].item() == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(10 * expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("values", [{"objective": "revdet"}, {"sampling": "argmax"}, {"generator_init": "x"}])
-def test_erasing_refuses_what_needs_tokens(values):
-    with pytest.raises(ValueError, match="--generator erase"):
-        cim.Config(generator="erase", **values)
