@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-import types
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -65,20 +65,15 @@ def test_a_run_leaves_curves_times_and_the_command_draws_attention(unbroken, tmp
 
 
 def test_tensorboard_gets_the_log_if_it_is_installed(tmp_path, monkeypatch):
-    class Writer:
-        def __init__(self, folder, purge_step):
-            self.lines, self.start = [], (folder, purge_step)
-
-        def add_scalar(self, *line):
-            self.lines.append(line)
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    board = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     run = common.Run(Config(tensorboard=True, out=str(tmp_path)), "mae_mff")
     run.n = None
     run.load()
     run.log({"step": 3, "epoch": 0.5, "lr": 0.1, "note": "text"})
-    assert run.board.lines == [("step", 3, 3), ("epoch", 0.5, 3), ("lr", 0.1, 3)]
-    assert run.board.start == (tmp_path / "tensorboard", 1)
+    assert board.SummaryWriter.call_args == call(tmp_path / "tensorboard", purge_step=1)
+    seen = [call("step", 3, 3), call("epoch", 0.5, 3), call("lr", 0.1, 3)]
+    assert run.board.add_scalar.call_args_list == seen
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(common.UserError, match="pip install tensorboard"):
         run.load()
