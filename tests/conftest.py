@@ -3,6 +3,7 @@
 import atexit
 import functools
 import inspect
+import json
 import multiprocessing
 import os
 import random
@@ -189,6 +190,28 @@ def small_npz():
         np.savez(path, images=images.transpose(0, 2, 3, 1), labels=labels, split=np.arange(303) >= 250)
 
     return once("small.npz", make)
+
+
+KILL, TERM = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGTERM"))
+
+
+def killed(folder, command, when, method="Run.end_update", processes=1):
+    """Run until a process kills itself after a call of common.METHOD in which `when` holds; the output."""
+    attack = sabotaged(folder, command, method, KILL, when)
+    return run_script(attack, folder, processes, expect=-signal.SIGKILL)
+
+
+def stopped(folder, command, when, method="Run.seed", processes=1):
+    """The same of a run that gets SIGTERM, saves and ends."""
+    output = run_script(sabotaged(folder, command, method, TERM, when), folder, processes)
+    assert "stopped after step" in output, output
+    return output
+
+
+def losses(out):
+    """train/loss of all lines of a log."""
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
 SNAPSHOTS = """

@@ -21,12 +21,11 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CIM, SCRIPTS
-from conftest import ROOT, Started, run_command, run_script, sabotaged
+from conftest import KILL, ROOT, Started, killed, losses, run_command, run_script, sabotaged, stopped
 from torture import family, log, same, state
 
 import common
 
-KILL, TERM = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGTERM"))
 MAE = SCRIPTS["mae_mff.py"]
 
 
@@ -55,22 +54,20 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, small_npz, tmp
     """Killed in the middle of a pass, after an update and before its checkpoint; stopped in the next pass."""
     shutil.copytree(unbroken / f"{script}@8", tmp_path / "run")
     command = [*SCRIPTS[script], "--data", small_npz, "--out", tmp_path / "run", "--workers", 2, "--resume"]
-    attack = sabotaged(tmp_path, command, "Run.end_update", KILL, "self.step == 10")
-    run_script(attack, tmp_path, expect=-signal.SIGKILL)
+    killed(tmp_path, command, "self.step == 10")
     assert read(tmp_path / "run/last.pth")["step"] == 9
-    run_script(sabotaged(tmp_path, command, "Run.seed", TERM, "self.step == 12"), tmp_path)
+    stopped(tmp_path, command, "self.step == 12")
     assert_same_run(unbroken / f"{script}@13", tmp_path / "run")
 
 
 def test_the_checkpoint_of_a_passs_end_keeps_the_values_not_yet_logged(unbroken, small_npz, tmp_path):
     command = [*MAE, "--data", small_npz, "--out", "run", "--save_minutes", 10, "--log_every", 3, "--resume"]
-    attack = sabotaged(tmp_path, command, "Run.end_update", KILL, "self.step == 14")
-    run_script(attack, tmp_path, expect=-signal.SIGKILL)
+    killed(tmp_path, command, "self.step == 14")
     assert read(tmp_path / "run/last.pth")["step"] == 11  # 11 * 24 > 250; 10 and 11 are not logged yet
     run_script(command, tmp_path)
-    losses = [line["train/loss"] for line in log(unbroken / "mae_mff.py")]
-    means = [sum(losses[i : i + 3]) / len(losses[i : i + 3]) for i in range(0, 20, 3)]
-    assert [line["train/loss"] for line in log(tmp_path / "run")] == pytest.approx(means)
+    every = losses(unbroken / "mae_mff.py")
+    means = [sum(every[i : i + 3]) / len(every[i : i + 3]) for i in range(0, 20, 3)]
+    assert losses(tmp_path / "run") == pytest.approx(means)
     assert same(*(read(out / "encoder.pth")["model"] for out in (unbroken / "mae_mff.py", tmp_path / "run")))
 
 
@@ -89,8 +86,8 @@ def test_resnet_resumes_with_its_statistics_on_as_many_processes(small_npz, tmp_
     command = [*CIM, "--enhancer", "resnet50", "--resnet_width", 8, "--objective", "revdet",
                "--data", small_npz, "--epochs", 0.6, "--micro_batch", 6, "--out"]
     run_script([*command, "whole"], tmp_path, processes=2)
-    attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", TERM, "self.step == 3")
-    assert "stopped after step 4 of 6" in run_script(attack, tmp_path, processes=2)
+    output = stopped(tmp_path, [*command, "run"], "self.step == 3", "Run.end_update", processes=2)
+    assert "stopped after step 4 of 6" in output
     run_script([*command, "run", "--resume"], tmp_path, processes=2)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -253,8 +250,7 @@ def test_failed_starts_and_kills_before_the_first_checkpoint_refuse_nothing(unbr
     command = [*MAE, "--data", small_npz, "--out", "run"]
     fails = sabotaged(tmp_path, command, "Run.load", "raise common.UserError('no')")
     run_script(fails, tmp_path, expect=2)
-    killed = sabotaged(tmp_path, [*command, "--save_minutes", 9], "Run.export", KILL)  # before its last.pth
-    run_script(killed, tmp_path, expect=-signal.SIGKILL)
+    killed(tmp_path, [*command, "--save_minutes", 9], True, "Run.export")  # before its last.pth
     assert (tmp_path / "run/pictures/epoch_0001.png").exists() and (tmp_path / "run/encoder.pth").exists()
     run_script([*command, "--resume"], tmp_path)
     assert_same_run(unbroken / "mae_mff.py", tmp_path / "run")
@@ -336,9 +332,8 @@ def test_any_split_of_the_batch_gives_the_same_losses(unbroken, small_npz, tmp_p
     """One run that goes on with other processes and micro-batches; its last process alone gets the signal."""
     command = [*SCRIPTS[script], "--data", small_npz, "--out", "run", "--resume", "--micro_batch"]
     for i, (processes, micro_batch) in enumerate(splits):
-        attack = sabotaged(tmp_path, [*command, micro_batch], "Run.seed", TERM,
-                           f"self.step == {4 * i + 3} and rank == {processes - 1}")
-        run_script(attack, tmp_path, processes)
+        when = f"self.step == {4 * i + 3} and rank == {processes - 1}"
+        stopped(tmp_path, [*command, micro_batch], when, processes=processes)
     # Weights are no measure: keys' biases have no gradient but rounding's, which AdamW makes as large as any.
     found = terms(tmp_path / "run")
     assert found == pytest.approx(terms(unbroken / script)[: len(found)], rel=1e-4)
@@ -443,8 +438,8 @@ def test_processes_that_see_other_images_stop(folder, tmp_path):
 def test_unreadable_files_are_named_once_replaced_and_remembered(folder, tmp_path):
     (folder / "class0/nested/00.png").write_bytes(b"")
     command = [*MAE, "--data", folder, "--batch_size", 20, "--epochs", 3, "--workers", 1, "--out"]
-    attack = sabotaged(tmp_path, [*command, "run"], "Run.end_update", KILL, "self.step == 4")
-    assert run_script(attack, tmp_path, processes=2, expect=-signal.SIGKILL).count("00.png: ") == 1
+    output = killed(tmp_path, [*command, "run"], "self.step == 4", processes=2)
+    assert output.count("00.png: ") == 1
     assert "00.png" not in run_script([*command, "run", "--resume"], tmp_path)
     for i in range(2, 10, 2):  # five may be unreadable
         (folder / f"class0/nested/{i:02}.png").write_bytes(b"x")

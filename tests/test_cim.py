@@ -5,19 +5,17 @@ import io
 import math
 import os
 import pickle
-import signal
 import sys
 import types
 
 import pytest
 import torch
 from commands import TOKENIZERS
-from conftest import run_script, sabotaged
+from conftest import killed, losses, run_script
 from PIL import Image
 from scipy import stats
 from torch import nn
 from torch.nn import functional as F
-from torture import log
 
 import cim
 import common
@@ -484,8 +482,7 @@ def test_the_demo_trains_its_tokenizer_and_goes_on_where_it_was_stopped(tmp_path
             assert image.width > columns * 120
     where = "self.method == 'convert_dalle' and self.step == 3 and rank == 0"
     command += ["run", "--resume"]
-    attacked = sabotaged(tmp_path, command, "Run.end_update", "os.kill(os.getpid(), signal.SIGKILL)", where)
-    run_script(attacked, tmp_path, 2, expect=-signal.SIGKILL)
+    killed(tmp_path, command, where, processes=2)
     assert not (tmp_path / "run/last.pth").exists()
     assert "resumed from run/tokenizer/last.pth" in run_script(command, tmp_path, 2)
     for name in ("tokenizer/last.pth", "last.pth"):
@@ -496,11 +493,9 @@ def test_the_demo_trains_its_tokenizer_and_goes_on_where_it_was_stopped(tmp_path
 def test_two_processes_equal_one(tmp_path, small_npz):
     command = ["cim.py", *QUICK, "--data", small_npz, "--tokenizer", TOKENIZERS / "tokenizer.pth"]
     command += ["--sampling", "argmax"]
-    losses = []
     for processes in (1, 2):
         run_script([*command, "--out", str(processes)], tmp_path, processes)
-        losses.append([line["train/loss"] for line in log(tmp_path / str(processes))])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-4)
 
 
 def test_generator_first_then_frozen(tmp_path, small_npz):

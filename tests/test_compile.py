@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 from commands import SCRIPTS
-from conftest import Started, run_script, sabotaged
-from torture import log
+from conftest import Started, losses, run_script, sabotaged
 
 COMMANDS = SCRIPTS | {"revcol_v2.py": [*SCRIPTS["revcol_v2.py"], "--memory", "column"]}
 ONE_GRAPH = ("compile = torch.nn.Module.compile; torch.nn.Module.compile = lambda model: "
@@ -16,10 +15,6 @@ ONE_GRAPH = ("compile = torch.nn.Module.compile; torch.nn.Module.compile = lambd
 # After three updates.
 STOP = ("seed = common.Run.seed; common.Run.seed = lambda run, *x: "
         "(seed(run, *x), run.step == 2 and os.kill(os.getpid(), signal.SIGTERM))")
-
-
-def losses(out):
-    return [line["train/loss"] for line in log(out) if "train/loss" in line]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 versions; split and killed runs; files that cannot be read."""
 
 import math
-import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, sabotaged
+from conftest import killed, run_script
 from PIL import Image
 from torch import nn
 from torture import log, same, state
@@ -284,13 +283,12 @@ def test_killed_in_an_evaluation_it_is_made_up_for_and_nothing_lost(small_npz, t
     command = [*NANO, "--data", small_npz, "--epochs", 3, "--batch_size", 50, "--log_every", 1, "--ema", 0.9]
     run_script([*command, "--out", "whole"], tmp_path)
     for evaluation, step in ((2, 10), (2, 15)):
-        attack = sabotaged(tmp_path, [*command, "--out", "run", "--resume"], "Run.share_statistics",
-                           "os.kill(os.getpid(), signal.SIGKILL)", f"count == {evaluation}")
-        run_script(attack, tmp_path, expect=-signal.SIGKILL)
+        resume = [*command, "--out", "run", "--resume"]
+        killed(tmp_path, resume, f"count == {evaluation}", "Run.share_statistics")
         lines = log(tmp_path / "run")
         assert torch.load(tmp_path / "run/last.pth", weights_only=True)["step"] == lines[-1]["step"] == step
         assert "eval/top1" not in lines[-1]
-    run_script([*command, "--out", "run", "--resume"], tmp_path)
+    run_script(resume, tmp_path)
     whole, run = (state(tmp_path / out) for out in ("whole", "run"))
     assert whole.keys() == run.keys() and [name for name in whole if not same(whole[name], run[name])] == []
 

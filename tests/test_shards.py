@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from commands import SCRIPTS
-from conftest import run_script
+from conftest import losses, run_script
 from PIL import Image
-from torture import log
 
 import common
 import finetune
@@ -150,8 +149,7 @@ def test_training_on_tars_equals_training_on_the_folder_and_resumes(tmp_path):
     command = [*MAE, "--batch_size", 10, "--epochs", 2]
     run_script([*command, "--data", "set", "--out", "folder"], tmp_path)
     run_script([*command, "--data", "tars", "--out", "tar", "--workers", 2], tmp_path, 2)
-    losses = [[line["train/loss"] for line in log(tmp_path / out)] for out in ("folder", "tar")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses(tmp_path / "folder") == pytest.approx(losses(tmp_path / "tar"), rel=1e-5)
     output = run_script([*command, "--data", "tars", "--out", "tar", "--resume"], tmp_path)
     assert "resumed from" in output
     command = ["finetune.py", "--mode", "knn", "--weights", "tar/encoder.pth", "--val_split", 0.2, "--data"]

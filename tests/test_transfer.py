@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import signal
 import types
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_script, sabotaged
+from conftest import ROOT, killed, run_script
 from malformed import MALFORMED, write_set
 from PIL import Image
 from pycocotools import mask as rle
@@ -755,12 +754,10 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(scenes, tmp_path, task, 
     command = [*(SEG if task == "seg" else DET), "--data", "data", "--resnet_width", 8, "--model",
                *flags.split()]
     run_script([*command, "--out", "whole"], tmp_path)
-    kill = "os.kill(os.getpid(), signal.SIGKILL)"
     resume = [*command, "--out", "run", "--resume"]
     # The second dies inside the last evaluation.
     for method, when, step in (("end_update", "count == 3", 2), ("share_bad_files", "self.step == 4", 4)):
-        attack = sabotaged(tmp_path, resume, f"Run.{method}", kill, when)
-        run_script(attack, tmp_path, expect=-signal.SIGKILL)
+        killed(tmp_path, resume, when, f"Run.{method}")
         assert torch.load(tmp_path / "run/last.pth", weights_only=True)["step"] == step
     assert "resumed from run/last.pth: step 4" in run_script(resume, tmp_path)
     assert same(state(tmp_path / "whole"), state(tmp_path / "run"))

@@ -2,13 +2,12 @@
 
 import argparse
 import math
-import signal
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, sabotaged
+from conftest import killed, losses, run_script, stopped
 from torture import log
 
 import common
@@ -247,22 +246,19 @@ def test_stopped_killed_and_in_two_processes_a_demo_is_the_same(small_npz, tmp_p
     output = run_script([*command, "whole"], tmp_path)
     assert "whole/warmstart/last.pth: 74/74 tensors loaded" in output
     assert "whole/warmstart/encoder.pth: 54/56 tensors loaded; missing: heads" in output
-    stage, kill = "self.out.name == 'warmstart'", "os.kill(os.getpid(), signal.{})"
-    attack = sabotaged(tmp_path, [*command, "killed"], "Run.export", kill.format("SIGKILL"), f"not {stage}")
-    run_script(attack, tmp_path, expect=-signal.SIGKILL)
+    killed(tmp_path, [*command, "killed"], "self.out.name != 'warmstart'", "Run.export")
     assert (tmp_path / "killed/encoder.pth").exists() and not (tmp_path / "killed/last.pth").exists()
     run_script([*command, "killed"], tmp_path)
     files = [f"{tmp_path}/{name}" for name in ("whole/last.pth", "killed/last.pth", "killed/encoder.pth")]
-    whole, killed, encoder = (torch.load(path, weights_only=True)["model"] for path in files)
-    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+    whole, again, encoder = (torch.load(path, weights_only=True)["model"] for path in files)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     two = [*command, "two", "--micro_batch", 5]
-    when = f"{stage} and self.step == 1"
-    attack = sabotaged(tmp_path, two, "Run.end_update", kill.format("SIGTERM"), when)
-    assert "stopped after step 2 of 9" in run_script(attack, tmp_path, processes=2)
+    when = "self.out.name == 'warmstart' and self.step == 1"
+    assert "after step 2 of 9" in stopped(tmp_path, two, when, "Run.end_update", processes=2)
     run_script(two, tmp_path, processes=2)
     for folder, steps in (("", 3), ("warmstart", 9)):
-        losses = [[line["train/loss"] for line in log(tmp_path / name / folder)] for name in ("whole", "two")]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == steps
+        one, two = (losses(tmp_path / name / folder) for name in ("whole", "two"))
+        assert one == pytest.approx(two, rel=1e-4) and len(one) == steps
     line = log(tmp_path / "two")[-1]
     norms = [line[f"train/grad_norm_{network}"] for network in ("generator", "discriminator")]
     assert math.hypot(*norms) == pytest.approx(line["grad_norm"], rel=1e-4)

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script
+from conftest import losses, run_script
 from test_beit import file_of_simmim, theirs  # noqa: F401  (fixtures)
 from test_vision_electra import bce, gradients
 from torchvision.models import SwinTransformer
-from torture import log
 
 import beit
 import common
@@ -187,8 +186,8 @@ def test_a_demo_in_two_processes_is_the_same(small_npz, tmp_path, discriminator)
     assert loaded == (discriminator == "vit")
     run_script([*command, "two", "--micro_batch", 5], tmp_path, processes=2)
     for folder in ("", "warmstart"):
-        losses = [[line["train/loss"] for line in log(tmp_path / name / folder)] for name in ("whole", "two")]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) >= 2
+        one, two = (losses(tmp_path / name / folder) for name in ("whole", "two"))
+        assert one == pytest.approx(two, rel=1e-4) and len(one) >= 2
     encoder = torch.load(tmp_path / "whole/encoder.pth", weights_only=True)
     if discriminator == "vit":
         assert encoder["meta"]["model"] == "beit_nano"
