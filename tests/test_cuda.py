@@ -14,9 +14,7 @@ from conftest import FORKS
 from test_transfer import scenes  # noqa: F401  (a fixture)
 
 import common
-import convert_dalle
 import mae_mff
-import transfer_seg_det
 
 try:
     import fake_cuda
@@ -165,17 +163,6 @@ def test_the_process_group_is_nccls_on_a_device_that_was_set_before(gpu, monkeyp
     assert (how["rank"], how["world_size"]) == (2, 4)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_kernels_are_chosen_by_speed_or_by_their_bits(gpu, monkeypatch, tmp_path, deterministic):
-    asked = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *how, **more: asked.append((how, more)))
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)  # the other way round
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    common.Run(mae_mff.Config(out=str(tmp_path), deterministic=deterministic), "mae_mff").join()
-    assert torch.backends.cudnn.benchmark != deterministic
-    assert asked == ([((True,), {"warn_only": True})] if deterministic else [])
-
-
 def test_loader_workers_are_the_share_of_the_cores_less_one(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
     for processes, workers in ((1, 63), (4, 15), (64, 1), (100, 1)):
@@ -220,10 +207,3 @@ def test_a_bf16_checkpoint_goes_on_in_fp16(tmp_path):
         read_checkpoint=lambda path: {"scaler": {}, "bad_files": {}, "step": 3, "saved": {}})
     common.Run.restore(run, tmp_path / "last.pth")
     assert run.step == 3 and run.state["scaler"].get_scale() == 2.0**16
-
-
-def test_resizing_keeps_half_precision():
-    x = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert transfer_seg_det.resize(x, (4, 4)).dtype == torch.bfloat16
-        assert convert_dalle.Upsample()(x).dtype == torch.bfloat16

@@ -4,11 +4,9 @@ import functools
 import gzip
 import importlib
 import json
-import math
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import types
@@ -101,19 +99,6 @@ def test_figures_of_code_and_logs_are_the_committed_ones(tmp_path, monkeypatch, 
 
 
 # ---- benchmarks
-
-
-def test_verdicts():
-    results = {("a", seed): {"linear": 50.0 + seed} for seed in range(3)}
-    results |= {("b", seed): {"linear": 40.0} for seed in range(3)}
-    spread = (statistics.variance([50, 51, 52]) / 2) ** 0.5
-    assert replicate.pooled_spread(results, "linear") == (pytest.approx(spread), 4)
-    assert math.isnan(replicate.pooled_spread({("a", 0): {"linear": 1.0}}, "linear")[0])
-    for difference, margin, equal, words in (
-            (2.1, 2.0, False, "agrees"), (-2.1, 2.0, False, "disagrees"), (1.9, 2.0, False, "within noise"),
-            (0.4, 0.5, True, "agrees"), (0.6, 0.5, True, "disagrees"), (0.6, 0.7, True, "within noise"),
-            (9.0, math.nan, False, "one seed")):
-        assert replicate.verdict(difference, margin, equal) == words
 
 
 def test_intervals_are_those_of_a_t_test():

@@ -257,9 +257,8 @@ NANO = ["finetune.py", "--weights", "none", "--model", "nano", "--img_size", 32,
         "off", "--workers", 0]
 
 
-@pytest.mark.parametrize("mode", [["knn"], ["linear", "--augment", "none", "--batch_size", 6, "--epochs", 2]])
-def test_held_out_images_that_cannot_be_read_are_left_out_and_counted(sets, tmp_path, mode):
-    command = [*NANO, "--data", sets, "--mode", *mode, "--out"]
+def test_held_out_images_that_cannot_be_read_are_left_out_and_counted(sets, tmp_path):
+    command = [*NANO, "--data", sets, "--mode", "knn", "--out"]
     for bad in ("train/1/8.png", "val/0/1.png"):
         (sets / bad).write_bytes(b"no image")
     run_script([*command, "one"], tmp_path)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from conftest import run_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torture import log
 
 import common
 import revcol_v2 as revcol
@@ -206,16 +205,6 @@ def test_column_equals_plain_in_less_memory(dtype, tolerance, device):
     for a, b in zip(found["plain"][1], found["column"][1], strict=True):
         assert (a - b).abs().max() <= tolerance * a.abs().max()
     assert stored["column"] < stored["plain"] / 3
-
-
-def test_two_processes_equal_one_in_the_other_memory_mode(small_npz, tmp_path):
-    command = ["revcol_v2.py", "--demo", "--amp", "off", "--workers", 0, "--data", small_npz, "--epochs", 0.4,
-               "--pictures", 0, "--batch_size", 24, "--micro_batch", 6, "--log_every", 1]
-    losses = []
-    for processes, memory in ((1, "plain"), (2, "column")):
-        run_script([*command, "--memory", memory, "--out", memory], tmp_path, processes)
-        losses.append([(line["train/loss"], line["grad_norm"]) for line in log(tmp_path / memory)])
-    assert len(losses[0]) == 4 and all(a == pytest.approx(b, rel=1e-5) for a, b in zip(*losses, strict=True))
 
 
 def test_two_forward_passes_before_one_backward_pass():
