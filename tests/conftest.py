@@ -62,6 +62,7 @@ def _run_here(arguments, cwd, environment, output):
     os.chdir(cwd)
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # though pytest runs under nohup
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = [str(part) for part in arguments]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))

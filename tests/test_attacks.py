@@ -269,11 +269,12 @@ def test_a_finished_file_outlives_a_rename_that_fails(tmp_path, monkeypatch):
 # ---- terminals and logs
 
 
-def test_a_run_outlives_its_terminal(unbroken, small_npz, tmp_path):
+def test_a_run_outlives_its_terminal(unbroken, almost, tmp_path):
     outputs = {"full": ">/dev/full", "closed": ">&-", "gone": "| true"}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command, runs = [sys.executable, ROOT / MAE[0], *MAE[1:], "--data", small_npz, "--out"], []
+    command, runs = [sys.executable, ROOT / almost[0], *almost[1:], "--out"], []
     for name, where in outputs.items():
+        shutil.copytree(tmp_path / "run", tmp_path / name)
         line = f"set -o pipefail; {shlex.join(map(str, [*command, tmp_path / name]))} {where}"
         runs.append(subprocess.Popen(["bash", "-c", line], env=environment))
     assert [run.wait(200) for run in runs] == [0, 0, 0]
@@ -341,6 +342,7 @@ def test_any_split_of_the_batch_gives_the_same_losses(unbroken, small_npz, tmp_p
 
 
 def test_torchrun_restarts_after_a_worker_was_killed(unbroken, small_npz, tmp_path):
+    shutil.copytree(unbroken / "mae_mff.py@8", tmp_path / "run")
     command = [*MAE, "--data", small_npz, "--resume", "--out", tmp_path / "run"]
     attack = sabotaged(tmp_path, command, "Run.end_update", KILL,
                        "self.step == 10 and rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'")
