@@ -2,20 +2,17 @@
 
 import math
 import shutil
-import types
 
 import pytest
 import torch
 from commands import SCRIPTS
 from conftest import run_script
-from PIL import Image
 from torch.nn import functional as F
 from torture import log
 
 import beit
 import common
 import ddae
-import ddae_beitv2
 import finetune
 from common import UserError
 from ddae_beitv2 import Config, DeepDynamicBEiTv2, Tokenizer, load_tokenizer
@@ -41,17 +38,6 @@ def batch(model, n=3):
     cfg = model.cfg
     images = common.Normalize(cfg.mean, cfg.std, "cpu")(torch.rand(n, cfg.in_chans, *cfg.img_size))
     return images, torch.stack([ddae.sample_mask(cfg) for _ in range(n)])
-
-
-@pytest.mark.parametrize("img_size, patch_size, n", [
-    ((224, 224), 16, 75), ((32, 64), 4, 49), ((25, 25), 5, 9)])
-def test_masks_hide_exactly_their_share_in_blocks(img_size, patch_size, n):
-    cfg = Config(tokenizer="x", img_size=img_size, patch_size=patch_size)
-    masks = torch.stack([ddae.sample_mask(cfg) for _ in range(200)]) > 0
-    assert (masks.sum(1) == n).all() and len(masks.unique(dim=0)) > 100
-    grid = masks.view(200, *cfg.grid).float()
-    pairs = (grid[:, :, 1:] * grid[:, :, :-1]).mean() / grid.mean()  # a hidden patch's neighbour is hidden
-    assert pairs > 1.5 * n / math.prod(cfg.grid)
 
 
 # ---- student
@@ -273,14 +259,6 @@ def test_what_is_hidden_is_seen_by_the_tokenizer_alone():
 
 
 # ---- the command
-
-
-def test_pictures_of_grey_rectangles(tmp_path):
-    model = build(in_chans=1, img_size=(32, 64))
-    run = types.SimpleNamespace(normalize=common.Normalize(model.cfg.mean, model.cfg.std, "cpu"))
-    ddae_beitv2.save_pictures(tmp_path / "x.png", model, batch(model, 2), run)
-    with Image.open(tmp_path / "x.png") as picture:
-        assert picture.width > (5 + len(model.levels)) * 128
 
 
 def test_demo_learns_resumes_and_its_encoder_goes_on(tmp_path):

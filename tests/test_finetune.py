@@ -270,13 +270,6 @@ def test_held_out_images_that_cannot_be_read_are_left_out_and_counted(sets, tmp_
     assert one == two == without | {"eval/unreadable": 1}
 
 
-def test_check_data_reads_what_is_held_out_too(sets, tmp_path):
-    (sets / "val/1/5.png").write_bytes(b"no image")
-    assert "val/1/5.png" in run_script([*NANO, "--data", sets, "--check_data"], tmp_path)
-    (sets / "val").rename(sets / "elsewhere")
-    run_script([*NANO, "--data", sets, "--check_data"], tmp_path, expect=2)
-
-
 def test_killed_in_an_evaluation_it_is_made_up_for_and_nothing_lost(small_npz, tmp_path):
     """In that of the second pass, and in the last."""
     command = [*NANO, "--data", small_npz, "--epochs", 3, "--batch_size", 50, "--log_every", 1, "--ema", 0.9]
