@@ -116,12 +116,12 @@ def test_the_next_command_fits_the_data_and_can_be_pasted(photos, tmp_path, kind
     shutil.rmtree(photos / "fox")
     shutil.copytree(photos / "cat" if kind == "flat" else photos, root / "photos")
     words = ["mae_mff.py", "--data", root / "photos", "--out", root / "run"]
-    words += "--model nano --img_size 32 --patch_size 8 --epochs 3 --batch_size 5 --workers 0".split()
+    words += shlex.split("--model nano --img_size 32 --patch_size 8 --epochs 3 --batch_size 5 --workers 0")
     output, again = run_script(words, tmp_path), run_script([*words, "--resume"], tmp_path)
     assert again.split("next:\n")[1] == output.split("next:\n")[1]  # of a run that is done
     commands = list(map(shlex.split, output.split("next:\n")[1].splitlines()))
     assert len(commands) == (2 if kind == "flat" else 1)
-    extra = "--epochs 1 --warmup_epochs 0 --batch_size 4 --workers 0".split() if kind == "classes" else []
+    extra = shlex.split("--epochs 1 --warmup_epochs 0 --batch_size 4 --workers 0") * (kind == "classes")
     for python, *command in commands:
         assert python == "python" and ("--val_split" in command) == (kind == "classes")
         run_script([*command, *extra], tmp_path)
