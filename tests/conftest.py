@@ -253,12 +253,3 @@ def folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
     return tmp_path / "images"
-
-
-@pytest.fixture
-def real_data():
-    """Folder of real images, from MINMIM_TEST_DATA."""
-    path = os.environ.get("MINMIM_TEST_DATA")
-    if not path:
-        pytest.skip("MINMIM_TEST_DATA is not set: no real images to test with")
-    return Path(path)
