@@ -168,22 +168,12 @@ def test_layer_decay_and_weight_decay(model, task):
 
 
 def test_parameter_counts():
-    """UperNet's by hand: D = 768, C = 150 classes. Mask R-CNN: as docs/TRANSFER.md has it."""
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
-
-    D, C = 768, 150
+    """As docs/TRANSFER.md has them, of 150 and of 80 classes."""
     with torch.device("meta"):
-        model = transfer.Segmenter(config("--weights", "none"), C)
+        model = transfer.Segmenter(config("--weights", "none"), 150)
         detector = transfer.Detector(config("--weights", "none", "--task", "det", "--img_size", 512), 80)
-    blocks = 12 * (2 * 2 * D + D * 3 * D + 3 * D + D * D + D + 2 * D * 4 * D + 4 * D + D)
-    encoder = 16 * 16 * 3 * D + D + D + (1 + 32 * 32) * D + blocks
-    neck = 3 * (4 * D * D + D) + 2 * D
-    head = 7 * (D**2 + 2 * D) + 45 * D**2 + 2 * D + 3 * (9 * D**2 + 2 * D) + 36 * D**2 + 2 * D + C * (D + 1)
-    auxiliary = 256 * (9 * D + 2) + C * 257
-    parts = [count(x) for x in (model.encoder, model.neck, model.head, model.auxiliary)]
-    assert parts == [encoder, neck, head, auxiliary]
-    assert count(model) == 163_286_828 and f"{count(detector) / 1e6:.1f}" == "111.4"
+    counts = [sum(p.numel() for p in network.parameters()) for network in (model, detector)]
+    assert counts[0] == 163_286_828 and f"{counts[1] / 1e6:.1f}" == "111.4"
 
 
 def test_upernet_equals_that_of_transformers():
