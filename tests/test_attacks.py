@@ -99,11 +99,11 @@ def almost(unbroken, small_npz, tmp_path):
     return [*MAE, "--data", small_npz, "--out", "run", "--resume"]
 
 
-STAGES = {  # of writing checkpoint 19: the call in which the process dies, and the step that must be left
+STAGES = {  # of writing checkpoint 19, one after another: the call in which the process dies, and the step that must be left
     "half written": ("torch.save", "half = file.tell() // 2; file.truncate(half)", 18),
     "written": ("os.fsync", "pass", 18),
-    "old one renamed": ("os.replace", "pass", 18),
     "new one renamed": ("os.replace", "pass", 19),
+    "old one renamed": ("os.replace", "pass", 19),  # of checkpoint 20
 }
 
 
@@ -118,7 +118,7 @@ def test_killed_while_writing_a_checkpoint_at_one_stage_after_another(unbroken, 
                     {KILL}
                 return result
             {dies_in} = deadly"""
-        # Armed once the encoder of step 19 is exported: the next thing written is last.pth.
+        # Armed once the encoder is exported: the next thing written is last.pth.
         attack = sabotaged(tmp_path, almost, "Run.export", arm, "count == 1")
         run_script(attack, tmp_path, expect=-signal.SIGKILL)
         assert (tmp_path / "run/last.pth").exists() == (stage != "old one renamed")
