@@ -99,7 +99,7 @@ def almost(unbroken, small_npz, tmp_path):
     return [*MAE, "--data", small_npz, "--out", "run", "--resume"]
 
 
-STAGES = {  # of writing checkpoint 19, one after another: the call in which the process dies, and the step that must be left
+STAGES = {  # of writing checkpoint 19: the call in which the process dies, and the step that must be left
     "half written": ("torch.save", "half = file.tell() // 2; file.truncate(half)", 18),
     "written": ("os.fsync", "pass", 18),
     "new one renamed": ("os.replace", "pass", 19),
