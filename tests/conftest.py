@@ -1,6 +1,9 @@
 """Shared by all tests: run a script as a user would, and small data on disk."""
 
 import atexit
+import functools
+import inspect
+import json
 import multiprocessing
 import os
 import random
@@ -21,8 +24,18 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "benchmarks", "docs")]
 
-from shapes import Shapes  # noqa: E402  (found through the line above)
+import common  # noqa: E402  (found through the line above)
+from shapes import Shapes  # noqa: E402
 
+# Each parser reads its fields' comments; of the fields that all scripts share once for all runs.
+inspect.getsource = functools.cache(inspect.getsource)
+inspect.getsource(common.RunConfig)
+
+# One folder for all processes of pytest-xdist: the first one makes it, starts the others, and removes it.
+if "MINMIM_SHARED" not in os.environ:
+    FOLDER = tempfile.TemporaryDirectory()
+    os.environ["MINMIM_SHARED"] = FOLDER.name
+SHARED = Path(os.environ["MINMIM_SHARED"])
 # Importing torch takes longer than most runs: they are forked from a process that has done so.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torchvision.transforms.v2", "conftest", "common", "torch._dynamo"])
@@ -49,6 +62,7 @@ def _run_here(arguments, cwd, environment, output):
     os.chdir(cwd)
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # though pytest runs under nohup
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = [str(part) for part in arguments]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
@@ -153,31 +167,81 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
     return [path, *flags]
 
 
+def once(name, make):
+    """The path SHARED/name after make(path), which one of xdist's processes calls while the others wait."""
+    try:
+        (SHARED / f"{name}.made").mkdir()
+    except FileExistsError:
+        while not (SHARED / f"{name}.done").exists():
+            time.sleep(0.1)
+        return SHARED / name
+    try:
+        make(SHARED / name)
+    finally:
+        (SHARED / f"{name}.done").touch()
+    return SHARED / name
+
+
 @pytest.fixture(scope="session")
-def small_npz(tmp_path_factory):
+def small_npz():
     """250 + 53 labelled images: no number of processes above one shares 53 evenly, no batch divides 250."""
-    path = tmp_path_factory.mktemp("npz") / "small.npz"
-    samples = [Shapes((32, 32), 3, n=303).read(i) for i in range(303)]
-    images, labels = (np.stack([np.asarray(sample[part]) for sample in samples]) for part in (0, 1))
-    np.savez(path, images=images.transpose(0, 2, 3, 1), labels=labels, split=np.arange(303) >= 250)
-    return path
+    def make(path):
+        samples = [Shapes((32, 32), 3, n=303).read(i) for i in range(303)]
+        images, labels = (np.stack([np.asarray(sample[part]) for sample in samples]) for part in (0, 1))
+        np.savez(path, images=images.transpose(0, 2, 3, 1), labels=labels, split=np.arange(303) >= 250)
+
+    return once("small.npz", make)
+
+
+KILL, TERM = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGTERM"))
+
+
+def killed(folder, command, when, method="Run.end_update", processes=1):
+    """Run until a process kills itself after a call of common.METHOD in which `when` holds; the output."""
+    attack = sabotaged(folder, command, method, KILL, when)
+    return run_script(attack, folder, processes, expect=-signal.SIGKILL)
+
+
+def stopped(folder, command, when, method="Run.seed", processes=1):
+    """The same of a run that gets SIGTERM, saves and ends."""
+    output = run_script(sabotaged(folder, command, method, TERM, when), folder, processes)
+    assert "stopped after step" in output, output
+    return output
+
+
+def losses(out):
+    """train/loss of all lines of a log."""
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+SNAPSHOTS = """
+        import shutil
+        due, save, steps = common.Run.save_due, common.Run.save, (8, 13, 18)
+        common.Run.save_due = lambda run: due(run) or run.step in steps
+        common.Run.save = lambda run, *weights, **meta: (
+            save(run, *weights, **meta),
+            run.step in steps and shutil.copytree(run.out, f"{run.out}@{run.step}"))"""
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory, small_npz):
-    """A folder SCRIPT.py per script with its golden run: twenty updates, a checkpoint and a log line after
-    each. SCRIPT.py@8, @13 and @18 are that folder after these updates."""
+def unbroken(small_npz):
+    """A folder SCRIPT.py per script with its golden run: twenty updates, a log line after each, a checkpoint
+    after each pass. SCRIPT.py@8, @13 and @18 are that folder after these updates."""
     from commands import SCRIPTS
 
-    folder, runs = tmp_path_factory.mktemp("unbroken"), []
-    for script, command in SCRIPTS.items():
-        copy = "import shutil; shutil.copytree(self.out, f'{self.out}@{self.step}')"
-        golden = sabotaged(folder, command, "Run.save", copy, "self.step in (8, 13, 18)")
-        runs.append(Started([*golden, "--data", small_npz, "--out", script], folder))
-    for run in runs:
-        code, output = run.wait()
-        assert code == 0, output
-    return folder
+    def make(folder):
+        folder.mkdir()
+        runs = []
+        for script, command in SCRIPTS.items():
+            golden = sabotaged(folder, command, "Run.start", SNAPSHOTS, "count == 1")
+            golden += ["--data", small_npz, "--out", script, "--save_minutes", 10]
+            runs.append(Started(golden, folder))
+        for run in runs:
+            code, output = run.wait()
+            assert code == 0, output
+
+    return once("unbroken", make)
 
 
 @pytest.fixture
@@ -189,17 +253,3 @@ def folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
     return tmp_path / "images"
-
-
-@pytest.fixture
-def real_data():
-    """Folder of real images, from MINMIM_TEST_DATA."""
-    path = os.environ.get("MINMIM_TEST_DATA")
-    if not path:
-        pytest.skip("MINMIM_TEST_DATA is not set: no real images to test with")
-    return Path(path)
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)

@@ -340,23 +340,3 @@ def task(function, arguments, folder):
             return globals()[function](*arguments)
     except BaseException:
         return traceback.format_exc()
-
-
-def trace_update(make_model, loss_of, batch):
-    """The same for other people's models: an update with autocast, clipping and a fused AdamW. loss_of(model,
-    images); batch: shape of the images."""
-    with Fake(allow_non_fake_inputs=True), Meter() as meter:
-        install(meter)
-        model = make_model().cuda()
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        images = torch.zeros(batch, device="cuda")
-        with torch.autograd.graph.saved_tensors_hooks(meter.store, lambda x: x):
-            for _ in range(2):
-                meter.clear()
-                optimizer.zero_grad(set_to_none=True)
-                with torch.autocast("cuda", torch.bfloat16):
-                    loss = loss_of(model, images)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-        return meter.found()

@@ -137,19 +137,16 @@ class Evil:
 def test_bad_files_are_refused_in_one_line_and_run_nothing(tmp_path, capsys):
     torch.save({"model": trunk().state_dict()}, tmp_path / "good.pth")
     whole = (tmp_path / "good.pth").read_bytes()
-    contents = [b"--2026-01-01 12:00:00--  https://example.org/encoder.pkl", b"<!DOCTYPE html>", b"",
-                whole[: len(whole) // 2], pickle.dumps({"model": Evil()})]
-    for data in contents:
-        (tmp_path / "bad.pth").write_bytes(data)
-        with pytest.raises(UserError, match="bad.pth") as caught:
-            common.read_file(tmp_path / "bad.pth")
-        assert "\n" not in str(caught.value)
+    contents = {b"--2026-01-01 12:00:00--  https://example.org/encoder.pkl": "download log", b"": "empty",
+                b"\n<!DOCTYPE html>": "web page", b"version https://git-lfs.github.com/spec/v1\n": "git lfs",
+                b"\x1f\x8b\x08": "gunzip", b"\x89HDF\r\n": "HDF5",
+                whole[: len(whole) // 2]: "", pickle.dumps({"model": Evil()}): ""}
+    for data, words in contents.items():
+        for name in ("bad.pth", "bad.safetensors"):
+            (tmp_path / name).write_bytes(data)
+            with pytest.raises(UserError, match=f"{name}.*{words}") as caught:
+                common.read_file(tmp_path / name)
+            assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="--resume --out"):  # for users who give a folder
         common.read_file(tmp_path)
     assert "executed" not in capsys.readouterr().out
-
-
-def test_safetensors_of_timm_load(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file(trunk().state_dict(), tmp_path / "model.safetensors")
-    common.load_weights(trunk(), tmp_path / "model.safetensors")

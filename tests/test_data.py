@@ -133,16 +133,6 @@ def test_folder_flat_nested_list_and_train_val(folder, tmp_path):
     assert common.list_images(folder) == [nested.name(i) for i in range(40)]
 
 
-def test_npz_with_split_and_labels(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-    for split in (np.arange(10) >= 7, np.array(["train"] * 7 + ["val"] * 3)):
-        np.savez(tmp_path / "set.npz", images=images, labels=np.arange(10) % 3, split=split)
-        train, val = (open_data(tmp_path / "set.npz", part) for part in ("train", "val"))
-        assert (len(train), len(val), train.classes) == (7, 3, ["0", "1", "2"])
-        image, label = val.read(1)
-        assert torch.equal(image, torch.from_numpy(images[8]).permute(2, 0, 1)) and label == 2
-
-
 def test_what_is_no_data_is_refused(folder, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/notes.md").write_text("x")

@@ -1,16 +1,13 @@
 """ddae.py: masks, distances, weights, losses and teacher against slow versions; ablations; the command."""
 
-import contextlib
-import json
 import math
-import types
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from PIL import Image
 from torch.nn import functional as F
+from torture import log
 
 import common
 import ddae
@@ -182,35 +179,6 @@ def test_the_whole_loss_against_its_parts_written_out(feature_norm):
     assert more["eq5_distill"] == 0.5 * terms["eq5_distill"]
 
 
-def test_shares_of_a_feature_target():
-    constant, position, image, rest = (torch.randn(shape) for shape in ((8,), (6, 8), (5, 1, 8), (5, 6, 8)))
-    position, image = position - position.mean(0), image - image.mean(0)
-    rest = rest - rest.mean(0) - rest.mean(1, keepdim=True) + rest.mean((0, 1))
-    target = constant + position + image + rest
-    total = (target**2).mean()
-    for name, part in (("constant", constant), ("position", position), ("image", image)):
-        share = ddae.shares_of_target(target)[f"target/{name}"]
-        torch.testing.assert_close(share, (part**2).mean() / total, rtol=1e-4, atol=1e-6)
-
-
-def test_the_feature_loss_grows_over_the_ramp():
-    seen, run = [], types.SimpleNamespace(
-        step=0, steps=40, epoch=0.0, accum_steps=1, device=torch.device("cpu"), cfg=Config(feature_ramp=0.25),
-        micro_batches=lambda model, batches: batches, autocast=contextlib.nullcontext,
-        agree=lambda total, norm: ({}, False))
-    model = torch.nn.Linear(1, 1)
-
-    def forward(images, distance, ramp):
-        seen.append(ramp.item())
-        return model(images).sum(), {}
-
-    learner = type("Learner", (), {"parameters": model.parameters, "__call__": staticmethod(forward)})()
-    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.0), torch.amp.GradScaler("cpu", enabled=False)
-    for run.step in (0, 5, 10, 39):
-        ddae.train_step(learner, [(torch.ones(1, 1), None)], optimizer, scaler, run)
-    assert seen == [0.0, 0.5, 1.0, 1.0]
-
-
 # ---- teacher
 
 
@@ -288,10 +256,8 @@ def test_dds_says_which_loss_is_deep_and_dynamic():
 
 
 @pytest.mark.parametrize("values, flag", [
-    ({"num_levels": 5}, "--num_levels 5"), ({"mask_ratio": 0.001}, "--mask_ratio 0.001"),
-    ({"beta_init": (0.0, 1.0)}, "--beta_init has 2"), ({"dds": "none", "beta_init": (0.5,)}, "--beta_init"),
-    ({"dds": "feature", "distill": False}, "--dds feature"), ({"decoder_num_heads": 7}, "_num_heads 7"),
-])
+    ({"num_levels": 5}, "--num_levels 5"), ({"beta_init": (0.0, 1.0)}, "--beta_init has 2"),
+    ({"dds": "feature", "distill": False}, "--dds feature")])
 def test_wrong_settings(values, flag):
     with pytest.raises(ValueError, match=flag):
         Config(**values)
@@ -302,26 +268,12 @@ def test_wrong_settings(values, flag):
 
 def test_demo_learns_and_its_checkpoint_goes_into_init(tmp_path):
     command = ["ddae.py", "--demo", "--workers", 0, "--log_every", 5]
-    run_script([*command, "--epochs", 0.04, "--warmup_epochs", 0.01, "--out", "run"], tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    output = run_script([*command, "--epochs", 0.04, "--warmup_epochs", 0.01, "--out", "run"], tmp_path)
+    assert "updates are few" in output  # for the teacher's momentum
+    lines = log(tmp_path / "run")
     assert lines[-1]["train/mse"] < 0.8 * lines[0]["train/mse"] and "train/beta/2" in lines[-1]
     output = run_script([*command, "--epochs", 0.002, "--init", "run/last.pth", "--out", "less",
                          "--no-distill", "--beta_init", 0.3, "--no-learn_beta"], tmp_path)
     assert "ignored: beta, feature_decoder, teacher" in output
     beta = torch.load(tmp_path / "less/last.pth", weights_only=True)["model"]["beta"]
     assert beta.tolist() == pytest.approx([0.3, 0.3])
-
-
-@pytest.mark.parametrize("flags", [{}, {"in_chans": 1, "img_size": (32, 64)}, {"dynamic": False}], ids=str)
-def test_pictures_of_any_shape(flags, tmp_path):
-    model = build(**flags)
-    run = common.Run(model.cfg, "ddae")
-    ddae.save_pictures(tmp_path / "x.png", model, batch(model, 2), run)
-    with Image.open(tmp_path / "x.png") as picture:  # nine columns, two rows
-        assert picture.width > 9 * 128 and picture.height > 2 * 128 * 32 // model.cfg.img_size[1]
-
-
-def test_a_run_that_cannot_learn_says_so(tmp_path):
-    """12 updates; the teacher of momentum .99 averages 100."""
-    output = run_script(["ddae.py", "--demo", "--epochs", 0.02, "--pictures", 0, "--workers", 0], tmp_path)
-    assert "warning: 12 updates are few" in output and "the teacher averages 100 updates, of 12" in output

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-import types
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -12,16 +12,8 @@ from PIL import Image
 
 import common
 import draw
-from common import Attention, ResNet50, ViT
+from common import ResNet50, ViT
 from mae_mff import Config
-
-
-def test_attention_weights_times_values_are_what_the_block_computes():
-    attention, x = Attention(32, 4), torch.randn(2, 17, 32)
-    weights = draw.attention_weights(attention, x)
-    v = attention.qkv(x).reshape(2, 17, 3, 4, 8).permute(2, 0, 3, 1, 4)[2]
-    out = attention.proj((weights @ v).transpose(1, 2).reshape(2, 17, 32))
-    torch.testing.assert_close(out, attention(x), rtol=1e-4, atol=1e-5)
 
 
 def test_mean_attention_distance_against_loops():
@@ -30,7 +22,11 @@ def test_mean_attention_distance_against_loops():
     to_patches, means = draw.attention_of(model, images)
     x = model.prepend_cls(model.embed(images))
     x = model.blocks[1].norm1(model.blocks[0](x))
-    weights, heads = draw.attention_weights(model.blocks[1].attn, x).detach(), 4
+    attn, heads = model.blocks[1].attn, 4
+    weights = draw.attention_weights(attn, x).detach()
+    values = attn.qkv(x).reshape(2, 7, 3, 4, 32).permute(2, 0, 3, 1, 4)[2]
+    out = attn.proj((weights @ values).transpose(1, 2).reshape(2, 7, 128))
+    torch.testing.assert_close(out, attn(x), rtol=1e-4, atol=1e-5)
     places = [(8 * i, 8 * j) for i in range(2) for j in range(3)]
     for head in range(heads):
         total = 0.0
@@ -54,14 +50,6 @@ def test_curves_of_a_log_with_gaps_and_of_none(tmp_path):
     assert Image.open(tmp_path / "curves.png").size == (2 * draw.WIDTH, 2 * draw.HEIGHT)
 
 
-def test_ticks_are_round_and_inside():
-    for low, high in ((0, 1), (0.13, 0.17), (-3, 1234), (1e-8, 3e-8)):
-        found = draw.ticks(low, high)
-        assert 2 <= len(found) <= 7 and low <= min(found) and max(found) <= high + 1e-12
-        steps = [b - a for a, b in zip(found, found[1:], strict=False)]
-        assert max(steps) - min(steps) < 1e-6 * (high - low)
-
-
 def test_a_run_leaves_curves_times_and_the_command_draws_attention(unbroken, tmp_path):
     run = unbroken / "mae_mff.py"
     assert (run / "curves.png").exists()
@@ -69,34 +57,23 @@ def test_a_run_leaves_curves_times_and_the_command_draws_attention(unbroken, tmp
     command = ["draw.py", "--data", "shapes", "--attention"]
     output = run_script([*command, run / "encoder.pth"], tmp_path)
     assert output.count("heads") == 4 and (tmp_path / "attention_distance.png").exists()
-    assert "new file" in run_script([*command, run / "encoder.pth"], tmp_path, expect=2)
     best = unbroken / "finetune.py/best.pth"
     assert "attention2.png" in run_script([*command, best, "--out", "attention2.png"], tmp_path)
-    (tmp_path / "broken.jpg").write_bytes(b"x")
-    words = ["draw.py", "--attention", best, "--data", "broken.jpg", "--out", "none.png"]
-    assert "none of the 1 images" in run_script(words, tmp_path, expect=2)
-    words = [*command, best, "--out", "none.png", "--pictures", 0]
-    assert "how many" in run_script(words, tmp_path, expect=2)
     torch.save(ResNet50(8).state_dict(), tmp_path / "resnet.pth")
     output = run_script([*command, "resnet.pth"], tmp_path, expect=2)
     assert "holds resnet50: expected a ViT" in output and output.count("\n") == 1
 
 
 def test_tensorboard_gets_the_log_if_it_is_installed(tmp_path, monkeypatch):
-    class Writer:
-        def __init__(self, folder, purge_step):
-            self.lines, self.start = [], (folder, purge_step)
-
-        def add_scalar(self, *line):
-            self.lines.append(line)
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    board = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     run = common.Run(Config(tensorboard=True, out=str(tmp_path)), "mae_mff")
     run.n = None
     run.load()
     run.log({"step": 3, "epoch": 0.5, "lr": 0.1, "note": "text"})
-    assert run.board.lines == [("step", 3, 3), ("epoch", 0.5, 3), ("lr", 0.1, 3)]
-    assert run.board.start == (tmp_path / "tensorboard", 1)
+    assert board.SummaryWriter.call_args == call(tmp_path / "tensorboard", purge_step=1)
+    seen = [call("step", 3, 3), call("epoch", 0.5, 3), call("lr", 0.1, 3)]
+    assert run.board.add_scalar.call_args_list == seen
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(common.UserError, match="pip install tensorboard"):
         run.load()

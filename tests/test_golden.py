@@ -6,14 +6,12 @@ Other processors round differently, and twenty updates enlarge that: hence the t
 
 import pytest
 from commands import GOLDEN, SCRIPTS, command
-from conftest import run_script, sabotaged
-from torture import log
+from conftest import losses, stopped
 
 
 def check(name, out, n):
-    losses = [line["train/loss"] for line in log(out) if "train/loss" in line]
     # torch 2.11 differs by 1.3e-4
-    assert len(losses) == n and losses == pytest.approx(GOLDEN[name]["losses"][:n], rel=2e-4)
+    assert losses(out) == pytest.approx(GOLDEN[name]["losses"][:n], rel=2e-4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -24,7 +22,5 @@ def test_losses_are_those_of_earlier_versions(unbroken, script):
 @pytest.mark.parametrize("name", ["seg", "det"])
 def test_losses_of_transfer_are_those_of_earlier_versions(tmp_path, name):
     """Slow: a signal ends it after five."""
-    stop = "os.kill(os.getpid(), signal.SIGTERM)"
-    words = [*command(name), "--data", "shapes", "--out", "run"]
-    run_script(sabotaged(tmp_path, words, "Run.seed", stop, "self.step == 4"), tmp_path)
+    stopped(tmp_path, [*command(name), "--data", "shapes", "--out", "run"], "self.step == 4")
     check(name, tmp_path / "run", 5)

@@ -154,12 +154,3 @@ def test_plain_mae_has_exactly_the_official_names():
     names += ["cls_token", "pos_embed", "mask_token", "decoder_pos_embed"]
     assert sorted(build(fuse_layers=(3,)).state_dict()) == sorted(names)
     common.ViT("nano", (32, 32), 8).load_state_dict(build().trunk_state())  # strict: what is exported
-
-
-def test_statistics_for_pictures_come_from_visible_patches_alone():
-    values, mask = torch.rand(2, 16, 3), torch.zeros(2, 16)
-    mask[:, [0, 3, 7]] = 1
-    shown = common.fill_from_visible(values, mask, (4, 4))
-    values[mask.bool()] = 1e6
-    assert torch.equal(common.fill_from_visible(values, mask, (4, 4)), shown)
-    assert (shown > 0).all() and (shown < 1).all()

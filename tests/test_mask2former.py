@@ -2,12 +2,11 @@
 
 import re
 import shutil
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_script, sabotaged
+from conftest import ROOT, killed, run_script, sabotaged
 from scipy.optimize import linear_sum_assignment
 from test_transfer import RGB, scenes  # noqa: F401  (a fixture)
 from torture import log, same, state
@@ -223,19 +222,6 @@ def test_settings():
     assert "--queries" in text and not {"--rois", "--head", "--window"} & set(re.findall(r"--\w+", text))
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--channels", "44"], "a multiple of 8"),
-    (["--compile"], "--compile is not for Mask2Former"),
-    (["--recipe", "mff"], "mff_m2f"),
-    (["--task", "det"], "unknown argument --task"),
-])
-def test_wrong_flags_are_refused_in_one_line(words, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        config(*words)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.count("\n") == 1
-
-
 # ---- runs
 
 
@@ -245,9 +231,7 @@ def test_resumed_bit_for_bit_evaluated_and_predicted(scenes, tmp_path, capsys): 
     output = run_script([*command, "--out", "whole"], tmp_path)
     assert "python" in output and "transfer_mask2former.py --predict" in output
     resume = [*command, "--out", "run", "--resume"]
-    kill = "os.kill(os.getpid(), signal.SIGKILL)"
-    run_script(sabotaged(tmp_path, resume, "Run.end_update", kill, "count == 3"), tmp_path,
-               expect=-signal.SIGKILL)
+    killed(tmp_path, resume, "count == 3")
     assert "resumed from run/last.pth: step 2" in run_script(resume, tmp_path)
     assert same(state(tmp_path / "whole"), state(tmp_path / "run"))
     use = ["transfer_mask2former.py", "--amp", "off", "--workers", 0, "--weights", "run/model.pth"]

@@ -85,9 +85,9 @@ def save(clip, form, folder):
     return path
 
 
-@pytest.mark.parametrize("form", ["OpenMMLab's, fp16", "open_clip's safetensors", "transformers' safetensors",
-                                  "transformers' folder"])
-@pytest.mark.parametrize("img_size", [(32, 32), (48, 32)])
+@pytest.mark.parametrize("form, img_size", [
+    ("OpenMMLab's, fp16", (32, 32)), ("open_clip's safetensors", (48, 32)),
+    ("transformers' safetensors", (32, 32)), ("transformers' folder", (48, 32))])
 def test_the_teacher_is_transformers_clip(clip, tmp_path, form, img_size):
     """Projected features of all tokens and the class token's attention, for images that we normalised."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -226,11 +226,3 @@ def test_all_but_the_teacher_learns_and_is_saved(target, layers):
     shares = [terms[f"fuse_weight/{i}"] for i in layers] if len(layers) > 1 else []
     assert len(terms) == 2 + len(shares) and (not shares or sum(shares).item() == pytest.approx(1))
     common.ViT("nano", (32, 32), 8).load_state_dict(model.trunk_state())  # strict: what is exported
-
-
-def test_a_pixel_models_encoder_is_a_start(unbroken, small_npz, tmp_path):
-    """--init takes the encoder of mae_mff.py's last.pth and leaves its decoder."""
-    start = unbroken / "mae_mff.py/last.pth"
-    command = ["mff_feature.py", "--data", small_npz, "--img_size", 32, "--patch_size", 4, "--model", "nano",
-               "--teacher", "random", "--epochs", 0.1, "--batch_size", 24, "--init", start, "--out", "run"]
-    assert "missing: decoder" in run_script(command, tmp_path)

@@ -1,7 +1,6 @@
 """Finished files: --predict agrees with --mode evaluate, and that with the evaluation in training."""
 
 import csv
-import json
 import os
 
 import numpy as np
@@ -9,16 +8,13 @@ import pytest
 import torch
 from conftest import run_script
 from PIL import Image
+from torture import log
 
 from backbones import make_classifier
 from common import UserError, parse_config
 from finetune import Config, presets
 from predict import load_finished
 from shapes import Shapes
-
-
-def last_log(out):
-    return json.loads((out / "log.jsonl").read_text().splitlines()[-1])
 
 
 def table(path):
@@ -51,7 +47,7 @@ def test_evaluate_gives_the_scores_of_the_training_and_predict_the_same_answers(
     evaluation = "finetune.py --mode evaluate --weights runs/finetune/best.pth --data photos --amp off"
     output = go(photos, f"{evaluation} --val_split 0.2")
     out = photos / "runs/finetune_evaluate"
-    scores = last_log(out)
+    scores = log(out)[-1]
     for name in ("eval/top1", "eval/top5", "eval/macc", "eval/n"):
         assert scores[name] == best[name], output
     classes, confusion = table(out / "per_class.csv"), table(out / "confusion.csv")
@@ -65,7 +61,7 @@ def test_evaluate_gives_the_scores_of_the_training_and_predict_the_same_answers(
     go(photos, "finetune.py --predict photos --weights runs/finetune/best.pth --amp off")
     lines = table(photos / "predictions.csv")
     hits = [os.path.basename(os.path.dirname(line["file"])) == line["class"] for line in lines]
-    assert round(100 * np.mean(hits), 3) == last_log(photos / "all")["eval/top1"], whole
+    assert round(100 * np.mean(hits), 3) == log(photos / "all")[-1]["eval/top1"], whole
     for line in lines:
         shares = [float(line[name]) for name in line if name.startswith("probability")]
         assert len(shares) == 5 and shares == sorted(shares, reverse=True) and sum(shares) <= 1.001

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from conftest import run_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torture import log
 
 import common
 import revcol_v2 as revcol
@@ -208,16 +207,6 @@ def test_column_equals_plain_in_less_memory(dtype, tolerance, device):
     assert stored["column"] < stored["plain"] / 3
 
 
-def test_two_processes_equal_one_in_the_other_memory_mode(small_npz, tmp_path):
-    command = ["revcol_v2.py", "--demo", "--amp", "off", "--workers", 0, "--data", small_npz, "--epochs", 0.4,
-               "--pictures", 0, "--batch_size", 24, "--micro_batch", 6, "--log_every", 1]
-    losses = []
-    for processes, memory in ((1, "plain"), (2, "column")):
-        run_script([*command, "--memory", memory, "--out", memory], tmp_path, processes)
-        losses.append([(line["train/loss"], line["grad_norm"]) for line in log(tmp_path / memory)])
-    assert len(losses[0]) == 4 and all(a == pytest.approx(b, rel=1e-5) for a, b in zip(*losses, strict=True))
-
-
 def test_two_forward_passes_before_one_backward_pass():
     model = pretraining()
     losses = [model(torch.randn(2, 3, 32, 32), torch.rand(2, 64))[0] for _ in range(2)]  # both write to a
@@ -286,14 +275,6 @@ def test_layer_ids_and_drop_path(read):
     for column in [*model.bottom_up, *model.top_down]:
         rates = [block.drop_path for unit in column.units.values() for block in unit.blocks]
         assert rates == pytest.approx([0.1 * i for i in range(7)])
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--patch_size", 6, "--img_size", 36], "--patch_size 6"), (["--mask_ratio", 1], "--mask_ratio 1")])
-def test_wrong_flags_are_refused(words, message, capsys):
-    with pytest.raises(SystemExit):
-        pretraining(*words)
-    assert message in capsys.readouterr().err
 
 
 def test_rectangles_of_one_channel_and_what_the_files_serve(small_npz, tmp_path):

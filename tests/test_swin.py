@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import run_script
+from test_transfer import scenes  # noqa: F401  (a fixture)
 from torchvision.models import SwinTransformer
 from torture import log
 
@@ -60,23 +61,15 @@ def test_layers_of_the_decay_are_simmims():
     assert expected.keys() <= names and {name: model.layer_id(name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("mode", ["finetune", "linear", "knn"])
-def test_finetune_takes_it_and_predicts(mode, file, small_npz, folder, tmp_path):
-    words = ["--data", small_npz, "--mode", mode, "--weights", file, "--out", "run"]
-    if mode != "knn":
-        words += ["--epochs", 0.2, "--batch_size", 25, "--warmup_epochs", 0]
-    words += ["--augment", "none"] * (mode == "linear")
-    output = run_script(["finetune.py", *words], tmp_path)
-    assert "top-1" in output
-    if mode == "finetune":
-        again = ["finetune.py", "--predict", folder, "--weights", "run/best.pth", "--out", "p.csv"]
-        assert "p.csv: 40 images, seen at 32 x 32" in run_script(again, tmp_path)
-        refused = ["finetune.py", "--mode", "layers", "--weights", file, "--data", small_npz]
-        assert "--mode layers is not for Swin" in run_script(refused, tmp_path, expect=2)
+def test_finetune_takes_it_and_predicts(file, small_npz, folder, tmp_path):
+    words = ["--data", small_npz, "--weights", file, "--epochs", 0.2, "--batch_size", 25, "--out", "run"]
+    assert "top-1" in run_script(["finetune.py", *words, "--warmup_epochs", 0], tmp_path)
+    again = ["finetune.py", "--predict", folder, "--weights", "run/best.pth", "--out", "p.csv"]
+    assert "p.csv: 40 images, seen at 32 x 32" in run_script(again, tmp_path)
 
 
 @pytest.mark.parametrize("task", ["seg", "det"])
-def test_dense_tasks_read_the_stages(task, theirs, file, tmp_path):
+def test_dense_tasks_read_the_stages(task, file, scenes, tmp_path):  # noqa: F811
     """Four maps, each after a LayerNorm that is new; a short run and the use of its file."""
     cfg = transfer.Config(task=task, model="swin_nano", patch_size=4, swin_window=2, img_size=(64, 64),
                           weights="none")
@@ -94,7 +87,7 @@ def test_dense_tasks_read_the_stages(task, theirs, file, tmp_path):
             assert found[i // 2].shape == (1, width, -(-72 // stride), -(-64 // stride))
     words = ["--task", task, "--demo", "--amp", "off", "--workers", 0, "--weights", file, "--iters", 2,
              "--batch_size", 2, "--warmup_iters", 0, "--channels", 8, "--pictures", 0, "--eval_every", 2]
-    words += ["--rois", 8] * (task == "det")
+    words += ["--data", scenes / "ade"] if task == "seg" else ["--data", scenes / "coco", "--rois", 8]
     output = run_script(["transfer_seg_det.py", *words, "--out", "run"], tmp_path)
     assert "tensors loaded; missing: norms" in output
     assert ("eval/miou" if task == "seg" else "eval/box_ap") in str(log(tmp_path / "run")[-1])

@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import time
 import types
 from pathlib import Path
 
@@ -15,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_script, sabotaged
+from conftest import ROOT, killed, run_script
 from malformed import MALFORMED, write_set
-from PIL import Image, ImageCms
-from PIL.PngImagePlugin import PngImageFile
+from PIL import Image
 from pycocotools import mask as rle
 from torch import nn
 from torchvision.models import resnet50
@@ -30,7 +27,6 @@ import backbones
 import coco
 import common
 import overlay
-import revcol_v2
 import transfer_data as data
 import transfer_seg_det as transfer
 
@@ -142,10 +138,10 @@ def test_taps_windows_and_sizes_of_maps():
             encoder = backbones.ViTEncoder(small("det", "--model", size))
         kinds = [type(block.attn) is backbones.WindowAttention for block in encoder.blocks]
         assert encoder.taps == quarters[-1:] and kinds == [i + 1 not in quarters for i in range(len(kinds))]
-    for model, sizes in (("nano", [(6, 10)] * 4), ("revcol_nano", [(24, 40), (12, 20), (6, 10), (3, 5)])):
-        for flag in ("--recompute", "--no-recompute"):
-            encoder = backbones.make_encoder(small("seg", "--model", model, flag))
-            assert [tuple(x.shape[2:]) for x in encoder(torch.randn(2, 3, 24, 40))] == sizes
+    for flag in ("--recompute", "--no-recompute"):
+        encoder = backbones.make_encoder(small("seg", "--model", "revcol_nano", flag))
+        maps = encoder(torch.randn(2, 3, 24, 40))
+        assert [tuple(x.shape[2:]) for x in maps] == [(24, 40), (12, 20), (6, 10), (3, 5)]
     for model in ("tiny", "resnet50"):
         cfg = config("--weights", "none", "--task", "det", "--img_size", 64, "--model", model)
         detector = transfer.Detector(cfg, 3).eval().model
@@ -179,22 +175,12 @@ def test_layer_decay_and_weight_decay(model, task):
 
 
 def test_parameter_counts():
-    """UperNet's by hand: D = 768, C = 150 classes. Mask R-CNN: as docs/TRANSFER.md has it."""
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
-
-    D, C = 768, 150
+    """As docs/TRANSFER.md has them, of 150 and of 80 classes."""
     with torch.device("meta"):
-        model = transfer.Segmenter(config("--weights", "none"), C)
+        model = transfer.Segmenter(config("--weights", "none"), 150)
         detector = transfer.Detector(config("--weights", "none", "--task", "det", "--img_size", 512), 80)
-    blocks = 12 * (2 * 2 * D + D * 3 * D + 3 * D + D * D + D + 2 * D * 4 * D + 4 * D + D)
-    encoder = 16 * 16 * 3 * D + D + D + (1 + 32 * 32) * D + blocks
-    neck = 3 * (4 * D * D + D) + 2 * D
-    head = 7 * (D**2 + 2 * D) + 45 * D**2 + 2 * D + 3 * (9 * D**2 + 2 * D) + 36 * D**2 + 2 * D + C * (D + 1)
-    auxiliary = 256 * (9 * D + 2) + C * 257
-    parts = [count(x) for x in (model.encoder, model.neck, model.head, model.auxiliary)]
-    assert parts == [encoder, neck, head, auxiliary]
-    assert count(model) == 163_286_828 and f"{count(detector) / 1e6:.1f}" == "111.4"
+    counts = [sum(p.numel() for p in network.parameters()) for network in (model, detector)]
+    assert counts[0] == 163_286_828 and f"{counts[1] / 1e6:.1f}" == "111.4"
 
 
 def test_upernet_equals_that_of_transformers():
@@ -225,8 +211,7 @@ def test_upernet_equals_that_of_transformers():
 
 
 @pytest.mark.parametrize("model, head, grid", [
-    ("nano", "uper", 32), ("nano", "linear", 8), ("resnet50", "fcn", 4), ("resnet50", "uper", 8),
-    ("revcol_tiny", "uper", 32)])
+    ("nano", "linear", 8), ("resnet50", "fcn", 4), ("revcol_tiny", "uper", 32)])
 def test_segmenter_shapes_loss_and_gradients(model, head, grid):
     cfg = small("seg", "--model", model, "--head", head, "--resnet_width", 8)
     model = transfer.Segmenter(cfg, 11).train()
@@ -344,16 +329,6 @@ def test_perfect_detections_have_an_ap_of_100(scenes):
     assert set(coco.average_precision(truth, [], source.ids).values()) == {0.0}
 
 
-@pytest.mark.parametrize("shift, ap, ap50", [(0, 100, 100), (10, 70, 100), (40, 0, 0), (30, 10, 100)])
-def test_ap_of_a_shifted_box_by_hand(tmp_path, shift, ap, ap50):
-    """100 x 100 moved by s overlaps by (100 - s) / (100 + s): .818 passes seven of ten; .538 one."""
-    truth = coco.coco_truth(coco_folder(tmp_path, (200, 200), [([20, 30, 120, 130], 0)]))
-    moved = target_of([[20 + shift, 30, 120 + shift, 130]], [1], (200, 200))
-    scores = coco.average_precision(truth, results_of(1, moved, [1]), [1])
-    expected = {"eval/box_ap": ap, "eval/box_ap50": ap50, "eval/mask_ap": ap, "eval/mask_ap50": ap50}
-    assert scores == pytest.approx(expected)
-
-
 def test_detections_in_a_crowd_count_neither_way_and_a_crowd_is_no_target(tmp_path):
     source = coco_folder(tmp_path, (100, 100), [([10, 10, 40, 40], 0), ([50, 50, 100, 100], 1)])
     _, target = source.read(0)
@@ -390,8 +365,9 @@ def test_boxes_are_pooled_from_the_right_maps_whatever_the_first_image():
         torch.testing.assert_close(pool(maps, boxes, [(128, 128)]), fresh(maps, boxes, [(128, 128)]))
 
 
-@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade"])
-@pytest.mark.parametrize("model, objects", [("nano", 0), ("nano", 1), ("resnet50", 1), ("revcol_tiny", 1)])
+@pytest.mark.parametrize("model, objects, detector", [
+    ("nano", 0, "mask_rcnn"), ("nano", 1, "cascade"), ("resnet50", 1, "mask_rcnn"),
+    ("revcol_tiny", 0, "cascade")])
 def test_detector_trains_with_and_without_objects(model, objects, detector):
     words = ["--model", model, "--resnet_width", 8, "--detector", detector]
     model = transfer.Detector(small("det", *words), 3).train()
@@ -475,12 +451,6 @@ def test_distortion_by_its_definition(monkeypatch):
         assert data.distort(torch.rand(channels, 8, 8)).shape == (channels, 8, 8)  # other channels, 16 bit
 
 
-def test_test_images_have_the_short_side_of_training():
-    for size, new in (((300, 400), [64, 85]), ((400, 300), [85, 64]), ((100, 1000), [26, 256])):
-        image, target = data.Fit(small("seg", "--img_size", 64))(torch.zeros(3, *size), torch.zeros(size))
-        assert list(image.shape[1:]) == new and target.shape == size
-
-
 # ---- data
 
 
@@ -527,14 +497,6 @@ def test_annotations_as_labelling_tools_write_them(tmp_path, capsys):
     assert coco.average_precision(truth, results, [1])["eval/mask_ap"] == pytest.approx(100)
 
 
-def test_a_label_map_is_not_read_for_ever(scenes, monkeypatch):
-    source, load = data.LabelMaps(scenes / "ade", "val", RGB), PngImageFile.load
-    monkeypatch.setattr(data, "time_limit", lambda seconds: common.time_limit(0.1))
-    monkeypatch.setattr(PngImageFile, "load", lambda image: time.sleep(0.3) or load(image))
-    with pytest.raises(TimeoutError):
-        source.read(0)
-
-
 def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
     for seed in range(50):
         rng = np.random.default_rng(seed)
@@ -550,25 +512,15 @@ def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
 def test_malformed_annotations_end_in_one_line_or_are_counted(tmp_path, capsys, name):
     root = write_set(tmp_path / "set", MALFORMED[name])
     cfg = small("det", "--data", root)
-    if name.startswith("counted:"):
+    if name.startswith(("counted:", "read:")):
         source = transfer.open_scenes(cfg, "train")
-        assert "left out: " in capsys.readouterr().out and len(source.read(0)[1]["boxes"]) == 1
+        counted = "left out: " in capsys.readouterr().out
+        assert counted == name.startswith("counted:")
+        assert len(source.read(0)[1]["boxes"]) == 2 - counted and coco.coco_truth(source).getAnnIds()
         return
     with pytest.raises(common.UserError, match="instances_train.json") as end:
         transfer.open_scenes(cfg, "train")
     assert "\n" not in str(end.value) and len(str(end.value)) < 400
-
-
-@pytest.mark.parametrize("change", [
-    lambda entry, image: image.update(height="48", width="64"),
-    lambda entry, image: entry.update(area=None, iscrowd="0", category_id="1"),
-])
-def test_sizes_as_text_and_missing_areas_are_read(tmp_path, change):
-    def spoil(content):
-        change(content["annotations"][0], content["images"][0])
-
-    source = transfer.open_scenes(small("det", "--data", write_set(tmp_path, spoil)), "train")
-    assert len(source.read(0)[1]["boxes"]) == 2 and coco.coco_truth(source).getAnnIds()
 
 
 # ---- label maps of other kinds, rotated photographs
@@ -652,21 +604,6 @@ def test_labels_on_stored_pixels_of_rotated_photographs(tmp_path, capsys, orient
     assert source.turn == (orientation == 3) and source.read(0)[0].shape == (3, 48, 64)
 
 
-def test_legends_name_what_is_ignored_and_all_of_long_names():
-    labels = torch.tensor([[0, 1, data.IGNORE, 2]], dtype=torch.uint8).repeat(4, 1)
-    found = overlay.regions(labels, torch.zeros(3, 4, 4))
-    assert found["labels"].tolist() == [0, 1, 2, 3] and found["masks"].sum(0).eq(1).all()
-    short, long = (overlay.legend([found], ["a", name, "c"]) for name in ("b", "word " * 20))
-    last = [(picture[0] < 255).any(1).nonzero().max().item() for picture in (short, long)]
-    assert last[1] == last[0] + 32  # three lines of text
-    colours = Image.fromarray(np.array([[overlay.colour_of(i) for i in range(1, 21)]], np.uint8))
-    to_lab = ImageCms.buildTransform(*map(ImageCms.createProfile, ("sRGB", "LAB")), "RGB", "LAB")
-    lab = np.array(ImageCms.applyTransform(colours, to_lab), np.uint8)[0].astype(float)
-    lab[:, 0] *= 100 / 255
-    lab[:, 1:] = (lab[:, 1:] + 128) % 256
-    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > 15
-
-
 def test_check_data_of_label_maps_and_boxes(tmp_path):
     mask = np.full((20, 30), 255, np.uint8)
     mask[5:, 10:] = 1
@@ -696,15 +633,6 @@ def test_max_detections_bounds_network_and_score():
     assert len(model.predict(torch.randn(1, 3, 64, 64))["boxes"]) == 7
 
 
-def test_detections_norms_and_proposals_are_detectron2s():
-    model = transfer.Detector(small("det", "--rpn_convs", 1), 3)
-    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
-    assert len(model.model.rpn.head.conv) == 1
-    for recipe, convs in (("mff", 1), ("ve", 1), ("revcol", 2), (None, 2)):
-        words = ["--recipe", recipe] if recipe else []
-        assert config("--task", "det", "--weights", "none", *words).rpn_convs == convs
-
-
 def edit(path, old, new):
     text = path.read_text()
     path.write_text(re.sub(old, new, text))
@@ -713,17 +641,13 @@ def edit(path, old, new):
 
 COCO = "annotations/instances_train2017.json"
 WRONG = [  # task, what happens to the folder, what is named
-    ("seg", lambda f: shutil.rmtree(f / "images/training"), "images/training/, images/train/"),
     ("seg", lambda f: (f / "annotations/training/3.png").unlink(), "1 of 12 images .*training/3.png"),
     ("seg", lambda f: (f / "classes.txt").unlink(), "has no classes.txt"),
-    ("seg", lambda f: (f / "classes.txt").rename(f / "objectInfo150.txt"), "add --zero_is_ignore"),
     ("seg", lambda f: (f / "classes.txt").write_text("a\nb"), r"number \d+, 2 classes are listed"),
     ("seg", lambda f: shutil.copytree(f / "images", f / "annotations", dirs_exist_ok=True), "40, 48, 3"),
     ("det", lambda f: (f / COCO).unlink(), "instances_train2017.json"),
-    ("det", lambda f: (f / COCO).write_text("{"), "its top level"),
     ("det", lambda f: edit(f / COCO, '"bbox"', '"box"'), "annotation 1, .*bbox.* is missing"),
     ("det", lambda f: edit(f / COCO, 'crowd": 0', 'crowd": 1'), "has no object to learn"),
-    ("det", lambda f: edit(f / COCO, 'category_id": 5,', 'category_id": 6,'), "no category 6, or"),
     ("det", lambda f: edit(f / COCO, 'height": 40', 'height": 41'), "40 x 48 pixels, the image 41 x 48"),
     ("det", lambda f: edit(f / COCO, '"disc"', '"disk"'), "categories .* differ"),
 ]
@@ -757,7 +681,7 @@ def test_unreadable_images_are_named_and_do_not_count(scenes, tmp_path):
 
 PAPERS = {  # what the papers' text prints
     "mff_seg": {"batch_size": 16, "iters": 160_000},
-    "mff_det": {"epochs": 25.0, "iters": None},
+    "mff_det": {"epochs": 25.0, "iters": None, "rpn_convs": 1},
     "ddae_seg": {"iters": 160_000, "head": "uper", "lr": 4e-4, "weight_decay": 0.05, "batch_size": 16,
                  "power": 1.0, "warmup_iters": 1500, "schedule": "poly", "layer_decay": 0.65,
                  "img_size": (512, 512)},
@@ -770,7 +694,7 @@ PAPERS = {  # what the papers' text prints
     **dict.fromkeys(("revcol_seg", "revcol_l_seg"), {"iters": 160_000, "lr": 4e-5, "batch_size": 16,
                                                      "layer_decay": 0.65, "drop_path": 0.1}),
     "revcol_det": {"epochs": 50.0, "batch_size": 32, "lr": 1e-4, "jitter": (0.1, 2.0), "drop_path": 0.2,
-                   "layer_decay": 0.9},
+                   "layer_decay": 0.9, "rpn_convs": 2},
     "revcol_l_det": {"epochs": 50.0, "drop_path": 0.3, "layer_decay": 0.9},
     "revcol_cascade_det": {"detector": "cascade", "epochs": 100.0, "batch_size": 64, "lr": 1e-4,
                            "jitter": (0.1, 2.0), "drop_path": 0.2, "layer_decay": 0.9},
@@ -788,15 +712,6 @@ def test_recipes_hold_the_papers_numbers():
     assert config("--recipe", "revcol", "--weights", "none", "--lr", 7).lr == 7  # a flag wins
 
 
-def test_updates_and_passes_override_each_other():
-    for words, values in ((["--epochs", 3], (None, 3)), (["--task", "det", "--iters", 9], (9, None)),
-                          (["--task", "det", "--demo"], (340, None)),
-                          (["--task", "det", "--demo", "--detector", "cascade"], (260, None)),
-                          (["--task", "det"], (None, 100))):
-        cfg = config("--weights", "none", *words)
-        assert (cfg.iters, cfg.epochs) == values
-
-
 def test_learning_rates():
     def rates(steps, total, *words):
         return [transfer.learning_rate(step, config("--weights", "none", *words), total) for step in steps]
@@ -812,16 +727,9 @@ def test_learning_rates():
 
 @pytest.mark.parametrize("words, message", [
     (["--recipe", "ddae", "--task", "det"], "ddae_det"),
-    (["--head", "fcn"], "--head fcn is not for base"),
     (["--task", "det", "--img_size", "64,96"], "one number, a multiple of 32"),
-    (["--task", "det", "--img_size", "224", "--patch_size", "14"], "--patch_size of 4, 8, 16 or 32"),
     (["--task", "det", "--head", "linear"], "--head and --compile are for --task seg"),
-    (["--detector", "cascade"], "--detector is for --task det"),
-    (["--window", "-3"], "--window"),
-    (["--model", "resnet50", "--layer_decay", "0.9"], "are for ViTs and RevColV2"),
     (["--iters", "5", "--epochs", "3"], "give one of them"),
-    (["--img_size", "500"], "is not a multiple of --patch_size 16"),
-    (["--img_size", "16"], "at least two are needed"),
     (["--weights", "nowhere.pth"], "nowhere.pth does not exist"),
     (["--demo"], "python mae_mff.py --demo makes it"),
 ])
@@ -837,19 +745,16 @@ def test_wrong_flags_are_refused_in_one_line(words, message, capsys, tmp_path, m
 # ---- runs
 
 
-@pytest.mark.parametrize("task, flags", [("seg", "nano"), ("det", "resnet50"),
-                                         ("det", "nano --detector cascade")])
+@pytest.mark.parametrize("task, flags", [("seg", "nano"), ("det", "resnet50 --detector cascade")])
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(scenes, tmp_path, task, flags):
     shutil.copytree(scenes / ("ade" if task == "seg" else "coco"), tmp_path / "data")
     command = [*(SEG if task == "seg" else DET), "--data", "data", "--resnet_width", 8, "--model",
                *flags.split()]
     run_script([*command, "--out", "whole"], tmp_path)
-    kill = "os.kill(os.getpid(), signal.SIGKILL)"
     resume = [*command, "--out", "run", "--resume"]
     # The second dies inside the last evaluation.
     for method, when, step in (("end_update", "count == 3", 2), ("share_bad_files", "self.step == 4", 4)):
-        attack = sabotaged(tmp_path, resume, f"Run.{method}", kill, when)
-        run_script(attack, tmp_path, expect=-signal.SIGKILL)
+        killed(tmp_path, resume, when, f"Run.{method}")
         assert torch.load(tmp_path / "run/last.pth", weights_only=True)["step"] == step
     assert "resumed from run/last.pth: step 4" in run_script(resume, tmp_path)
     assert same(state(tmp_path / "whole"), state(tmp_path / "run"))
@@ -860,7 +765,7 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(scenes, tmp_path, task, 
         assert "has list of classes 11 names" in run_script(resume, tmp_path, expect=2)
 
 
-@pytest.mark.parametrize("task, flags", [("seg", []), ("det", []), ("det", ["--detector", "cascade"])])
+@pytest.mark.parametrize("task, flags", [("seg", []), ("det", ["--detector", "cascade"])])
 def test_two_processes_equal_one(scenes, tmp_path, task, flags):
     """Losses of a model without BatchNorm and drop path, and exact scores of weights that do not move, of
     images that 2 does not divide."""
@@ -927,28 +832,3 @@ def test_the_demo_loads_an_encoder_and_the_docs_code_uses_the_result(scenes, tmp
     else:
         assert found["found"]["masks"].shape[1:] == (1, 40, 48)
         torch.testing.assert_close(found["found"]["boxes"], expected["boxes"])
-
-
-def test_a_revcol_fine_tuned_twice_serves_dense_tasks(scenes, small_npz, tmp_path):
-    """Units that a classifier does not use stay as pre-trained, bit for bit; all that the second one can use
-    goes on from the first, fc_norm included. (Its rate is too small to change anything.)"""
-    encoder = revcol_v2.RevColV2("nano", (32, 32), 4)
-    meta = {"method": "revcol_v2", "model": "revcol_nano", "patch_size": 4, "img_size": (32, 32)}
-    torch.save({"model": encoder.state_dict(), "meta": meta}, tmp_path / "encoder.pth")
-    arrays = dict(np.load(small_npz))
-    np.savez(tmp_path / "three.npz", **arrays | {"labels": arrays["labels"] % 3})
-    tune = ["finetune.py", "--amp", "off", "--workers", 0, "--epochs", 1, "--batch_size", 125, "--ema", 0.9,
-            "--warmup_epochs", 0, "--min_lr", 0]
-    run_script([*tune, "--weights", "encoder.pth", "--data", small_npz, "--out", "one"], tmp_path)
-    run_script([*tune, "--weights", "one/best.pth", "--data", "three.npz", "--out", "two", "--lr", 1e-12],
-               tmp_path)
-    before = encoder.state_dict()
-    one, two = (common.weights_of(common.read_file(tmp_path / name / "best.pth")) for name in ("one", "two"))
-    idle = {name for name in before if re.match(r"top_down\.(0\.units\.[01]|1\.units\.[012])\.", name)}
-    assert {name for name in before if torch.equal(one[name], before[name])} == idle
-    assert len(one["head.bias"]) == 10 and len(two["head.bias"]) == 3 and (one["fc_norm.weight"] != 1).any()
-    kept = {name for name in one if not name.startswith("head.")}
-    assert max((one[name] - two[name]).abs().max() for name in kept) < 1e-9
-    command = [*SEG, "--data", scenes / "ade", "--weights", "two/best.pth", "--iters", 1, "--pictures", 0]
-    output = run_script([*command, "--img_size", 32, "--out", "seg"], tmp_path)
-    assert re.search(r"two/best\.pth: (\d+)/\1 tensors loaded; missing: none", output)

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, sabotaged
+from conftest import losses, run_script
 from test_beit import file_of_simmim, theirs  # noqa: F401  (fixtures)
 from test_vision_electra import bce, gradients
 from torchvision.models import SwinTransformer
-from torture import log
 
 import beit
 import common
@@ -109,34 +108,28 @@ def test_verdicts_are_of_cells():
 
 
 @pytest.mark.parametrize("discriminator", ["vit", "swin"])
-def test_losses_against_loops_and_one_backward_pass_equals_two(discriminator):
-    """L_rec + 0.2 L_adv with the discriminator frozen by hand; then L_D on detached composites."""
+def test_losses_against_loops(discriminator):
+    """vision_electra.py's, with an L1 reconstruction, on cells; every parameter learns."""
     model, images, noise = build(discriminator=discriminator)
     torch.manual_seed(7)
     loss, terms = model(images, noise, 0.2)
-    joint = gradients(model, loss)
+    assert None not in gradients(model, loss).values()
     torch.manual_seed(7)
-    pred, mask, _ = model.generate(images, noise)
-    composite, generated = model.compose(images, pred, mask)
+    with torch.no_grad():
+        pred, mask, _ = model.generate(images, noise)
+        composite, _ = model.compose(images, pred, mask)
+        real, fake = (model.discriminator(x) for x in (images, composite))
     hidden = common.patches_to_pixels(mask[..., None], 8, (4, 6)).expand_as(images) > 0
     assert torch.equal(composite[~hidden], images[~hidden]) and mask.sum() == 3 * 18
-    model.discriminator.requires_grad_(False)
-    fake, L_rec = model.discriminator(composite), (composite - images).abs()[hidden].mean()
-    L_adv = F.softplus(-fake["image"]).mean() + F.softplus(-fake["patch"])[mask > 0].mean()
-    separate = gradients(model, L_rec + 0.2 * L_adv)
-    assert all(name.startswith("generator.") for name in separate)
-    model.discriminator.requires_grad_(True)
-    real, fake = (model.discriminator(x) for x in (images, composite.detach()))
-    found = gradients(model, sum(vision_electra.discriminator_loss(real, fake, generated).values()))
-    separate |= {name: gradient for name, gradient in found.items() if gradient is not None}
-    assert separate.keys() == joint.keys() and None not in joint.values()
-    for name, gradient in separate.items():
-        torch.testing.assert_close(joint[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
-    lists = [x["patch"].flatten().tolist() for x in (real, fake)]
-    L_patch = sum(bce(s, True) for s in lists[0]) / 144
-    L_patch += sum(bce(s, not m) for s, m in zip(lists[1], mask.flatten().tolist(), strict=True)) / 144
-    assert terms["patch_loss"].item() == pytest.approx(L_patch, rel=1e-4)
-    assert terms["reconstruction_loss"].item() == pytest.approx(L_rec.item(), rel=1e-4)
+    originals, composites = (x["patch"].flatten().tolist() for x in (real, fake))
+    marks = mask.flatten().tolist()
+    made = [s for s, m in zip(composites, marks, strict=True) if m]
+    L_adv = sum(bce(s, True) for s in fake["image"].tolist()) / 3 + sum(bce(s, True) for s in made) / 54
+    L_patch = sum(bce(s, True) for s in originals) / 144
+    L_patch += sum(bce(s, not m) for s, m in zip(composites, marks, strict=True)) / 144
+    expected = {"patch_loss": L_patch, "adversarial_loss": L_adv,
+                "reconstruction_loss": (composite - images).abs()[hidden].mean().item()}
+    assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 # ---- starts, runs, wrong input
@@ -174,19 +167,9 @@ def test_a_file_of_another_network_is_refused(tmp_path, field, discriminator):
         start(tmp_path, {"model": mae.state_dict()}, field, discriminator=discriminator)
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"img_size": (24, 32), "patch_size": 8}, "no multiple of 16, the side of a cell"),
-    ({"mask_ratio": 0.0}, "hides none or all"),
-    ({"discriminator": "swin", "model": "huge"}, "expected one of nano"),
-    ({"discriminator": "none", "discriminator_init": "x"}, "--discriminator_init")])
-def test_wrong_values_are_refused(values, words):
-    with pytest.raises(ValueError, match=words):
-        Config(**SMALL | values)
-
-
 @pytest.mark.parametrize("discriminator", ["vit", "swin"])
-def test_a_demo_that_is_stopped_and_in_two_processes_is_the_same(small_npz, tmp_path, discriminator):
-    """Two processes accumulate, and stop in the warm start. No noise, as that differs by process."""
+def test_a_demo_in_two_processes_is_the_same(small_npz, tmp_path, discriminator):
+    """Two processes accumulate. No noise, as that differs by process."""
     command = ["vision_electra_simmim.py", "--demo", "--data", small_npz, "--amp", "off", "--workers", 0,
                "--log_every", 1, "--batch_size", 20, "--epochs", 0.2, "--noise", 0, "--pictures", 0,
                "--generator_warmup_epochs", 0.1, "--save_minutes", 0, "--resume", "--discriminator",
@@ -195,14 +178,10 @@ def test_a_demo_that_is_stopped_and_in_two_processes_is_the_same(small_npz, tmp_
     assert "whole/warmstart/last.pth: 57/57 tensors loaded" in output
     loaded = "whole/warmstart/encoder.pth: 54/58 tensors loaded; missing: heads" in output
     assert loaded == (discriminator == "vit")
-    two = [*command, "two", "--micro_batch", 5]
-    when = "self.out.name == 'warmstart' and self.step == 1"
-    attack = sabotaged(tmp_path, two, "Run.end_update", "os.kill(os.getpid(), signal.SIGTERM)", when)
-    assert "stopped after step" in run_script(attack, tmp_path, processes=2)
-    run_script(two, tmp_path, processes=2)
+    run_script([*command, "two", "--micro_batch", 5], tmp_path, processes=2)
     for folder in ("", "warmstart"):
-        losses = [[line["train/loss"] for line in log(tmp_path / name / folder)] for name in ("whole", "two")]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) >= 2
+        one, two = (losses(tmp_path / name / folder) for name in ("whole", "two"))
+        assert one == pytest.approx(two, rel=1e-4) and len(one) >= 2
     encoder = torch.load(tmp_path / "whole/encoder.pth", weights_only=True)
     if discriminator == "vit":
         assert encoder["meta"]["model"] == "beit_nano"

@@ -7,9 +7,8 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, sabotaged
+from conftest import losses, run_script, stopped
 from test_cim import build, twice
-from torture import log
 
 import cim
 import common
@@ -155,11 +154,9 @@ def test_cim_trains_with_it_is_stopped_and_goes_on(small_npz, tmp_path, flags):
     torch.save({"model": small((4, 4)).state_dict(), "meta": {"method": "vqgan"}}, tmp_path / "vqgan.pth")
     command = [*QUICK, *flags, "--data", small_npz]
     run_script([*command, "--out", "whole"], tmp_path)
-    stop = "os.kill(os.getpid(), signal.SIGTERM)"
-    run_script(sabotaged(tmp_path, [*command, "--out", "cut"], "Run.seed", stop, "self.step == 2"), tmp_path)
+    stopped(tmp_path, [*command, "--out", "cut"], "self.step == 2")
     run_script([*command, "--out", "cut", "--resume"], tmp_path)
-    losses = [[line["train/loss"] for line in log(tmp_path / out)] for out in ("whole", "cut")]
-    assert len(losses[0]) == 5 and losses[0] == losses[1]
+    assert len(losses(tmp_path / "whole")) == 5 and losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert (tmp_path / "whole/pictures/epoch_0001.png").exists()
 
 
@@ -189,9 +186,3 @@ def test_the_loss_is_that_of_the_erased_pixels():
     expected = sum(abs(e) + e * e for e in error) / len(error)
     assert terms["enhancer_loss"].item() == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(10 * expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("values", [{"objective": "revdet"}, {"sampling": "argmax"}, {"generator_init": "x"}])
-def test_erasing_refuses_what_needs_tokens(values):
-    with pytest.raises(ValueError, match="--generator erase"):
-        cim.Config(generator="erase", **values)

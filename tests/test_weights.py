@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from commands import CIM, SCRIPTS
+from commands import CIM
 from conftest import ROOT, run_script
 from PIL import Image
 from torch import nn
@@ -56,17 +56,6 @@ def test_encoders_load_into_timm(encoders, script):
     common.load_weights(ours, encoders / f"{script}/encoder.pth")
     images = torch.randn(IMAGES)
     torch.testing.assert_close(ours(images), theirs.forward_features(images), rtol=1e-5, atol=1e-5)
-
-
-def test_fine_tuned_weights_load_into_timm_with_equal_logits(encoders):
-    content = torch.load(encoders / "finetune.py/best.pth", weights_only=True)
-    classes = len(content["meta"]["classes"])
-    theirs = timms(num_classes=classes, global_pool="avg")
-    theirs.load_state_dict(content["model"])
-    _, ours = load(encoders / "finetune.py/best.pth", classes=classes)
-    ours.load_state_dict(content["model"])
-    images = torch.randn(IMAGES)
-    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
 
 
 def test_resnet_loads_into_torchvision(encoders):
@@ -201,17 +190,6 @@ def test_the_network_inside_wrappers_is_found_and_named(tmp_path, capsys, wrap):
     assert "the network is taken from" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 300000000\n", "git lfs pull"),
-    (b"\n<!DOCTYPE html>", "web page"), (b"", "empty"), (b"\x1f\x8b\x08", "gunzip"), (b"\x89HDF\r\n", "HDF5"),
-])
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_what_is_no_file_of_weights_is_named_for_what_it_is(tmp_path, content, words, suffix):
-    (tmp_path / f"file.{suffix}").write_bytes(content)
-    with pytest.raises(UserError, match=words):
-        common.read_file(tmp_path / f"file.{suffix}")
-
-
 def test_the_content_decides_not_the_suffix(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     own = common.ViT("nano", (32, 32), 8).state_dict()
@@ -249,78 +227,48 @@ def test_weights_that_diverged_are_not_loaded(tmp_path, value):
         common.load_weights(common.ViT("nano", (32, 32), 8), tmp_path / "file.pth")
 
 
-@pytest.mark.parametrize("name, target", [("mae_visualize_x.pth", "raw"), ("mae_pretrain_x_full.pth", "mae")])
-def test_pictures_from_an_official_file(tmp_path, folder, name, target):
-    official(tmp_path / name, True, "nano", (32, 32), 8)
+def test_pictures_from_an_official_file(tmp_path, folder):
+    for name, target in (("mae_pretrain_x_full.pth", "mae"), ("mae_visualize_x.pth", "raw")):
+        official(tmp_path / name, True, "nano", (32, 32), 8)
+        cfg = common.parse_config(mae_mff.Config, mae_mff.presets, ["--draw", str(tmp_path / name)])
+        assert (cfg.target, cfg.fuse_layers, cfg.model, cfg.img_size) == (target, (3,), "nano", (32, 32))
     command = ["mae_mff.py", "--draw", name, "--data", folder, "--pictures", 3, "--out", "p.png"]
     assert "p.png: 3 images" in run_script(command, tmp_path, processes=2)
     with Image.open(tmp_path / "p.png") as picture:
         picture.verify()
     assert "p.png: expected the name of a new file" in run_script(command, tmp_path, expect=2)
-    cfg = common.parse_config(mae_mff.Config, mae_mff.presets, ["--draw", str(tmp_path / name)])
-    assert (cfg.target, cfg.fuse_layers, cfg.model, cfg.img_size) == (target, (3,), "nano", (32, 32))
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "finetune.py"])
+@pytest.mark.parametrize("script", [f"{name}.py" for name in (
+    "mae_mff", "ddae_beitv2", "cim", "vision_electra", "revcol_v2")])
 def test_a_picture_from_a_runs_file_is_the_one_it_drew(unbroken, small_npz, tmp_path, script):
     run_script([script, "--draw", unbroken / script / "last.pth", "--data", small_npz], tmp_path)
     last = max((unbroken / script / "pictures").iterdir())
     assert (tmp_path / script.replace(".py", ".png")).read_bytes() == last.read_bytes()
 
 
-def test_one_photograph_is_drawn_and_what_cannot_be_read_is_named(unbroken, folder, tmp_path):
-    command = ["mae_mff.py", "--draw", unbroken / "mae_mff.py/last.pth", "--data"]
-    run_script([*command, folder / "class0/nested/00.png"], tmp_path)
-    assert Image.open(tmp_path / "mae_mff.png").height < 200  # one row
+def test_what_cannot_be_drawn_is_named(encoders, folder, tmp_path):
     (folder / "class0/nested/00.png").write_bytes(b"x")
-    output = run_script([*command, folder, "--pictures", 2, "--out", "p.png"], tmp_path)
+    command = ["mae_mff.py", "--data", folder, "--pictures", 2, "--out", "p.png", "--draw"]
+    output = run_script([*command, encoders / "cim_resnet/encoder.pth"], tmp_path, expect=2)
+    assert "expected last.pth of mae_mff.py" in output and output.count("\n") == 1
+    output = run_script([*command, encoders / "mae_mff.py/last.pth"], tmp_path)
     assert "unreadable" in output and "00.png" in output
-    output = run_script([*command, folder / "class0/nested/00.png", "--out", "q.png"], tmp_path, expect=2)
-    assert "none of the 1 images" in output
+    assert Image.open(tmp_path / "p.png").height > 200  # two rows
 
 
-def test_the_generator_of_vision_electra_draws_official_files_of_raw_pixels(tmp_path, folder):
-    official(tmp_path / "mae_visualize_x.pth", True, "nano", (32, 32), 8)
-    official(tmp_path / "mae_pretrain_full.pth", True, "nano", (32, 32), 8)
-    command = ["vision_electra.py", "--data", folder, "--out", "p.png", "--draw"]
-    run_script([*command, "mae_visualize_x.pth"], tmp_path)
-    assert "normalised patches" in run_script([*command, "mae_pretrain_full.pth"], tmp_path, expect=2)
-
-
-@pytest.mark.parametrize("name, words", [
-    ("mae_mff.py/encoder.pth", "decoder tensors"),
-    ("cim_resnet/encoder.pth", "expected last.pth of mae_mff.py")])
-def test_without_a_decoder_nothing_is_drawn(encoders, folder, tmp_path, name, words):
-    command = ["mae_mff.py", "--draw", encoders / name, "--data", folder, "--out", "p.png"]
-    output = run_script(command, tmp_path, expect=2)
-    assert words in output and output.count("\n") == 1 and not (tmp_path / "p.png").exists()
-
-
-@pytest.mark.parametrize("mode", ["knn", "linear"])
-def test_a_fine_tuned_network_is_read_out_through_its_own_norm(encoders, mode):
-    content = torch.load(encoders / "finetune.py/best.pth", weights_only=True)["model"]
-    theirs = timms(num_classes=0, global_pool="avg")
-    theirs.load_state_dict({name: value for name, value in content.items() if not name.startswith("head")})
-    _, ours = load(encoders / "finetune.py/best.pth", "--mode", mode)
-    images = torch.randn(IMAGES)
-    torch.testing.assert_close(ours.features(images), theirs(images), rtol=1e-5, atol=1e-5)
-    learns = ["head.1.weight", "head.1.bias"] if mode == "linear" else []
-    assert [n for n, p in ours.named_parameters() if p.requires_grad] == learns
-
-
-def test_prefixes_and_a_namespace_are_no_hindrance(tmp_path):
-    model = official(tmp_path / "mae.pth", True, "nano", (32, 32), 8)
-    wrapped = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"model": wrapped, "args": argparse.Namespace(a=[1]), "epoch": 3}, tmp_path / "file.pth")
-    cfg, ours = load(tmp_path / "file.pth")
-    assert (cfg.model, cfg.patch_size, cfg.img_size) == ("nano", 8, (32, 32))
-    assert torch.equal(ours.blocks[3].mlp.fc2.weight, model.blocks[3].mlp.fc2.weight)
-
-
-def test_files_of_another_network_are_refused(tmp_path):
-    torch.save(timms().state_dict() | {"blocks.0.ls1.gamma": torch.ones(128)}, tmp_path / "layer_scale.pth")
-    with pytest.raises(UserError, match="ls1.gamma"):
-        load(tmp_path / "layer_scale.pth")
+def test_a_fine_tuned_network_gives_its_logits_in_timm_and_is_read_out_through_its_own_norm(encoders):
+    content, images = torch.load(encoders / "finetune.py/best.pth", weights_only=True), torch.randn(IMAGES)
+    theirs = timms(num_classes=len(content["meta"]["classes"]), global_pool="avg")
+    theirs.load_state_dict(content["model"])
+    _, ours = load(encoders / "finetune.py/best.pth", classes=len(content["meta"]["classes"]))
+    ours.load_state_dict(content["model"])
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+    theirs.reset_classifier(0)
+    for mode, learns in (("knn", []), ("linear", ["head.1.weight", "head.1.bias"])):
+        _, ours = load(encoders / "finetune.py/best.pth", "--mode", mode)
+        torch.testing.assert_close(ours.features(images), theirs(images), rtol=1e-5, atol=1e-5)
+        assert [n for n, p in ours.named_parameters() if p.requires_grad] == learns
 
 
 # ---- features
