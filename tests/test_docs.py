@@ -4,6 +4,7 @@ import functools
 import gzip
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -99,6 +100,14 @@ def test_figures_of_code_and_logs_are_the_committed_ones(tmp_path, monkeypatch, 
 
 
 # ---- benchmarks
+
+
+def test_verdicts():
+    for difference, margin, equal, words in (
+            (2.1, 2.0, False, "agrees"), (-2.1, 2.0, False, "disagrees"), (1.9, 2.0, False, "within noise"),
+            (0.4, 0.5, True, "agrees"), (0.6, 0.5, True, "disagrees"), (0.6, 0.7, True, "within noise"),
+            (9.0, math.nan, False, "one seed")):
+        assert replicate.verdict(difference, margin, equal) == words
 
 
 def test_intervals_are_those_of_a_t_test():
