@@ -384,15 +384,19 @@ def table(bench):
         spreads[way], freedom = pooled_spread(results, way)
         # of one run's interval
         widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan
+    how = (f"fine-tuned for {scale['tune_epochs']} passes (layer decay 0.75; random weights 1), and by a "
+           "linear probe on frozen features (class token; RevColV2: mean)")
+    if all(way in SHARES for way in shown):
+        how = (f"fine-tuned on a share of them for {scale['tune_updates']} updates of 64 (layer decay 0.75; "
+               "random weights 1)")
     lines = [
-        f"`python benchmarks/replicate.py --data cifar10.npz --scale {bench.args.scale}`: size "
+        f"`python benchmarks/replicate.py --data {bench.data.name} --scale {bench.args.scale}`: size "
         f"{scale['model']}, patches of {scale.get('patch_size', 4)} px, {scale['updates']} updates of "
         f"{scale['batch']} images "
-        f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: fine-tuned for "
-        f"{scale['tune_epochs']} passes (layer decay 0.75; random weights 1), and by a linear probe on "
-        "frozen features (class token; RevColV2: mean). Top-1 on the test images in %, mean ± standard "
-        f"deviation over seeds {', '.join(map(str, seeds))}. Runs of commit {', '.join(sorted(commits))}, "
-        f"table of {git_commit()}; torch {torch.__version__}, {os.cpu_count()} cores, "
+        f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: {how}. Top-1 on the "
+        f"test images in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. Runs of "
+        f"commit {', '.join(sorted(commits))}, table of {git_commit()}; torch {torch.__version__}, "
+        f"{os.cpu_count()} cores, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
         "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over "
         f"all runs ({', '.join(f'{HEADS[way]} {spreads[way]:.2f}' for way in shown)} points; nan: one seed); "

@@ -243,18 +243,21 @@ def labels(args):
                                                    "CIM, RevDet": "resnet_revdet"},
              "RevColV2-nano": {"random weights": "revcol_scratch", "pre-trained": "revcol"}}
     shares = sorted({share for _, share in top1})
-    picture, axes = new(1, 3, 10, 3.4)
+    done = {arm for arm, _ in top1 if all((arm, share) in top1 for share in shares)}
+    kinds = {title: {words: arm for words, arm in arms.items() if arm in done}
+             for title, arms in kinds.items() if done & {*arms.values()}}
+    picture, axes = plt.subplots(1, len(kinds), figsize=(1 + 3.5 * len(kinds), 3.4), layout="constrained",
+                                 squeeze=False, sharey=True)
     for axis, (title, arms) in zip(axes[0], kinds.items(), strict=True):
         for i, (words, arm) in enumerate(arms.items()):
             means = [statistics.mean(top1[arm, share].values()) for share in shares]
             axis.plot([1000 * share for share in shares], means, "o-", markersize=4, label=words,
                       **({"color": "gray", "linestyle": "--"} if i == 0 else {"color": f"C{i - 1}"}))
-        axis.set(xscale="log", ylim=(0, None), xlabel="labelled images", title=title)
+        axis.set(xscale="log", xlabel="labelled images", title=title)
         axis.title.set_fontsize(9)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-        axis.sharey(axes[0, 0])
-    axes[0, 0].set_ylabel("top-1, %")
+    axes[0, 0].set(ylabel="top-1, %", ylim=(0, None))
     return picture
 
 
