@@ -251,7 +251,7 @@ def labels(args):
     for axis, (title, arms) in zip(axes[0], kinds.items(), strict=True):
         for i, (words, arm) in enumerate(arms.items()):
             means = [statistics.mean(top1[arm, share].values()) for share in shares]
-            axis.plot([1000 * share for share in shares], means, "o-", markersize=4, label=words,
+            axis.plot([1000 * share for share in shares], means, marker="o", markersize=4, label=words,
                       **({"color": "gray", "linestyle": "--"} if i == 0 else {"color": f"C{i - 1}"}))
         axis.set(xscale="log", xlabel="labelled images", title=title)
         axis.title.set_fontsize(9)

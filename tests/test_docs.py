@@ -88,7 +88,7 @@ def test_every_figure_is_shown_and_drawn():
 
 
 @pytest.mark.parametrize("name", [
-    "ddae_distance", "cim_windows", "revcol_columns", "mff_weights", "ddae_beta", "losses"])
+    "ddae_distance", "cim_windows", "revcol_columns", "mff_weights", "ddae_beta", "losses", "labels"])
 def test_figures_of_code_and_logs_are_the_committed_ones(tmp_path, monkeypatch, name):
     pytest.importorskip("matplotlib")
     make_figures = importlib.import_module("make_figures")
