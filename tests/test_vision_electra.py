@@ -143,7 +143,7 @@ def test_the_discriminator_sees_blurred_images():
 
 
 def test_a_generator_that_waits_and_one_that_learns_slowly(small_npz, tmp_path):
-    flags = ["--batch_size", 25, "--epochs", 0.2, "--pictures", 0, "--workers", 0]
+    flags = ["--batch_size", 25, "--epochs", 0.2, "--warmup_epochs", 0, "--pictures", 0, "--workers", 0]
     flags += ["--model", "nano", "--img_size", 32, "--patch_size", 4]  # NANO
     for name, more in (("waits", ["--generator_waits", "--generator_warmup_epochs", 2]),
                        ("slow", ["--generator_lr_scale", 1e-6]), ("free", [])):
