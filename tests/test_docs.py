@@ -118,6 +118,7 @@ def test_intervals_are_those_of_a_t_test():
     args = types.SimpleNamespace(seeds=[0, 1, 2], scale="small", only=["mff"])
     scale = replicate.SCALES["small"]
     bench = types.SimpleNamespace(args=args, scale=scale, arms=replicate.arms(scale), out=ROOT / "nowhere",
+                                  data=ROOT / "cifar10.npz",
                                   epochs=1.0, results=lambda: (results, {"f2c164b"}))
     row = next(line for line in replicate.table(bench).splitlines() if line.startswith("| MFF beats MAE"))
     interval = stats.ttest_ind(values["mff"], values["mae"]).confidence_interval(0.95)
