@@ -3,6 +3,7 @@
 import os
 import struct
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from test_check import open_data
 from torchvision.transforms import v2
 
 import common
+import transfer_data
+import transfer_seg_det
 from common import UserError
 from mae_mff import Config, presets
 from shapes import Shapes
@@ -268,3 +271,27 @@ def test_few_images_make_the_batch_smaller_and_the_rate_by_its_root(n, world_siz
     output = capsys.readouterr().out
     assert (f"{n} images: batch {batch} instead of the paper's 4096" in output) == (batch < 4096)
     common.split_batch(cfg.batch_size, cfg.micro_batch, world_size)
+
+
+def test_real_photographs_are_read_as_pillow_reads_them():
+    """And ADE20K's label maps, with the labels that its own numbers say."""
+    if not (folder := os.environ.get("MINMIM_TEST_DATA")):
+        pytest.skip("MINMIM_TEST_DATA is not set: no real images to test with")
+    paths = sorted(Path(folder, "imagenet_sample").rglob("*.jpg"))[::5]
+    assert len(paths) == 40
+    for path in paths:
+        ours = common.read_image(str(path), 3).numpy().transpose(1, 2, 0).astype(float)
+        with Image.open(path) as image:
+            theirs = np.asarray(image.convert("RGB")).astype(float)
+        assert np.abs(ours - theirs).mean() < 0.5
+    words = ["--weights", "none", "--zero_is_ignore"]
+    cfg = common.parse_config(transfer_seg_det.Config, transfer_seg_det.presets, words)
+    for split, number in (("train", 5), ("val", 3)):
+        source = transfer_data.LabelMaps(Path(folder, "ade20k"), split, cfg)
+        assert len(source) == number and len(source.classes) == 150
+        for i in range(number):
+            image, labels = source.read(i)
+            with Image.open(source.map_of(source.name(i))) as file:
+                numbers = np.asarray(file).astype(int)
+            assert image.shape[1:] == labels.shape
+            assert (labels.numpy() == np.where(numbers == 0, transfer_data.IGNORE, numbers - 1)).all()

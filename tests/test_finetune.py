@@ -1,7 +1,9 @@
 """finetune.py, augment.py, evaluate.py: LARS, augmentation, losses, scores, kNN and read-outs against slow
 versions; split and killed runs; files that cannot be read."""
 
+import json
 import math
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -309,3 +311,17 @@ def test_a_fine_tuned_file_keeps_its_norm_and_tells_its_pool(tmp_path, capsys, s
         assert torch.equal(again.fc_norm.weight, model.fc_norm.weight) and cfg.pool == "avg"
     missing = "head" if modes == ["finetune"] else "none"  # kNN and features have no head to miss
     assert f"missing: {missing}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_every_file_name_is_one_line_of_the_list(tmp_path):
+    folder = tmp_path / '"photos"'
+    folder.mkdir()
+    names = ["two\nlines.png", "a \u2028 b \x85.png", os.fsdecode(b"latin \xe9.png"), "\u00e9 1.png"]
+    for name in names:
+        Image.new("RGB", (32, 32)).save(folder / name)
+    run_script([*NANO, "--mode", "features", "--data", folder.name, "--out", "f.npy"], tmp_path)
+    lines = (tmp_path / "f.txt").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) if line.startswith('"') else line for line in lines]
+    assert sorted(found) == sorted(f"{folder.name}/{name}" for name in names)
+    run_script([*NANO, "--mode", "features", "--data", folder, "--out", "g.npy"], tmp_path)
+    assert f"{folder}/{names[-1]}\n" in (tmp_path / "g.txt").read_text(encoding="utf-8")  # as it is

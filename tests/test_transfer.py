@@ -27,6 +27,7 @@ import backbones
 import coco
 import common
 import overlay
+import revcol_v2
 import transfer_data as data
 import transfer_seg_det as transfer
 
@@ -832,3 +833,28 @@ def test_the_demo_loads_an_encoder_and_the_docs_code_uses_the_result(scenes, tmp
     else:
         assert found["found"]["masks"].shape[1:] == (1, 40, 48)
         torch.testing.assert_close(found["found"]["boxes"], expected["boxes"])
+
+
+def test_a_revcol_fine_tuned_twice_serves_dense_tasks(scenes, small_npz, tmp_path):
+    """Units that a classifier does not use stay as pre-trained, bit for bit; all that the second one can use
+    goes on from the first, fc_norm included. (Its rate is too small to change anything.)"""
+    encoder = revcol_v2.RevColV2("nano", (32, 32), 4)
+    meta = {"method": "revcol_v2", "model": "revcol_nano", "patch_size": 4, "img_size": (32, 32)}
+    torch.save({"model": encoder.state_dict(), "meta": meta}, tmp_path / "encoder.pth")
+    arrays = dict(np.load(small_npz))
+    np.savez(tmp_path / "three.npz", **arrays | {"labels": arrays["labels"] % 3})
+    tune = ["finetune.py", "--amp", "off", "--workers", 0, "--epochs", 1, "--batch_size", 125, "--ema", 0.9,
+            "--warmup_epochs", 0, "--min_lr", 0]
+    run_script([*tune, "--weights", "encoder.pth", "--data", small_npz, "--out", "one"], tmp_path)
+    run_script([*tune, "--weights", "one/best.pth", "--data", "three.npz", "--out", "two", "--lr", 1e-12],
+               tmp_path)
+    before = encoder.state_dict()
+    one, two = (common.weights_of(common.read_file(tmp_path / name / "best.pth")) for name in ("one", "two"))
+    idle = {name for name in before if re.match(r"top_down\.(0\.units\.[01]|1\.units\.[012])\.", name)}
+    assert {name for name in before if torch.equal(one[name], before[name])} == idle
+    assert len(one["head.bias"]) == 10 and len(two["head.bias"]) == 3 and (one["fc_norm.weight"] != 1).any()
+    kept = {name for name in one if not name.startswith("head.")}
+    assert max((one[name] - two[name]).abs().max() for name in kept) < 1e-9
+    command = [*SEG, "--data", scenes / "ade", "--weights", "two/best.pth", "--iters", 1, "--pictures", 0]
+    output = run_script([*command, "--img_size", 32, "--out", "seg"], tmp_path)
+    assert re.search(r"two/best\.pth: (\d+)/\1 tensors loaded; missing: none", output)
