@@ -17,14 +17,11 @@ Data flow, in the order of the code (its names and shapes on the right)
     t = (patch - mean) / sqrt(var + 1e-6)     per patch, unbiased variance   target   (B, L, p*p*C)
     loss = mean over hidden patches of mean over values of (p - t)^2         masked_mse
 Only pre-training fuses: encoder.pth is a plain ViT, final LayerNorm included.
+--fuse_layers 11 (the last block alone): MAE. --target pixmim: MFF_PixMIM.
 
---fuse_layers: blocks counted from 0, of 12 by default 0,2,4,6,8,11 (MFF appendix, table 4; 11 alone: MAE), of
-other depths six, evenly spaced. --detach_shallow: no gradient through these shortcuts (sec. A.8).
---target pixmim: MFF_PixMIM.
-
-Our choice: no weight decay for w; decoders of sizes that the papers do not train (DECODERS); the low-pass
-radius scaled with the image side. From the released code rather than the text: the loss is averaged over the
-hidden patches of the whole batch, and the low-pass disc is centred between bins, at (n - 1) / 2.
+Our choice: no weight decay for w; decoders of sizes that the papers do not train (DECODERS); six fused
+blocks, evenly spaced, in encoders of another depth than 12; the low-pass radius scaled with the image side.
+From the released code: the low-pass disc is centred between bins; the loss is a mean over the whole batch.
 
     python mae_mff.py --demo                                          two minutes on a CPU
     torchrun --nproc_per_node 4 mae_mff.py --epochs 800               the paper's run, images in data/imagenet
@@ -66,14 +63,9 @@ from common import (
     warmup_cosine,
 )
 
-DECODERS = {  # width, blocks, heads: MAE sec. 4.1 from base on, the MFF authors' code for small, others ours
-    "nano": (128, 1, 4),
-    "tiny": (192, 4, 6),
-    "small": (384, 8, 12),
-    "base": (512, 8, 16),
-    "large": (512, 8, 16),
-    "huge": (512, 8, 16),
-}
+# Width, blocks and heads: MAE sec. 4.1 from base on, the MFF authors' code for small, the others ours.
+DECODERS = {"nano": (128, 1, 4), "tiny": (192, 4, 6), "small": (384, 8, 12)}
+DECODERS |= dict.fromkeys(("base", "large", "huge"), (512, 8, 16))
 
 
 @dataclass
@@ -86,7 +78,7 @@ class Config(RunConfig):
     decoder_num_heads: int | None = None  # decoder heads; likewise
     # method
     mask_ratio: float = 0.75  # share of hidden patches
-    fuse_layers: tuple[int, ...] | None = None  # blocks to fuse; the last alone is MAE
+    fuse_layers: tuple[int, ...] | None = None  # blocks to fuse, from 0; default 0,2,4,6,8,11 (MFF table 4)
     detach_shallow: bool = False  # no gradient through the shallow shortcuts (MFF sec. A.8)
     target: Literal["mae", "raw", "pixmim"] = "mae"  # normalised, raw or low-pass pixels
     crop: Literal["rrc", "src"] | None = None  # random resized crop, or PixMIM's simple one
@@ -120,7 +112,7 @@ class Config(RunConfig):
         self.warmup_epochs = min(40.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
         self.crop = self.crop or ("src" if self.target == "pixmim" else "rrc")
         layers = list(self.fuse_layers)
-        if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != depth - 1:
+        if layers != sorted(set(layers)) or layers[-1] != depth - 1:
             raise ValueError(f"--fuse_layers {layers} must rise and end with the last block, {depth - 1}")
         if self.decoder_embed_dim % 4 or self.decoder_embed_dim % self.decoder_num_heads:
             raise ValueError(f"--decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of "
@@ -157,10 +149,8 @@ def random_masking(noise, mask_ratio):
 
 def low_pass(images, radius=40.0 / 224):
     """PixMIM's target filter on images (B, C, H, W) in [0, 1]: keep the frequencies within `radius` (a share
-    of the side) of the spectrum's centre; returns the magnitude of the inverse transform.
-
-    The disc is centred at (n - 1) / 2, half a bin off the zero frequency, as in the released code.
-    """
+    of the side) of the spectrum's centre. As in the released code this is (n - 1) / 2, half a bin off the
+    zero frequency, so the inverse transform is not real: returns its magnitude."""
     rows, columns = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in images.shape[-2:])
     disc = (rows / (radius * len(rows)))[:, None] ** 2 + (columns / (radius * len(columns))) ** 2 <= 1
     spectrum = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
@@ -192,9 +182,8 @@ class MaskedAutoencoder(ViT):
 
     def __init__(self, cfg):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
-        self.cfg = cfg
+        self.cfg, self.fuse_layers = cfg, cfg.fuse_layers
         D, width = self.embed_dim, cfg.decoder_embed_dim
-        self.fuse_layers = cfg.fuse_layers
         if len(self.fuse_layers) > 1:
             self.fuse_proj = nn.ModuleList(nn.Linear(D, D) for _ in self.fuse_layers[:-1])
             self.fuse_weight = nn.Parameter(torch.ones(len(self.fuse_layers)))
@@ -304,16 +293,15 @@ def save_pictures(path, model, examples, run):
     """PNG with original, masked input, prediction, and the prediction pasted into the visible patches."""
     (images, noise), p, grid, cfg = examples, model.patch_size, model.grid, model.cfg
     pred, mask = model.predict(images, noise)
-    if cfg.target != "raw":
-        patches = patchify(images, p)
-        statistics = patches.mean(-1, keepdim=True), patches.std(-1, keepdim=True)
-        mean, deviation = (fill_from_visible(values, mask, grid) for values in statistics)
-        pred = pred * deviation + mean
-    pred, hidden = unpatchify(pred, p, grid), patches_to_pixels(mask[..., None], p, grid)
-    columns = [run.normalize.undo(x) for x in (images, images, pred, pred * hidden + images * (1 - hidden))]
-    columns[1] = columns[1] * (1 - hidden) + 0.5 * hidden
     caption = f"target {cfg.target}, {cfg.mask_ratio:.0%} hidden"
-    caption += "" if cfg.target == "raw" else "; un-normalised with the statistics of visible patches only"
+    if cfg.target != "raw":
+        statistics = torch.std_mean(patchify(images, p), -1, keepdim=True)
+        std, mean = (fill_from_visible(values, mask, grid) for values in statistics)
+        pred = pred * std + mean
+        caption += "; un-normalised with the statistics of visible patches only"
+    original, pred = run.normalize.undo(images), run.normalize.undo(unpatchify(pred, p, grid))
+    hidden = patches_to_pixels(mask[..., None], p, grid) > 0
+    columns = original, torch.where(hidden, 0.5, original), pred, torch.where(hidden, pred, original)
     titles = ["original", "masked", "prediction", "pasted"]
     save_image_grid(path, list(zip(*columns, strict=True)), titles, caption)
 
