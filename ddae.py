@@ -6,10 +6,10 @@ DDAE     Chen et al., DDAE: Towards Deep Dynamic Vision BERT Pretraining, AAAI 2
 BootMAE  Dong et al., Bootstrapped Masked Autoencoders for Vision BERT Pretraining, ECCV 2022,
          arXiv 2207.07116: its basis, which we follow where the paper is silent
 
-Idea. A hidden patch next to a visible one asks for local perception, one far from all
-visible ones for semantic reasoning. So weigh the loss by that distance to a learned power beta (below 0: near
-patches weigh more), and do so at several depths: every third block's output must predict the pixels, and the
-features that the teacher, a slow copy which sees the whole image, has there.
+Idea. A hidden patch next to a visible one asks for local perception, one far from all visible ones for
+semantic reasoning. So weigh the loss by that distance to a learned power beta (below 0: near patches weigh
+more), and do so at several depths: every third block's output must predict the pixels, and the features that
+the teacher, a slow copy which sees the whole image, has there.
 
 Data flow, in the order of the paper (source, the paper's symbol; its name here and its shape on the right)
     sec. 4.1  m             blocks, then single patches: 147 of 196   mask             (B, L), 1 = hidden
@@ -22,10 +22,8 @@ Data flow, in the order of the paper (source, the paper's symbol; its name here 
     eq. (6)   loss = sum_i lambda_i (eq. 3 + eq. 5)_i + 0.5 sum_i sqrt(n_masked) mean ||h_i||_2
     eq. (4)   theta' <- m theta' + (1 - m) theta                      update_teacher
 lambda_i is .75, and 1 for the last level. encoder.pth is a plain ViT: the student, final LayerNorm included.
-
-Ablations. Table 2, DDS-MAE: --no-distill --decoder mae. Table 3: the same with --no-dynamic (deep only), with
---num_levels 1 (dynamic only), with both (MAE; its own masks: --mask random). Table 4: --dds; table 6:
---num_levels; table 7: --beta_init, --no-learn_beta. With --dds the other loss is that of the last block.
+Tables 2 to 7: the flags that name them. DDS-MAE (table 2): --no-distill --decoder mae. A loss that --dds
+does not name is that of the last block alone, with equal weights.
 
 Not in the paper, our choice or our reading (docs/ddae.md has the reasons and all others)
     masks     BootMAE's two stages, without its last step, in which up to three patches are revealed again
@@ -265,12 +263,12 @@ def normalize_features(features, wanted, kind):
 
 
 def shares_of_target(wanted):
-    """Shares of a target (B, L, D), of its mean square, {name: scalar}: constant over images and positions;
+    """Shares of the mean square of a target (B, L, D), {name: scalar}: constant over images and positions;
     beyond that, the mean of each position over the images, and of each image over its positions."""
-    total, constant = wanted.square().mean(), wanted.mean((0, 1)).square().mean()
-    means = {"position": wanted.mean(0), "image": wanted.mean(1)}
-    shares = {name: (mean.square().mean() - constant) / total for name, mean in means.items()}
-    return {f"target/{name}": share for name, share in (shares | {"constant": constant / total}).items()}
+    total = wanted.square().mean()
+    constant, position, image = (wanted.mean(axes).square().mean() / total for axes in ((0, 1), 0, 1))
+    return {"target/constant": constant, "target/position": position - constant,
+            "target/image": image - constant}
 
 
 # ---- model -------------------------------------------------------------------------------------------------
@@ -284,7 +282,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(in_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_pos_embed(width, grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, out_dim)
 
@@ -294,9 +292,7 @@ class Decoder(nn.Module):
         x = self.embed(latent.flatten(0, 1))
         hidden = self.mask_token.to(x.dtype).expand(K * B, L - (x.shape[1] - 1), -1)
         patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore.repeat(K, 1))  # in order
-        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(torch.cat([x[:, :1], patches], dim=1) + self.pos_embed)
         return self.pred(self.norm(x[:, 1:])).unflatten(0, (K, B))
 
 
@@ -379,8 +375,7 @@ class DeepDynamicAutoEncoder(ViT):
 
 
 def train_step(model, batches, optimizer, scaler, run):
-    """One update of run.accum_steps micro-batches and of the teacher; returns terms and grad_norm as
-    floats."""
+    """One update of run.accum_steps micro-batches, and of the teacher; returns the loss's terms as floats."""
     optimizer.zero_grad(set_to_none=True)
     total, share = {}, run.cfg.feature_ramp
     ramp = torch.full((), min(1.0, run.step / run.steps / share) if share else 1.0, device=run.device)
@@ -409,15 +404,15 @@ def save_pictures(path, model, examples, run):
     mean, deviation = (fill_from_visible(values, mask, grid) for values in statistics)
     latent, ids_restore = model.encode(images, distance)
     pred = unpatchify(model.pixel_decoder(latent[-1:], ids_restore)[0] * deviation + mean, p, grid)
+    original, pred = run.normalize.undo(images), run.normalize.undo(pred)
     nearness = 1 - distance / distance.amax(1, keepdim=True)
     hidden, *maps = (patches_to_pixels(x[..., None], p, grid) for x in (mask, nearness, *weight))
-    pasted = pred * hidden + images * (1 - hidden)
-    original, pred, pasted = (run.normalize.undo(x) for x in (images, pred, pasted))
-    columns = original, original * (1 - hidden) + 0.5 * hidden, *maps, pred, pasted
+    masked, pasted = torch.where(hidden > 0, 0.5, original), torch.where(hidden > 0, pred, original)
     titles = "original", "masked", "distance", *(f"weight {i}" for i in model.levels), "prediction", "pasted"
+    rows = list(zip(original, masked, *maps, pred, pasted, strict=True))
     betas = ", ".join(f"{beta:.3f}" for beta in model.beta.tolist())
     units = "raw pixels" if cfg.target == "raw" else "un-normalised with the statistics of visible patches"
-    save_image_grid(path, list(zip(*columns, strict=True)), titles,
+    save_image_grid(path, rows, titles,
                     "distance: white is visible, darker is farther; weights of levels, by their last block: "
                     f"black is visible, white is 1; beta {betas}; target {cfg.target}, {cfg.mask_ratio:.0%} "
                     f"hidden; prediction {units}")
