@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 
 import augment
+import backbones
 import common
 import evaluate
 import finetune
@@ -146,8 +147,9 @@ def test_three_steps_with_all_ingredients(name, flags, small_npz, tmp_path, monk
 
     monkeypatch.setattr(common.Run, "catch_signals", lambda self: None)  # pytest keeps its own
     erased, augmented = (calls(augment, name) for name in ("random_erasing", "RandAugment"))
-    losses, averaged, resnet = (calls(finetune, name) for name in ("loss_of", "update_ema", "drop_path"))
-    crops, others = calls(evaluate, "EvalCrop"), calls(common, "drop_path")
+    losses, averaged = (calls(finetune, name) for name in ("loss_of", "update_ema"))
+    resnet, others = calls(backbones, "drop_path"), calls(common, "drop_path")
+    crops = calls(evaluate, "EvalCrop")
     cfg = config("--workers", 0, "--amp", "off", "--out", tmp_path / "run", "--data", small_npz, "--weights",
                  "none", "--recipe", name, *flags, "--batch_size", 24, "--epochs", 0.29)
     run = common.Run(cfg, "finetune")
