@@ -21,7 +21,7 @@ beit.py's network, layer scale multiplied into its layers.
 Not in the papers, our choice (docs/ddae_beitv2.md has the reasons)
     levels       all through the final norm and head; the aggregation is none, so without weights
     masks        exactly 75, of rectangles of up to 60 (ddae.py's); BEiT's generator may stop short of 75
-    --demo       its tokenizer is not trained: codes of a ViT with random weights, 64 of them as codebook
+    --demo       its tokenizer is no network: an id is the nearest of 32 patches, as different as they come
 
     python ddae_beitv2.py --demo                                               two minutes on a CPU
     torchrun --nproc_per_node 4 ddae_beitv2.py --tokenizer vqkd.pth            table 2, on data/imagenet
@@ -109,7 +109,7 @@ class Config(RunConfig):
 
 # Grey: what colours an image has is easily predicted, and says little of its shapes.
 DEMO = {"data": "shapes", "img_size": (25, 25), "in_chans": 1, "model": "nano", "patch_size": 5,
-        "num_levels": 2, "layer_scale": 1.0, "initial": "mae", "epochs": 1.6, "batch_size": 32, "lr": 2e-3}
+        "num_levels": 2, "layer_scale": 1.0, "initial": "mae", "epochs": 1.4, "batch_size": 16, "lr": 2e-3}
 
 
 def presets(flags):
@@ -124,7 +124,7 @@ class Tokenizer(nn.Module):
 
     def __init__(self, size, grid, patch_size, in_chans=3, vocab_size=8192, code_dim=32):
         super().__init__()
-        self.img_size = [n * patch_size for n in grid]
+        self.img_size, self.vocab_size = [n * patch_size for n in grid], vocab_size
         self.encoder = ViT(size, self.img_size, patch_size, in_chans)
         D = self.encoder.embed_dim
         self.encoder.fc_norm, self.encoder.norm = self.encoder.norm, nn.Identity()
@@ -147,10 +147,19 @@ class Tokenizer(nn.Module):
 
 
 def load_tokenizer(path, cfg, device="cpu"):
-    """Frozen Tokenizer of VQ-KD's file, on cfg's grid. `digest`: the file's SHA-256."""
+    """Frozen tokenizer of VQ-KD's file, on cfg's grid, or of --demo's. `digest`: the file's SHA-256."""
     content = read_file(path, load_pickled)
+    content = content.get("model", content)
+    demo = "centres" in content and content["centres"].shape[1] == cfg.patch_size**2 * cfg.in_chans
+    tokenizer = PatchTokenizer(content["centres"], cfg.patch_size) if demo else vqkd(path, content, cfg)
+    tokenizer.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def vqkd(path, content, cfg):
+    """Tokenizer of {name: tensor}, VQ-KD's"""
     parts = ("encoder.", "encode_task_layer.", "quantize.embedding.weight")  # others are of its training
-    weights = {name: x for name, x in content.get("model", content).items() if name.startswith(parts)}
+    weights = {name: x for name, x in content.items() if name.startswith(parts)}
     names = "encoder.patch_embed.proj.weight", "encode_task_layer.2.weight", "quantize.embedding.weight"
     if missing := [name for name in names if name not in weights]:
         raise UserError(f"--tokenizer {path} lacks {missing[0]}: expected VQ-KD's file")
@@ -161,23 +170,34 @@ def load_tokenizer(path, cfg, device="cpu"):
                         f"{', '.join(map(str, sizes))} and --in_chans, {cfg.in_chans}")
     tokenizer = Tokenizer(sizes[D], cfg.grid, p, in_chans, vocab_size, code_dim)
     load_weights(tokenizer, path, content={"model": from_beit(weights)})
-    tokenizer.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return tokenizer.to(device).eval().requires_grad_(False)
+    return tokenizer
 
 
-@torch.no_grad()
-def make_tokenizer(cfg, run, images):
-    """--demo, in place of VQ-KD: nothing is trained. A nano ViT with random weights, blind to positions and a
-    patch's mean, makes codes of images (B, C, H, W); less their mean, 64 at random are the codebook."""
-    torch.manual_seed(cfg.seed)
-    tokenizer = Tokenizer("nano", cfg.grid, cfg.patch_size, cfg.in_chans, vocab_size=64)
-    kernel = tokenizer.encoder.patch_embed.proj.weight
-    kernel.sub_(kernel.mean((2, 3), keepdim=True)).mul_(4)
-    tokenizer.encoder.pos_embed.zero_()
-    codes = tokenizer.codes(run.normalize.undo(images).cpu()).flatten(0, 1)
-    tokenizer.encode_task_layer[2].bias -= codes.mean(0)
-    tokenizer.quantize["embedding"].weight.copy_((codes - codes.mean(0))[torch.randperm(len(codes))[:64]])
-    run.export("tokenizer.pth", tokenizer.state_dict(), {})
+class PatchTokenizer(nn.Module):
+    """--demo's, in place of VQ-KD: a patch's id is the nearest of `centres` (V, p*p*C), which are patches."""
+
+    def __init__(self, centres, patch_size):
+        super().__init__()
+        self.register_buffer("centres", centres)
+        self.patch_size, self.vocab_size = patch_size, len(centres)
+
+    def codes(self, pixels):
+        """(B, C, H, W) -> (B, L, p*p*C), the patches; each image gets mean 0 and deviation 1 before"""
+        return patchify(F.layer_norm(pixels, pixels.shape[1:]), self.patch_size)
+
+    def ids(self, pixels):
+        """(B, C, H, W) -> (B, L) int64"""
+        return torch.cdist(self.codes(pixels), self.centres).argmin(-1)
+
+
+def make_tokenizer(cfg, run, batches):
+    """PatchTokenizer's file, for --demo: 32 patches of 3 batches, each the farthest from those before it."""
+    images = torch.cat([batch[0] for _, batch in zip(range(3), batches, strict=False)])
+    codes = PatchTokenizer(images, cfg.patch_size).codes(run.normalize.undo(images)).flatten(0, 1)
+    centres = codes[:1]
+    while len(centres) < 32:
+        centres = torch.cat([centres, codes[torch.cdist(codes, centres).amin(1).argmax()][None]])
+    run.export("tokenizer.pth", {"centres": centres}, {})
     run.gather(None)  # the others wait for it
 
 
@@ -228,6 +248,7 @@ class DeepDynamicBEiTv2(RelPosViT):
     def init_weights(self):
         """--initial: BEiT's, normal of deviation .02, cut there, branches of block l / sqrt(2 l); MAE's."""
         if self.cfg.initial == "mae":
+            nn.init.normal_(self.rel_pos_bias.relative_position_bias_table, std=2)  # from 0 it learns slowly
             return super().init_weights()
         linear = [module for module in self.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         for tensor in (self.cls_token, self.mask_token, *(module.weight for module in linear)):
@@ -328,10 +349,10 @@ def train(cfg, run):
     if not cfg.tokenizer:  # --demo
         cfg.tokenizer = f"{run.out}/tokenizer.pth"
         if not Path(cfg.tokenizer).exists():
-            make_tokenizer(cfg, run, next(run.batches(source, crop, sample_noise))[0])
+            make_tokenizer(cfg, run, run.batches(source, crop, sample_noise))
     tokenizer = load_tokenizer(cfg.tokenizer, cfg, run.device)
     torch.manual_seed(cfg.seed)
-    model = DeepDynamicBEiTv2(cfg, len(tokenizer.quantize["embedding"].weight))
+    model = DeepDynamicBEiTv2(cfg, tokenizer.vocab_size)
     # Past nn.Module's __setattr__: a submodule would be saved, trained and synchronised; this one is frozen.
     model.__dict__.update(tokenizer=tokenizer, to_pixels=run.normalize.undo)
     if cfg.draw:
@@ -353,10 +374,7 @@ def train(cfg, run):
             save_pictures(path, model, examples, run)
         if run.save_due():
             run.save(model.trunk_state(), prefix=None, model=f"beit_{cfg.model}")
-    # The aggregation makes the class token the one to read; finetune.py's demo reads the mean.
-    probe = {"mode": "linear", "pool": "cls", "weights": f"{run.out}/encoder.pth"}
-    probe = run.command("finetune.py", **probe, out=f"{run.out}_finetune")
-    run.finish(steps=[f"{probe} --demo"] if cfg.demo else None)
+    run.finish()
 
 
 if __name__ == "__main__":

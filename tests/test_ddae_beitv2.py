@@ -276,7 +276,7 @@ def test_demo_learns_resumes_and_its_encoder_goes_on(tmp_path):
     assert (cfg.model, cfg.patch_size, cfg.img_size) == ("beit_nano", 5, (25, 25))
     images, forward = torch.randn(2, 1, 25, 25), beit.RelPosViT.forward
     run = torch.load(tmp_path / "run/last.pth", weights_only=True)
-    student = DeepDynamicBEiTv2(Config(**run["config"]), 64)
+    student = DeepDynamicBEiTv2(Config(**run["config"]), 32)
     student.load_state_dict(run["model"])
     found, expected = forward(finetune.load_model(cfg, 3).eval(), images), forward(student, images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
