@@ -21,13 +21,12 @@ Data flow, in the order of the code (source, the paper's symbol; its name here a
     2.2      RevDet       ids != g, at every position                         replaced   (B, L), 1 = replaced
     Table 13 loss = L_gen + w L_enh, w = 10 for ResPix, 1 for RevDet
 encoder.pth is the enhancer: a plain ViT, or a ResNet-50 under torchvision's names, without classifier.
+Tables 4 to 10, sec. 3.3 and A.1: the flags that name them.
 
-Ablations: the flags that name tables 4 to 10 below; A.1: --objective none (the generator alone), then
---generator_init FILE --freeze_generator. Table 10: --generator mae, or VQGAN's file as --tokenizer. Sec. 3.3:
---generator erase; its "50 %" is read as the share of the area of one box, which random values fill.
 Not in the paper, our choice or BEiT's: one k for all images of an update; ResPix adds mean |e| and mean e^2;
 windows cover offsets -3 to +4, reflected at borders, all channels together; a ResNet's head is a 1 x 1
-convolution and a pixel shuffle; BatchNorm's statistics are each process's own; --rgb_std; --initial mae.
+convolution and a pixel shuffle; BatchNorm's statistics are each process's own; --rgb_std; --initial mae; the
+"50 %" of sec. 3.3 is the share of the area of one box.
 
     python cim.py --demo                                                 a few minutes on a CPU
     python convert_dalle.py encoder.pkl decoder.pkl --out dalle.pth      OpenAI's tokenizer, once
@@ -37,14 +36,13 @@ convolution and a pixel shuffle; BatchNorm's statistics are each process's own; 
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import convert_dalle
 from common import (
     VIT_SIZES,
     Block,
@@ -72,7 +70,8 @@ from common import (
     unpatchify,
     warmup_cosine,
 )
-from convert_dalle import load_tokenizer
+from convert_dalle import DEMO as DEMO_TOKENIZER
+from convert_dalle import load_tokenizer, train_tokenizer
 
 
 @dataclass
@@ -82,13 +81,13 @@ class Config(RunConfig):
     model: Literal[*VIT_SIZES] | None = None  # ViT, generator's width; default base, with a ResNet small
     patch_size: int = 16  # pixels
     resnet_width: int = 64  # ResNet: channels of its stem; 64 is x1, 128 x2, 256 x4 (table 8)
-    generator: Literal["beit", "mae", "erase"] = "beit"  # tokens; pixels (table 10); an erased box
+    generator: Literal["beit", "mae", "erase"] = "beit"  # tokens; pixels (table 10); noise (3.3)
     generator_depth: int | None = None  # its blocks (table 5); default 4, of an MAE those of --model
     share: bool = True  # patch embedding and two blocks, between ViTs that start together (table 5)
     initial: Literal["beit", "mae"] = "beit"  # values of ViTs; mae: sine-cosine positions, for short runs
-    tokenizer: str | None = None  # file of convert_dalle.py; --demo trains its own
+    tokenizer: str | None = None  # file of convert_dalle.py: DALL-E's, or VQGAN's (table 10)
     # method
-    objective: Literal["respix", "revdet", "none"] = "respix"  # restore pixels, detect tokens, or no enhancer
+    objective: Literal["respix", "revdet", "none"] = "respix"  # restore pixels, detect tokens, none (A.1)
     num_masked: tuple[int, int] | None = None  # least, most hidden; default 100,120 of 196, an MAE's 98
     mask: Literal["random", "block"] = "random"  # hide single patches or BEiT's blocks (table 4)
     sampling: Literal["softmax", "argmax", "uniform"] = "softmax"  # how hidden tokens are drawn (table 7)
@@ -96,7 +95,7 @@ class Config(RunConfig):
     window: int = 8  # pixels of a window's side; small patches want half of theirs, as the paper's 8 of 16
     window_per_channel: bool = False  # a window's mean and deviation per channel
     rgb_std: float = 0.1  # deviation of an MAE's colours, of values in [0, 1]
-    generator_init: str | None = None  # last.pth of --objective none, or of a raw-pixel MAE; not shared
+    generator_init: str | None = None  # last.pth of --objective none (A.1), or of a raw-pixel MAE
     generator_target: Literal["raw"] | None = None  # of an MAE's file that does not say what it predicts
     freeze_generator: bool = False  # and leave it as it is (A.1)
     # optimisation: table 13
@@ -149,15 +148,14 @@ class Config(RunConfig):
 
 # Grey: tokens of few updates are poor in colour.
 DEMO = {"data": "shapes", "img_size": (25, 25), "in_chans": 1, "model": "nano", "patch_size": 5,
-        "resnet_width": 16, "generator_depth": 2, "initial": "mae", "num_masked": (13, 15), "epochs": 0.75,
-        "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0.1, "log_every": 25}
-DEMO_MAE = {"generator_depth": 4, "num_masked": None}  # half of them
-DEMO_RESNET = {"img_size": (64, 64), "patch_size": 8, "num_masked": (38, 42)}
+        "resnet_width": 16, "generator_depth": 2, "initial": "mae", "epochs": 0.75, "batch_size": 16,
+        "lr": 2e-3, "warmup_epochs": 0.1, "log_every": 25}
 
 
 def presets(flags):
-    resnet, mae = flags.enhancer == "resnet50", flags.generator == "mae"
-    return DEMO | (DEMO_RESNET if resnet else {}) | (DEMO_MAE if mae else {}) if flags.demo else {}
+    mae = {"generator_depth": 4} if flags.generator == "mae" else {}
+    resnet = {"img_size": (64, 64), "patch_size": 8} if flags.enhancer == "resnet50" else {}
+    return DEMO | mae | resnet if flags.demo else {}
 
 
 # ---- masking, sampling, targets ----------------------------------------------------------------------------
@@ -235,9 +233,8 @@ def pixel_statistics(images, cfg):
         return window_statistics(images, cfg.window_per_channel, cfg.window)
     if cfg.pixel_norm == "none":
         return torch.zeros_like(images), torch.ones_like(images)
-    patches = patchify(images, cfg.patch_size)
-    mean, deviation = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()  # MAE's
-    return (unpatchify(x.expand_as(patches), cfg.patch_size, cfg.grid) for x in (mean, deviation))
+    variance, mean = torch.var_mean(patchify(images, cfg.patch_size), -1, keepdim=True)  # unbiased, as MAE's
+    return (patches_to_pixels(x, cfg.patch_size, cfg.grid) for x in (mean, (variance + 1e-6).sqrt()))
 
 
 def revdet_scores(verdict, replaced, loss):
@@ -257,13 +254,14 @@ def init_weights(model, cfg):
     """--initial: MAE's; or BEiT's, normal of deviation .02, cut there, branches of block l over sqrt(2 l)."""
     if cfg.initial == "mae":
         return model.init_weights()
+    normal = functools.partial(nn.init.trunc_normal_, std=0.02, a=-0.02, b=0.02)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+            normal(module.weight)
             nn.init.zeros_(module.bias)
-    for token in (getattr(model, name, None) for name in ("cls_token", "mask_token", "pos_embed")):
-        if token is not None:
-            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+    for name in ("cls_token", "mask_token", "pos_embed"):
+        if hasattr(model, name):
+            normal(getattr(model, name))
     for number, block in enumerate(model.blocks, start=1):
         for linear in (block.attn.proj, block.mlp.fc2):
             linear.weight.data.div_(math.sqrt(2 * number))
@@ -411,8 +409,7 @@ class CorruptedImageModel(nn.Module):
                 if self.cfg.objective == "respix":
                     images = self.normalize(pixels)
                     mean, deviation = pixel_statistics(images, self.cfg)
-                    target, weight = (images - mean) / deviation, 10
-                    share = 1.0
+                    target, weight, share = (images - mean) / deviation, 10, 1.0
                     if self.cfg.generator == "erase":  # a mean over erased pixels alone
                         pred, target, share = pred * replaced, target * replaced, replaced.float().mean()
                     enhancer_loss = (F.l1_loss(pred, target) + F.mse_loss(pred, target)) / share
@@ -459,12 +456,11 @@ def save_pictures(path, model, examples, run):
     samples = [model.corrupt(pixels, noise, k)[:3] for _ in range(4)]
     corrupted, mask, replaced = samples[0]
 
-    def shown(values):
-        if values.ndim == 4:
-            return values.float()
+    def shown(values):  # (B, L)
         return patches_to_pixels(values[..., None].float(), cfg.patch_size, cfg.grid)
 
-    columns = {"original": pixels, "masked": torch.where(shown(mask) > 0, 0.5, pixels)}
+    hidden = mask if cfg.generator == "erase" else shown(mask) > 0
+    columns = {"original": pixels, "masked": torch.where(hidden, 0.5, pixels)}
     columns |= {f"corrupted {i}": image for i, (image, *_) in enumerate(samples, start=1)}
     caption = f"sampling {cfg.sampling}"
     if cfg.objective != "none":
@@ -472,9 +468,9 @@ def save_pictures(path, model, examples, run):
     if cfg.objective == "respix":
         images = model.normalize(pixels)
         mean, deviation = pixel_statistics(images, cfg)
-        template = window_statistics(images, cfg.window_per_channel, cfg.window)[0].expand_as(images)
+        template, _ = window_statistics(images, cfg.window_per_channel, cfg.window)
         restored = {"template": template, "output": pred * deviation + mean}
-        columns |= {name: x * model.pixel_std + model.pixel_mean for name, x in restored.items()}
+        columns |= {name: run.normalize.undo(image) for name, image in restored.items()}
         caption += "; template: the window's mean (fig. 4); output: for corrupted 1"
         caption += "" if cfg.pixel_norm == "none" else ", un-normalised with the original's statistics (A.2)"
     if cfg.objective == "revdet":
@@ -489,37 +485,28 @@ def load_generator(generator, cfg, tokenizer):
     content = read_file(cfg.generator_init)
     if tokenizer and content.get("inputs", {}).get("tokenizer_sha256") not in (tokenizer.digest, None):
         raise UserError(f"{cfg.generator_init} was trained with another tokenizer than {cfg.tokenizer}")
-    raw = content.get("method") == "cim" or content.get("config", {}).get("target") == "raw"
+    target = cfg.generator_target or content.get("config", {}).get("target")  # that of mae_mff.py
+    raw = target == "raw" or content.get("method") == "cim"
     raw = raw or getattr(content.get("args"), "norm_pix_loss", True) is False  # in MAE's own files
-    raw = raw or cfg.generator_target == "raw"
     if cfg.generator == "mae" and not raw:
         raise UserError(f"{cfg.generator_init} does not say that it predicts raw pixels: train it with "
                         "mae_mff.py --target raw; if you know that it does, --generator_target raw")
     load_weights(generator, cfg.generator_init, prefix="generator.", content=content)
 
 
-def train_tokenizer(cfg, run):
-    """--demo without --tokenizer: train one into OUT/tokenizer; returns whether that came to its end."""
-    share = max(1, convert_dalle.DEMO["batch_size"] // run.world_size)
-    values = {field.name: getattr(cfg, field.name) for field in fields(RunConfig)}  # data, seed, ... as here
-    values |= {"patch_size": cfg.patch_size, "pictures": cfg.pictures, "batch_size": share * run.world_size,
-               "out": f"{run.out}/tokenizer", "resume": True}
-    stage = convert_dalle.Config(**convert_dalle.DEMO | values)
-    return run.run_stage(convert_dalle.train, stage, "convert_dalle")
-
-
 def train(cfg, run):
     source = open_data(cfg)
     torch.manual_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.grid, cfg.in_chans, run.device) if cfg.tokenizer else None
-    model = CorruptedImageModel(cfg, tokenizer.vocab_size if tokenizer else convert_dalle.DEMO["vocab_size"])
+    model = CorruptedImageModel(cfg, tokenizer.vocab_size if tokenizer else DEMO_TOKENIZER["vocab_size"])
     if cfg.init:
         ignore = ("head.", "fc_norm.", "fc.", "decoder", "mask_token")
         load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=ignore)
     if cfg.generator_init:
         load_generator(model.generator, cfg, tokenizer)
-    noise = {"random": (torch.rand, math.prod(cfg.grid)), "block": (block_order, cfg.grid, cfg.num_masked[1])}
-    sample_noise = functools.partial(*noise[cfg.mask])
+    sample_noise = functools.partial(torch.rand, math.prod(cfg.grid))
+    if cfg.mask == "block":
+        sample_noise = functools.partial(block_order, cfg.grid, cfg.num_masked[1])
     to_pixels = Normalize((0.0,) * cfg.in_chans, (1.0,) * cfg.in_chans, run.device)  # the model normalises
     if cfg.draw:
         model.__dict__["tokenizer"] = tokenizer

@@ -26,7 +26,7 @@ import tarfile
 import types
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -288,6 +288,15 @@ def train(cfg, run):
             run.export("tokenizer.pth", model.state_dict(), run.meta())
             run.save()
     run.finish("last.pth, tokenizer.pth, pictures/, curves.png", [])
+
+
+def train_tokenizer(cfg, run):
+    """For cim.py --demo: one of that run's data, into OUT/tokenizer. Returns whether it came to its end."""
+    share = max(1, DEMO["batch_size"] // run.world_size)
+    values = {field.name: getattr(cfg, field.name) for field in fields(RunConfig)}  # data, seed, ... as there
+    values |= {"patch_size": cfg.patch_size, "pictures": cfg.pictures, "batch_size": share * run.world_size,
+               "out": f"{run.out}/tokenizer", "resume": True}
+    return run.run_stage(train, Config(**DEMO | values), "convert_dalle")
 
 
 # ---- the conversion ----------------------------------------------------------------------------------------
