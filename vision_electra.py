@@ -22,10 +22,9 @@ bce(s, y) is the binary cross-entropy of sigmoid(s) and y; s > 0 says original. 
 L_adv sees the discriminator's parameters detached, L_D sees x^ detached.
 encoder.pth is the discriminator, a plain ViT; last.pth has the generator too.
 
-From scratch, training often collapses (0.2). The paper's discriminator starts from SimMIM's ViT-B, whose
-relative positions only vision_electra_simmim.py has; here any plain ViT works. How its generator starts is
-unknown; it must predict raw pixels, as mae_mff.py --target raw and MAE's mae_visualize_vit_base.pth do
-(others: --generator_warmup_epochs).
+From scratch, training often collapses (0.2). The paper's discriminator starts from SimMIM's ViT-B, which only
+vision_electra_simmim.py has; here from any plain ViT. The generator must predict raw pixels from its start,
+as mae_mff.py --target raw and MAE's mae_visualize_vit_base.pth do (others: --generator_warmup_epochs).
 Ours: sigma = 0.1, on the encoder's normalised tokens; one linear layer per head; levels weigh 1 : 1; L_adv
 does not saturate; composites not clipped; lr = base_lr x batch / 512, as SimMIM's; one AdamW for both.
 
@@ -73,14 +72,9 @@ from common import (
     weights_of,
 )
 
-DECODERS = {  # width, blocks, heads: MAE sec. 4.1 from base on, the MFF authors' code for small, others ours
-    "nano": (128, 1, 4),
-    "tiny": (192, 4, 6),
-    "small": (384, 8, 12),
-    "base": (512, 8, 16),
-    "large": (512, 8, 16),
-    "huge": (512, 8, 16),
-}
+# Width, blocks and heads: MAE sec. 4.1 from base on, the MFF authors' code for small, the others ours.
+DECODERS = {"nano": (128, 1, 4), "tiny": (192, 4, 6), "small": (384, 8, 12)}
+DECODERS |= dict.fromkeys(("base", "large", "huge"), (512, 8, 16))
 LEVELS = {"both": ("image", "patch"), "image": ("image",), "patch": ("patch",), "none": ()}
 
 
@@ -371,10 +365,9 @@ def save_pictures(path, model, examples, run):
     torch.manual_seed(cfg.seed)
     pred, mask, *_ = model.generate(images, noise)
     composite, _ = model.compose(images, pred, mask)
-    hidden = patches_to_pixels(mask[..., None], p, grid)
-    undo = run.normalize.undo
-    columns = {"original": undo(images), "masked": undo(images) * (1 - hidden) + 0.5 * hidden,
-               "generated": undo(unpatchify(pred, p, grid)), "composite": undo(composite)}
+    original, generated, pasted = map(run.normalize.undo, (images, unpatchify(pred, p, grid), composite))
+    masked = torch.where(patches_to_pixels(mask[..., None], p, grid) > 0, 0.5, original)
+    columns = {"original": original, "masked": masked, "generated": generated, "composite": pasted}
     caption = f"{cfg.mask_ratio:.0%} hidden, noise {cfg.noise}; verdicts: blue original, red generated"
     for title, x in (("composite", composite), ("original", images)) if model.discriminator else ():
         verdict = {level: s.sigmoid() for level, s in model.discriminator(x).items()}
