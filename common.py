@@ -994,6 +994,13 @@ class Help(argparse.HelpFormatter):
         return action.option_strings[-1 if action.default is True else 0] + " X" * (action.nargs != 0)
 
 
+@functools.cache
+def commented_lines(cls):
+    """(heading, "", "") and ("", field, comment) of a dataclass's source, in its order."""
+    line = re.compile(r"^    (?:# (.*)|(\w+): [^#\n]*# *(.*))$", re.MULTILINE)
+    return line.findall(inspect.getsource(cls))
+
+
 def make_parser(config_type, defaults=True):
     """A parser with a flag for each field; its help is the comment behind it, its group that above."""
     parser = argparse.ArgumentParser(
@@ -1002,9 +1009,9 @@ def make_parser(config_type, defaults=True):
         formatter_class=Help, allow_abbrev=False)
     parser.error = lambda message: exit_with(parser.prog, UserError(message))
     types, groups = get_type_hints(config_type), {"data": parser.add_argument_group("data")}
-    line, comments, title = re.compile(r"^    (?:# (.*)|(\w+): [^#\n]*# *(.*))$", re.MULTILINE), {}, ""
+    comments, title = {}, ""
     for cls in config_type.__mro__[:-1]:  # the script's own flags first
-        for heading, name, text in line.findall(inspect.getsource(cls)):
+        for heading, name, text in commented_lines(cls):
             title = re.split("[;:]", heading)[0] or title
             comments.setdefault(name, (title, text))
     fields = {field.name: field for field in dataclasses.fields(config_type)}

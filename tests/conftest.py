@@ -1,8 +1,6 @@
 """Shared by all tests: run a script as a user would, and small data on disk."""
 
 import atexit
-import functools
-import inspect
 import json
 import multiprocessing
 import os
@@ -27,9 +25,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("", "benchmarks", "docs")]
 import common  # noqa: E402  (found through the line above)
 from shapes import Shapes  # noqa: E402
 
-# Each parser reads its fields' comments; of the fields that all scripts share once for all runs.
-inspect.getsource = functools.cache(inspect.getsource)
-inspect.getsource(common.RunConfig)
+common.commented_lines(common.RunConfig)  # once for all runs: a parser reads the comments of its fields
 
 # One folder for all processes of pytest-xdist: the first one makes it, starts the others, and removes it.
 if "MINMIM_SHARED" not in os.environ:
