@@ -154,8 +154,8 @@ DEMO = {"data": "shapes", "img_size": (25, 25), "in_chans": 1, "model": "nano", 
 
 def presets(flags):
     mae = {"generator_depth": 4} if flags.generator == "mae" else {}
-    resnet = {"img_size": (64, 64), "patch_size": 8} if flags.enhancer == "resnet50" else {}
-    return DEMO | mae | resnet if flags.demo else {}
+    resnet = {"img_size": (64, 64), "patch_size": 8, "num_masked": (38, 42)}
+    return DEMO | mae | (resnet if flags.enhancer == "resnet50" else {}) if flags.demo else {}
 
 
 # ---- masking, sampling, targets ----------------------------------------------------------------------------
