@@ -150,8 +150,12 @@ def load_tokenizer(path, cfg, device="cpu"):
     """Frozen tokenizer of VQ-KD's file, on cfg's grid, or of --demo's. `digest`: the file's SHA-256."""
     content = read_file(path, load_pickled)
     content = content.get("model", content)
-    demo = "centres" in content and content["centres"].shape[1] == cfg.patch_size**2 * cfg.in_chans
-    tokenizer = PatchTokenizer(content["centres"], cfg.patch_size) if demo else vqkd(path, content, cfg)
+    if "centres" not in content:
+        tokenizer = vqkd(path, content, cfg)
+    elif content["centres"].shape[1] != cfg.patch_size**2 * cfg.in_chans:
+        raise UserError(f"--tokenizer {path} is of a demo with another --patch_size or --in_chans")
+    else:
+        tokenizer = PatchTokenizer(content["centres"], cfg.patch_size)
     tokenizer.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return tokenizer.to(device).eval().requires_grad_(False)
 
@@ -181,19 +185,20 @@ class PatchTokenizer(nn.Module):
         self.register_buffer("centres", centres)
         self.patch_size, self.vocab_size = patch_size, len(centres)
 
-    def codes(self, pixels):
-        """(B, C, H, W) -> (B, L, p*p*C), the patches; each image gets mean 0 and deviation 1 before"""
-        return patchify(F.layer_norm(pixels, pixels.shape[1:]), self.patch_size)
-
     def ids(self, pixels):
         """(B, C, H, W) -> (B, L) int64"""
-        return torch.cdist(self.codes(pixels), self.centres).argmin(-1)
+        return torch.cdist(normalized_patches(pixels, self.patch_size), self.centres).argmin(-1)
+
+
+def normalized_patches(pixels, p):
+    """(B, C, H, W) -> (B, L, p*p*C); each image gets mean 0 and deviation 1 before"""
+    return patchify(F.layer_norm(pixels, pixels.shape[1:]), p)
 
 
 def make_tokenizer(cfg, run, batches):
     """PatchTokenizer's file, for --demo: 32 patches of 3 batches, each the farthest from those before it."""
     images = torch.cat([batch[0] for _, batch in zip(range(3), batches, strict=False)])
-    codes = PatchTokenizer(images, cfg.patch_size).codes(run.normalize.undo(images)).flatten(0, 1)
+    codes = normalized_patches(run.normalize.undo(images), cfg.patch_size).flatten(0, 1)
     centres = codes[:1]
     while len(centres) < 32:
         centres = torch.cat([centres, codes[torch.cdist(codes, centres).amin(1).argmax()][None]])
@@ -246,7 +251,8 @@ class DeepDynamicBEiTv2(RelPosViT):
         self.init_weights()
 
     def init_weights(self):
-        """--initial: BEiT's, normal of deviation .02, cut there, branches of block l / sqrt(2 l); MAE's."""
+        """--initial: BEiT's, normal of deviation .02, cut there, branches of block l / sqrt(2 l); MAE's,
+        with relative positions of deviation 2 (ours)."""
         if self.cfg.initial == "mae":
             nn.init.normal_(self.rel_pos_bias.relative_position_bias_table, std=2)  # from 0 it learns slowly
             return super().init_weights()

@@ -96,7 +96,7 @@ def arms(scale):
     tokenizer = {"--tokenizer": "tokenizer/tokenizer.pth"}
     # with the decoder that Vision ELECTRA's generator has
     raw = f"--base_lr {scale['mae']} {fused} --target raw"
-    ve = f"--base_lr {scale['ve']}"
+    ve, revcol = f"--base_lr {scale['ve']}", f"--base_lr {scale['revcol']} --memory plain"
     continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
     own = {"mae": f"{mae} {fused}", "ddae": ddae, "dds": f"{ddae} {steps}", "ve": ve, "cim": cim,
            "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100,
@@ -126,9 +126,8 @@ def arms(scale):
         "raw_on": Arm("mae_mff.py", raw, {"--init": "raw/last.pth"}),
         "ve": Arm("vision_electra.py", ve, continued),
         "ve_half": Arm("vision_electra.py", f"{ve} --gan_weight 0.5", continued),
-        "revcol": Arm("revcol_v2.py", f"--base_lr {scale['revcol']} --memory plain"),
-        "revcol_flat": Arm("revcol_v2.py", f"--base_lr {scale['revcol']} --memory plain "
-                                           f"--model {scale['model']}_flat"),
+        "revcol": Arm("revcol_v2.py", revcol),
+        "revcol_flat": Arm("revcol_v2.py", f"{revcol} --model {scale['model']}_flat"),
         "scratch": Arm(None, ""),
         "resnet_scratch": Arm(None, "--model resnet50 --resnet_width 16 --img_size 64"),
         "revcol_scratch": Arm(None, f"--model revcol_{scale['model']}"),
@@ -148,6 +147,7 @@ class Claim:
     ways: tuple = ("finetune", "linear")
 
 
+PAPERS = "mff,ddae,cim,ve,revcol"  # groups of claims
 TUNED = ("finetune",)  # the paper probes no features
 CLAIMS = [
     Claim("mff", "MFF beats MAE", "MFF's main claim", "mff", "mae"),
@@ -460,7 +460,7 @@ def main():
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
                         default=[0, 1, 2])
-    parser.add_argument("--only", help="groups of claims (default mff,ddae,cim,ve,revcol; also "
+    parser.add_argument("--only", help=f"groups of claims (default {PAPERS}; also "
                         "ddae_readings,cim_readings,ve_readings: readings.py; shares; layout)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
@@ -470,8 +470,7 @@ def main():
     parser.add_argument("--logs", type=Path, help="default OUT/logs")
     args = parser.parse_args()
     groups = dict.fromkeys(claim.group for claim in CLAIMS)
-    papers = [group for group in groups if not group.endswith(("_readings", "shares", "layout"))]
-    wanted = args.only = args.only.split(",") if args.only else papers
+    wanted = args.only = (args.only or PAPERS).split(",")
     if unknown := set(wanted) - set(groups):
         parser.error(f"--only {','.join(unknown)}: there are {', '.join(groups)}")
     args.out = args.out or Path(f"runs/replicate_{args.scale}")
