@@ -151,8 +151,8 @@ def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
     claim = replicate.Claim("mff", "it learns", "nowhere", "mae", "scratch", ways=("finetune",))
     monkeypatch.setattr(replicate, "CLAIMS", [claim])
     out = tmp_path / "out"
-    command = ["replicate.py", "--data", tmp_path / "shapes.npz", "--scale", "small", "--seeds", "0",
-               "--out", out, "--table", tmp_path / "table.md", "--logs", tmp_path / "logs"]
+    command = ["replicate.py", "--data", tmp_path / "shapes.npz", "--scale", "small", "--only", "mff",
+               "--seeds", "0", "--out", out, "--table", tmp_path / "table.md", "--logs", tmp_path / "logs"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     replicate.main()
     table = (tmp_path / "table.md").read_text()
