@@ -29,9 +29,11 @@ def regions(labels, image):
     return {"boxes": torch.zeros(0, 4), "labels": kinds, "masks": labels == kinds[:, None, None]}
 
 
-def sure(found, score=0.5):
-    """The detections of at least this score -> a target of detection, with "scores"."""
-    found = {name: value[found["scores"] > score].cpu() for name, value in found.items()}
+def sure(found, least=0):
+    """The detections of a score above 0.5, and the `least` best -> a target of detection, with "scores"."""
+    scores = found["scores"]
+    shown = (scores > 0.5) | (scores.argsort(descending=True).argsort() < least)
+    found = {name: value[shown].cpu() for name, value in found.items()}
     return found | ({"masks": found["masks"][:, 0] > 0.5} if "masks" in found else {})
 
 

@@ -191,7 +191,7 @@ def presets(flags, script=sys.modules[__name__]):
         chosen = read_recipe(script.Config, f"{recipe}_{task}")
         values |= {"epochs": None} | chosen if "iters" in chosen else chosen
     if flags.demo and getattr(flags, "detector", None) == "cascade":
-        values["iters"] = 260  # three heads take longer: as many minutes as with one
+        values["iters"] = 180  # three heads take longer: as many minutes as with one
     weights = flags.weights or values.get("weights", "none")
     if weights != "none":
         try:
@@ -507,10 +507,13 @@ def save_pictures(path, model, samples, run):
         if run.cfg.task == "seg":
             truth, found = overlay.regions(truth, image), overlay.regions(found.cpu(), image)
         else:
-            found = overlay.sure(found)
+            found = overlay.sure(found, least=len(truth["labels"]))
         row = [overlay.show(image), overlay.show(image, truth), overlay.show(image, found)]
         rows.append([x / 255 for x in (*row, overlay.legend([truth, found], source.classes))])
-    save_image_grid(path, rows, ["image", "truth", "prediction", "classes"], f"step {run.step}")
+    caption = f"step {run.step}"
+    if run.cfg.task == "det":
+        caption += "; prediction: objects of a score above 0.5, and at least as many as there are"
+    save_image_grid(path, rows, ["image", "truth", "prediction", "classes"], caption)
 
 
 # ---- training ----------------------------------------------------------------------------------------------
