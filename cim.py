@@ -21,12 +21,11 @@ Data flow, in the order of the code (source, the paper's symbol; its name here a
     2.2      RevDet       ids != g, at every position                         replaced   (B, L), 1 = replaced
     Table 13 loss = L_gen + w L_enh, w = 10 for ResPix, 1 for RevDet
 encoder.pth is the enhancer: a plain ViT, or a ResNet-50 under torchvision's names, without classifier.
-Tables 4 to 10, sec. 3.3 and A.1: the flags that name them.
+Tables 4 to 10 and A.1: the flags that name them. cim_pixels.py: the generators without tokens.
 
 Not in the paper, our choice or BEiT's: one k for all images of an update; ResPix adds mean |e| and mean e^2;
 windows cover offsets -3 to +4, reflected at borders, all channels together; a ResNet's head is a 1 x 1
-convolution and a pixel shuffle; BatchNorm's statistics are each process's own; --rgb_std; --initial mae; the
-"50 %" of sec. 3.3 is the share of the area of one box.
+convolution and a pixel shuffle; BatchNorm's statistics are each process's own; --initial mae.
 
     python cim.py --demo                                                 a few minutes on a CPU
     python convert_dalle.py encoder.pkl decoder.pkl --out dalle.pth      OpenAI's tokenizer, once
@@ -45,7 +44,6 @@ from torch import nn
 
 from common import (
     VIT_SIZES,
-    Block,
     Normalize,
     RandomResizedCrop,
     ResNet50,
@@ -65,7 +63,6 @@ from common import (
     remember_statistics,
     save_image_grid,
     set_lr,
-    sincos_pos_embed,
     stable_seed,
     unpatchify,
     warmup_cosine,
@@ -81,22 +78,19 @@ class Config(RunConfig):
     model: Literal[*VIT_SIZES] | None = None  # ViT, generator's width; default base, with a ResNet small
     patch_size: int = 16  # pixels
     resnet_width: int = 64  # ResNet: channels of its stem; 64 is x1, 128 x2, 256 x4 (table 8)
-    generator: Literal["beit", "mae", "erase"] = "beit"  # tokens; pixels (table 10); noise (3.3)
-    generator_depth: int | None = None  # its blocks (table 5); default 4, of an MAE those of --model
+    generator_depth: int | None = None  # the generator's blocks; default 4 (table 5)
     share: bool = True  # patch embedding and two blocks, between ViTs that start together (table 5)
     initial: Literal["beit", "mae"] = "beit"  # values of ViTs; mae: sine-cosine positions, for short runs
     tokenizer: str | None = None  # file of convert_dalle.py: DALL-E's, or VQGAN's (table 10)
     # method
     objective: Literal["respix", "revdet", "none"] = "respix"  # restore pixels, detect tokens, none (A.1)
-    num_masked: tuple[int, int] | None = None  # least, most hidden; default 100,120 of 196, an MAE's 98
+    num_masked: tuple[int, int] | None = None  # least, most hidden; default 100,120 of 196
     mask: Literal["random", "block"] = "random"  # hide single patches or BEiT's blocks (table 4)
     sampling: Literal["softmax", "argmax", "uniform"] = "softmax"  # how hidden tokens are drawn (table 7)
     pixel_norm: Literal["window", "patch", "none"] = "window"  # ResPix's target (table 6)
     window: int = 8  # pixels of a window's side; small patches want half of theirs, as the paper's 8 of 16
     window_per_channel: bool = False  # a window's mean and deviation per channel
-    rgb_std: float = 0.1  # deviation of an MAE's colours, of values in [0, 1]
-    generator_init: str | None = None  # last.pth of --objective none (A.1), or of a raw-pixel MAE
-    generator_target: Literal["raw"] | None = None  # of an MAE's file that does not say what it predicts
+    generator_init: str | None = None  # generator from last.pth of --objective none (A.1)
     freeze_generator: bool = False  # and leave it as it is (A.1)
     # optimisation: table 13
     epochs: float = 300.0  # passes over the data
@@ -120,20 +114,13 @@ class Config(RunConfig):
         super().__post_init__()
         self.model = self.model or ("base" if self.enhancer == "vit" else "small")
         self.grid = patch_grid(self.img_size, self.patch_size)
-        mae, depth, L = self.generator == "mae", VIT_SIZES[self.model][1], math.prod(self.grid)
-        erase, vit = self.generator == "erase", self.enhancer == "vit"
-        self.generator_depth = self.generator_depth or (depth if mae else min(4, depth))
-        self.share &= vit and self.objective != "none" and not (mae or erase or self.generator_init)
+        depth, L = VIT_SIZES[self.model][1], math.prod(self.grid)
+        self.generator_depth = self.generator_depth or min(4, depth)
+        self.share &= self.enhancer == "vit" and self.objective != "none" and not self.generator_init
         self.warmup_epochs = min(10.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
-        paper = (98, 98) if mae else (100, 120)
-        low, high = self.num_masked = self.num_masked or tuple(round(n * L / 196) for n in paper)
+        low, high = self.num_masked = self.num_masked or tuple(round(n * L / 196) for n in (100, 120))
         if not 0 < low <= high < L:
             raise ValueError(f"--num_masked {low},{high} does not lie between 1 and {L - 1}, of {L} patches")
-        if mae and (low != high or self.objective == "revdet" or self.sampling != "softmax"):
-            raise ValueError("--generator mae has no tokens: one --num_masked, no revdet, no --sampling")
-        if erase and ((self.objective, self.sampling, self.mask) != ("respix", "softmax", "random")
-                      or self.generator_init):
-            raise ValueError("--generator erase: no --objective, --sampling, --mask, --generator_init")
         if not 1 + self.share <= self.generator_depth <= depth:
             raise ValueError(f"--generator_depth {self.generator_depth}: 2 to {depth}, or 1 and --no-share")
         if self.freeze_generator and not self.generator_init:
@@ -142,7 +129,7 @@ class Config(RunConfig):
             raise ValueError("--objective none goes with neither --generator_init nor --init")
         if self.enhancer == "resnet50" and (any(n % 32 for n in self.img_size) or 32 % self.patch_size):
             raise ValueError("a ResNet needs an --img_size of n x 32 and a --patch_size that divides 32")
-        if not (self.tokenizer or mae or erase or self.check_data or self.demo and not self.generator_init):
+        if not (self.tokenizer or self.check_data or self.demo and not self.generator_init):
             raise ValueError("--tokenizer FILE is needed: `python convert_dalle.py --help` shows how")
 
 
@@ -153,9 +140,8 @@ DEMO = {"data": "shapes", "img_size": (25, 25), "in_chans": 1, "model": "nano", 
 
 
 def presets(flags):
-    mae = {"generator_depth": 4} if flags.generator == "mae" else {}
     resnet = {"img_size": (64, 64), "patch_size": 8, "num_masked": (38, 42)}
-    return DEMO | mae | (resnet if flags.enhancer == "resnet50" else {}) if flags.demo else {}
+    return DEMO | (resnet if flags.enhancer == "resnet50" else {}) if flags.demo else {}
 
 
 # ---- masking, sampling, targets ----------------------------------------------------------------------------
@@ -199,20 +185,6 @@ def sample(logits, sampling):
         # Gumbel noise: torch.multinomial would raise on NaN, before the update can be skipped.
         logits = logits - torch.empty_like(logits).exponential_().log()
     return logits.argmax(-1)
-
-
-def erased_boxes(noise, size, share=0.5):
-    """Sec. 3.3's random erasing: (B, 1, H, W) bool, True in a box of this share of an image's area, of a
-    log-uniform aspect in .3 to 1/.3 that fits. Of noise (B, L) the first three numbers place it."""
-    (H, W), (u_aspect, u_top, u_left) = size, noise[:, :3, None].unbind(1)
-    area = share * H * W
-    low, high = math.log(max(0.3, area / W**2)), math.log(min(1 / 0.3, H**2 / area))
-    root = (0.5 * (low + (high - low) * u_aspect)).exp()
-    h, w = (math.sqrt(area) * root).round(), (math.sqrt(area) / root).round()
-    top, left = (u_top * (H - h + 1)).floor(), (u_left * (W - w + 1)).floor()
-    rows, columns = torch.arange(H, device=noise.device), torch.arange(W, device=noise.device)
-    inside = (rows >= top) & (rows < top + h), (columns >= left) & (columns < left + w)
-    return (inside[0][:, :, None] & inside[1][:, None])[:, None]
 
 
 def window_statistics(images, per_channel=False, size=8):
@@ -288,36 +260,6 @@ class BEiTGenerator(ViT):
         return self.head(self.norm(gather_tokens(x[:, 1:], positions)))
 
 
-class MAEGenerator(ViT):
-    """Table 10: an MAE, with its names and decoder, that predicts raw pixels from visible patches."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
-        self.blocks = self.blocks[: cfg.generator_depth]
-        sizes = {"nano": (128, 1, 4), "tiny": (192, 4, 6), "small": (384, 8, 12)}
-        width, depth, heads = sizes.get(cfg.model, (512, 8, 16))
-        self.decoder_embed = nn.Linear(self.embed_dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(width, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder_pred = nn.Linear(width, cfg.patch_size**2 * cfg.in_chans)
-        self.init_weights()
-
-    def forward(self, images, order, n):
-        """order (B, L): positions, the n hidden ones first -> predicted patches (B, L, p*p*C)"""
-        x = self.prepend_cls(gather_tokens(self.embed(images), order[:, n:]))
-        for block in self.blocks:
-            x = block(x)
-        x = self.decoder_embed(self.norm(x))
-        hidden = self.mask_token.to(x.dtype).expand(len(x), n, -1)
-        patches = gather_tokens(torch.cat([hidden, x[:, 1:]], 1), order.argsort(1))
-        x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, 1:]))
-
-
 class ViTEnhancer(ViT):
     def __init__(self, cfg):
         super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
@@ -345,16 +287,14 @@ class ResNetEnhancer(ResNet50):
 
 
 class CorruptedImageModel(nn.Module):
-    """Generator and enhancer. A BEiT generator needs `tokenizer`, which is set later and is no submodule."""
+    """Generator and enhancer. `tokenizer` is set later, and is no submodule."""
 
-    def __init__(self, cfg, vocab_size):
+    def __init__(self, cfg, generator):
         super().__init__()
         self.cfg = cfg
         for name, values in (("pixel_mean", cfg.mean), ("pixel_std", cfg.std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
-        if cfg.generator != "erase":
-            self.generator = MAEGenerator(cfg) if cfg.generator == "mae" else BEiTGenerator(cfg, vocab_size)
-            self.generator.requires_grad_(not cfg.freeze_generator)
+        self.generator = generator.requires_grad_(not cfg.freeze_generator)
         if cfg.objective != "none":
             self.enhancer = ViTEnhancer(cfg) if cfg.enhancer == "vit" else ResNetEnhancer(cfg)
         if cfg.share:
@@ -365,26 +305,18 @@ class CorruptedImageModel(nn.Module):
     def normalize(self, pixels):
         return (pixels - self.pixel_mean) / self.pixel_std
 
+    def image_of(self, values):
+        """(B, L) -> (B, 1, H, W)"""
+        return patches_to_pixels(values[..., None].float(), self.cfg.patch_size, self.cfg.grid)
+
     def corrupt(self, pixels, noise, k):
         """Eqs. (1) and (2), for pixels (B, C, H, W) in [0, 1]; the k smallest of noise (B, L) are hidden.
 
-        Returns the corrupted image in [0, 1], no gradient; mask and replaced, (B, L) bool, or (B, 1, H, W) of
-        erased pixels; L_gen; its terms.
+        Returns the corrupted image in [0, 1], no gradient; mask and replaced, (B, L) bool; L_gen; its terms.
         """
-        if self.cfg.generator == "erase":
-            mask = erased_boxes(noise, pixels.shape[2:])
-            return torch.where(mask, torch.rand_like(pixels), pixels), mask, mask, 0.0, {}
         images, n = self.normalize(pixels), self.cfg.num_masked[1]
         order = noise.argsort(1)
         mask = order.argsort(1) < k
-        if self.cfg.generator == "mae":
-            p, grid = self.cfg.patch_size, self.cfg.grid
-            pred = self.generator(images, order, n).float()
-            loss = (((pred - patchify(images, p)) ** 2).mean(-1) * mask).sum() / mask.sum()
-            colours = self.pixel_mean + self.pixel_std * unpatchify(pred.detach(), p, grid)
-            sampled = (colours + self.cfg.rgb_std * torch.randn_like(colours)).clamp(0, 1)
-            hidden = patches_to_pixels(mask[..., None].float(), p, grid)
-            return torch.where(hidden > 0, sampled, pixels), mask, mask, loss, {"generator_loss": loss}
         golden, positions = self.tokenizer.ids(pixels), order[:, :n]  # n positions whatever k: static shapes
         logits = self.generator(images, mask, positions).float()
         targets, counts = golden.gather(1, positions), torch.arange(n, device=noise.device) < k
@@ -409,10 +341,8 @@ class CorruptedImageModel(nn.Module):
                 if self.cfg.objective == "respix":
                     images = self.normalize(pixels)
                     mean, deviation = pixel_statistics(images, self.cfg)
-                    target, weight, share = (images - mean) / deviation, 10, 1.0
-                    if self.cfg.generator == "erase":  # a mean over erased pixels alone
-                        pred, target, share = pred * replaced, target * replaced, replaced.float().mean()
-                    enhancer_loss = (F.l1_loss(pred, target) + F.mse_loss(pred, target)) / share
+                    target, weight = (images - mean) / deviation, 10
+                    enhancer_loss = F.l1_loss(pred, target) + F.mse_loss(pred, target)
                 else:
                     verdict, weight = pred.flatten(1), 1
                     enhancer_loss = F.binary_cross_entropy_with_logits(verdict, replaced.float())
@@ -455,12 +385,7 @@ def save_pictures(path, model, examples, run):
     model.eval()
     samples = [model.corrupt(pixels, noise, k)[:3] for _ in range(4)]
     corrupted, mask, replaced = samples[0]
-
-    def shown(values):  # (B, L)
-        return patches_to_pixels(values[..., None].float(), cfg.patch_size, cfg.grid)
-
-    hidden = mask if cfg.generator == "erase" else shown(mask) > 0
-    columns = {"original": pixels, "masked": torch.where(hidden, 0.5, pixels)}
+    columns = {"original": pixels, "masked": torch.where(model.image_of(mask) > 0, 0.5, pixels)}
     columns |= {f"corrupted {i}": image for i, (image, *_) in enumerate(samples, start=1)}
     caption = f"sampling {cfg.sampling}"
     if cfg.objective != "none":
@@ -474,23 +399,18 @@ def save_pictures(path, model, examples, run):
         caption += "; template: the window's mean (fig. 4); output: for corrupted 1"
         caption += "" if cfg.pixel_norm == "none" else ", un-normalised with the original's statistics (A.2)"
     if cfg.objective == "revdet":
-        columns |= {"replaced": shown(replaced), "verdict": shown(pred.sigmoid().flatten(1))}
+        verdict = pred.sigmoid().flatten(1)
+        columns |= {"replaced": model.image_of(replaced), "verdict": model.image_of(verdict)}
         caption += "; white: tokens of corrupted 1 that differ from the original's, and their probability"
     model.train()
     save_image_grid(path, list(zip(*columns.values(), strict=True)), list(columns), caption)
 
 
 def load_generator(generator, cfg, tokenizer):
-    """--generator_init; UserError if it predicts another tokenizer's tokens, or does not say: raw pixels."""
+    """--generator_init; UserError if it predicts another tokenizer's tokens."""
     content = read_file(cfg.generator_init)
-    if tokenizer and content.get("inputs", {}).get("tokenizer_sha256") not in (tokenizer.digest, None):
+    if content.get("inputs", {}).get("tokenizer_sha256") not in (tokenizer.digest, None):
         raise UserError(f"{cfg.generator_init} was trained with another tokenizer than {cfg.tokenizer}")
-    target = cfg.generator_target or content.get("config", {}).get("target")  # that of mae_mff.py
-    raw = target == "raw" or content.get("method") == "cim"
-    raw = raw or getattr(content.get("args"), "norm_pix_loss", True) is False  # in MAE's own files
-    if cfg.generator == "mae" and not raw:
-        raise UserError(f"{cfg.generator_init} does not say that it predicts raw pixels: train it with "
-                        "mae_mff.py --target raw; if you know that it does, --generator_target raw")
     load_weights(generator, cfg.generator_init, prefix="generator.", content=content)
 
 
@@ -498,7 +418,10 @@ def train(cfg, run):
     source = open_data(cfg)
     torch.manual_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.grid, cfg.in_chans, run.device) if cfg.tokenizer else None
-    model = CorruptedImageModel(cfg, tokenizer.vocab_size if tokenizer else DEMO_TOKENIZER["vocab_size"])
+    vocab_size = tokenizer.vocab_size if tokenizer else DEMO_TOKENIZER["vocab_size"]
+    model = CorruptedImageModel(cfg, BEiTGenerator(cfg, vocab_size))
+    # Past nn.Module's __setattr__: a submodule would be saved, trained and synchronised; this one is frozen.
+    model.__dict__["tokenizer"] = tokenizer
     if cfg.init:
         ignore = ("head.", "fc_norm.", "fc.", "decoder", "mask_token")
         load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=ignore)
@@ -509,21 +432,19 @@ def train(cfg, run):
         sample_noise = functools.partial(block_order, cfg.grid, cfg.num_masked[1])
     to_pixels = Normalize((0.0,) * cfg.in_chans, (1.0,) * cfg.in_chans, run.device)  # the model normalises
     if cfg.draw:
-        model.__dict__["tokenizer"] = tokenizer
         return run.draw(model, source, sample_noise, save_pictures, to_pixels)
     run.fit_batch(source)
     run.start(len(source), f"lr {cfg.lr:.3g}, whatever the batch")
-    if not tokenizer and cfg.generator == "beit":  # --demo
+    if not tokenizer:  # --demo
         cfg.tokenizer = f"{run.out}/tokenizer/tokenizer.pth"
         if not run.checkpoints() and not train_tokenizer(cfg, run):
             return
         tokenizer = load_tokenizer(cfg.tokenizer, cfg.grid, cfg.in_chans, run.device)
-    # Past nn.Module's __setattr__: a submodule would be saved, trained and synchronised; this one is frozen.
-    model.__dict__["tokenizer"] = tokenizer
+        model.__dict__["tokenizer"] = tokenizer
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay, ("pos_embed", "cls_token")), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
-    run.inputs = {"tokenizer_sha256": tokenizer.digest} if tokenizer else {}
+    run.inputs = {"tokenizer_sha256": tokenizer.digest}
     run.load(model=model, optimizer=optimizer, scaler=scaler)
     batches = run.batches(source, RandomResizedCrop(cfg.img_size, (0.08, 1.0)), sample_noise, to_pixels)
     examples = run.examples(source, sample_noise, to_pixels)

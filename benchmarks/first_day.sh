@@ -13,7 +13,7 @@ cd "$1"
 if [ "$size" = small ]; then
     images=16 methods="mae_mff" tasks="seg" epochs=3 rounds=3 iters=4
 else
-    images=120 methods="mae_mff ddae cim vision_electra revcol_v2" tasks="seg det" epochs=20 rounds=20 iters=80
+    images=120 methods="mae_mff ddae cim_pixels vision_electra revcol_v2" tasks="seg det" epochs=20 rounds=20 iters=80
 fi
 step() {
     echo
@@ -27,9 +27,7 @@ python "$code/benchmarks/first_day.py" . "$images"
 
 if [ "$size" = full ]; then step mae_mff.py --data "my photos" --check_data; fi
 for method in $methods; do
-    more=""
-    if [ $method = cim ]; then more="--generator mae"; fi  # without a tokenizer
-    step $method.py --data "my photos" --model nano --img_size 64 --epochs $epochs $more
+    step $method.py --data "my photos" --model nano --img_size 64 --epochs $epochs
     step $method.py --draw runs/$method/last.pth --data "my photos" --out $method.png
 done
 encoder=runs/mae_mff/encoder.pth

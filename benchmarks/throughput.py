@@ -144,7 +144,7 @@ def make_update(script, batch_size, amp="off", compiled=False, **values):
     run.micro_batch, run.accum_steps = common.split_batch(batch_size, cfg.micro_batch, 1)
     positions, normalize = math.prod(common.patch_grid(cfg.img_size, cfg.patch_size)), run.normalize
     if script is cim:
-        model = cim.CorruptedImageModel(cfg, 8192)
+        model = cim.CorruptedImageModel(cfg, cim.BEiTGenerator(cfg, 8192))
         normalize = common.Normalize((0.0,) * 3, (1.0,) * 3, DEVICE)
         model.__dict__["tokenizer"] = DVAE(cfg.grid).to(DEVICE).requires_grad_(False)
     else:

@@ -341,7 +341,7 @@ def attention(args):
 def cim_samples(args):
     def make(cfg):
         tokenizer = load_tokenizer(args.runs / "cim/tokenizer/tokenizer.pth", cfg.grid, cfg.in_chans)
-        model = cim.CorruptedImageModel(cfg, tokenizer.vocab_size)
+        model = cim.CorruptedImageModel(cfg, cim.BEiTGenerator(cfg, tokenizer.vocab_size))
         model.__dict__["tokenizer"] = tokenizer
         return model
 

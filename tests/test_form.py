@@ -34,6 +34,7 @@ IMPORTS = {
     "vqgan": {"common"},
     "convert_dalle": {"common", "vqgan"},
     "cim": {"common", "convert_dalle"},
+    "cim_pixels": {"cim", "common"},
     "augment": {"common"},
     "evaluate": {"common"},
     "backbones": {"beit", "common", "revcol_v2", "swin"},
@@ -99,6 +100,10 @@ OWN = {
         'run.save(getattr(model, encoder).trunk_state(), prefix=f"{encoder}.")',
     ],
     "mff_feature": [],  # whose train_step is mae_mff.py's
+    "cim_pixels": [  # whose train_step is cim.py's
+        "lr = warmup_cosine(run.epoch, cfg.lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)",
+        'run.save(model.enhancer.trunk_state(), prefix="enhancer.", model=name)',
+    ],
     "revcol_v2": ['run.save(model.trunk_state(), model=f"revcol_{cfg.model}")'],
 }
 

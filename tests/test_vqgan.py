@@ -1,4 +1,4 @@
-"""vqgan.py against a slow VQGAN, the conversion of its checkpoints; CIM on it, and CIM on erased images."""
+"""vqgan.py against a slow VQGAN, the conversion of its checkpoints; CIM on it."""
 
 import math
 import sys
@@ -7,10 +7,9 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import losses, run_script, stopped
-from test_cim import build, twice
+from conftest import run_script
+from test_cim import QUICK
 
-import cim
 import common
 import convert_dalle
 from vqgan import VQGAN
@@ -113,7 +112,7 @@ def test_the_published_sizes():
 # ---- files
 
 
-def test_a_checkpoint_with_foreign_objects_is_converted(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_with_foreign_objects_is_converted(tmp_path, monkeypatch, capsys, small_npz):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(VQGAN.__init__, "__defaults__", (1024, 32, 3, 32))  # in place of the published sizes
     model = small((14, 14), entries=20)
@@ -143,46 +142,4 @@ def test_a_checkpoint_with_foreign_objects_is_converted(tmp_path, monkeypatch, c
     assert "not VQGAN's" in capsys.readouterr().err
     with pytest.raises(common.UserError, match="of 3 channels, --in_chans is 1"):
         convert_dalle.load_tokenizer("vqgan.pth", (14, 14), 1)
-
-
-QUICK = ["cim.py", "--model", "nano", "--img_size", 32, "--patch_size", 8, "--batch_size", 50, "--epochs", 1,
-         "--workers", 0, "--pictures", 2, "--log_every", 1, "--save_minutes", 0]
-
-
-@pytest.mark.parametrize("flags", [["--tokenizer", "vqgan.pth"], ["--generator", "erase"]], ids=str)
-def test_cim_trains_with_it_is_stopped_and_goes_on(small_npz, tmp_path, flags):
-    torch.save({"model": small((4, 4)).state_dict(), "meta": {"method": "vqgan"}}, tmp_path / "vqgan.pth")
-    command = [*QUICK, *flags, "--data", small_npz]
-    run_script([*command, "--out", "whole"], tmp_path)
-    stopped(tmp_path, [*command, "--out", "cut"], "self.step == 2")
-    run_script([*command, "--out", "cut", "--resume"], tmp_path)
-    assert len(losses(tmp_path / "whole")) == 5 and losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    assert (tmp_path / "whole/pictures/epoch_0001.png").exists()
-
-
-# ---- random erasing, CIM's sec. 3.3
-
-
-def test_boxes_have_half_of_the_area_and_lie_inside():
-    noise = torch.rand(500, 64)
-    for size in ((32, 32), (32, 64), (224, 224)):
-        mask = cim.erased_boxes(noise, size)
-        shares = mask.float().mean((1, 2, 3))
-        assert (shares - 0.5).abs().max() < 0.05
-        rows, columns = mask.any(3)[:, 0], mask.any(2)[:, 0]
-        assert torch.equal(mask[:, 0], rows[:, :, None] & columns[:, None])  # boxes
-        assert (rows.diff(dim=1).sum(1) <= 2).all()
-        assert rows[:, 0].any() and rows[:, -1].any() and len(rows.sum(1).unique()) > 5
-
-
-def test_the_loss_is_that_of_the_erased_pixels():
-    model, arguments = build(2, generator="erase", tokenizer=None)
-    loss, terms, (corrupted, mask, *_) = twice(model, arguments)
-    pixels, visible = arguments[0], ~mask.expand_as(arguments[0])
-    assert torch.equal(corrupted[visible], pixels[visible]) and not hasattr(model, "generator")
-    images = pixels * 2 - 1
-    mean, deviation = cim.window_statistics(images)
-    error = (model.enhancer(corrupted * 2 - 1) - (images - mean) / deviation)[mask.expand_as(images)].tolist()
-    expected = sum(abs(e) + e * e for e in error) / len(error)
-    assert terms["enhancer_loss"].item() == pytest.approx(expected, rel=1e-4)
-    assert loss.item() == pytest.approx(10 * expected, rel=1e-4)
+    run_script(["cim.py", *QUICK, "--data", small_npz, "--tokenizer", "vqgan.pth"], tmp_path)
