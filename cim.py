@@ -294,7 +294,9 @@ class CorruptedImageModel(nn.Module):
         self.cfg = cfg
         for name, values in (("pixel_mean", cfg.mean), ("pixel_std", cfg.std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
-        self.generator = generator.requires_grad_(not cfg.freeze_generator)
+        self.generator = generator
+        if cfg.freeze_generator:
+            generator.requires_grad_(False)
         if cfg.objective != "none":
             self.enhancer = ViTEnhancer(cfg) if cfg.enhancer == "vit" else ResNetEnhancer(cfg)
         if cfg.share:

@@ -32,6 +32,8 @@ def test_the_mae_is_that_of_mae_mff_and_paints_around_its_prediction():
     drawn = error[~visible & (corrupted > 0.1) & (corrupted < 0.9)]  # the others may have been cut to [0, 1]
     assert not error[visible].any() and len(drawn) > 4000 and drawn.mean().abs() < 1e-3
     assert drawn.std().item() == pytest.approx(0.01, rel=0.05)
+    fixed = [name for name, p in model.generator.named_parameters() if not p.requires_grad]
+    assert fixed == ["pos_embed", "decoder_pos_embed"]  # sine-cosine tables stay
     check_gradients(model, (pixels, noise, k))
 
 
