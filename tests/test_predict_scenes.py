@@ -135,7 +135,8 @@ def test_boxes_follow_their_image_as_masks_do():
 
 
 def test_a_file_that_is_no_finished_model_is_refused(tmp_path):
-    torch.save({"model": {"x": torch.zeros(1)}, "meta": {"method": "mae_mff"}}, tmp_path / "e.pth")
+    meta = {"method": "mae_mff", "model": "nano"}
+    torch.save({"model": {"x": torch.zeros(1)}, "meta": meta}, tmp_path / "e.pth")
     command = ["transfer_seg_det.py", "--predict", "x.png", "--weights", "e.pth"]
     assert "model.pth of this script, not a file of mae_mff.py" in run_script(command, tmp_path, expect=2)
 
