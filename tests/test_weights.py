@@ -104,13 +104,15 @@ def test_transformers_mae_gives_its_reconstruction(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda own, other: {"model": {f"teacher.backbone.{k}": v for k, v in own.items()}
-                        | {f"student.backbone.{k}": v for k, v in other.items()}},
+    lambda own, other: {"student": {f"module.backbone.{k}": v for k, v in other.items()},
+                        "teacher": {f"backbone.{k}": v for k, v in own.items()}, "dino_loss": {}},
+    lambda own, other: {"model": {f"student.backbone.{k}": v for k, v in other.items()}
+                        | {f"teacher.backbone.{k}": v for k, v in own.items()}},
     lambda own, other: {"state_dict": {f"model.encoder.{k}": v for k, v in own.items()}, "epoch": 3},
     lambda own, other: {"model_ema": own, "optimizer": {"state": {}}},
     lambda own, other: {f"module.base_encoder.{k}": v for k, v in own.items()}
     | {f"module.momentum_encoder.{k}": v for k, v in other.items()},
-], ids=["dinov2", "lightning", "ema", "moco"])
+], ids=["dino", "dinov2", "lightning", "ema", "moco"])
 def test_the_network_inside_wrappers_is_found_and_named(tmp_path, capsys, wrap):
     own, other = (common.ViT("nano", (32, 32), 8) for _ in range(2))
     own.init_weights()
