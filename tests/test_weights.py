@@ -126,7 +126,9 @@ def test_the_content_decides_not_the_suffix(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     own = common.ViT("nano", (32, 32), 8).state_dict()
     safetensors.save_file(own, tmp_path / "file.pth")
-    assert common.read_file(tmp_path / "file.pth")["model"].keys() == own.keys()
+    torch.save(own, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    for name in ("file.pth", "old.bin"):
+        assert common.read_file(tmp_path / name)["model"].keys() == own.keys()
     np.savez(tmp_path / "jax.npz", a=np.zeros(3))
     with pytest.raises(UserError, match="not one of torch.save"):
         common.read_file(tmp_path / "jax.npz")
