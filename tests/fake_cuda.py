@@ -4,7 +4,7 @@
     waits    {place: n}: the host waits for the device: values, numbers of hits, copies back
     copies   {place: n}: copies to the device from memory that is not pinned, or not asked to be non-blocking
     float32  {"operation in place": n}: matrix products and convolutions that half precision passed by
-    kernels  number of operations on the device; stored: bytes that wait for the backward pass; flops
+    stored   bytes that wait for the backward pass; flops
 Tensors of two devices or of dtypes that do not fit raise as on a GPU. Images are read and files are written
 for real. It replaces parts of torch for good, so it wants a process of its own.
 """
@@ -27,8 +27,6 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
-NO_KERNEL = {"device", "detach", "empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view",
-             "lift_fresh"}
 HITS = 50  # what is true of a mask, at most
 
 
@@ -56,12 +54,11 @@ class Meter(TorchDispatchMode):
 
     def clear(self):
         self.waits, self.copies, self.float32 = Counter(), Counter(), Counter()
-        self.kernels, self.stored, self.flops = 0, {}, 0
+        self.stored, self.flops = {}, 0
 
     def found(self):
         return {"waits": dict(self.waits), "copies": dict(self.copies), "float32": dict(self.float32),
-                "kernels": self.kernels, "stored": sum(x.nbytes() for x in self.stored.values()),
-                "flops": self.flops}
+                "stored": sum(x.nbytes() for x in self.stored.values()), "flops": self.flops}
 
     def wait(self, tensor):
         if tensor.device.type == "cuda":
@@ -116,7 +113,6 @@ class Meter(TorchDispatchMode):
             self.transfer(name, args, kwargs)
         if on_device and name in PRODUCTS and tensors[0].dtype == torch.float32:
             self.float32[f"{name} in {place()}"] += 1
-        self.kernels += on_device and not func.is_view and name not in NO_KERNEL
         result, count = func(*args, **kwargs), flop_registry.get(func.overloadpacket)
         self.flops += count(*args, **kwargs, out_val=result) if count and on_device else 0
         return result

@@ -8,7 +8,6 @@ import errno
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -17,11 +16,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from commands import CIM, SCRIPTS
-from conftest import KILL, ROOT, Started, killed, losses, run_command, run_script, sabotaged, stopped
+from conftest import KILL, ROOT, Started, killed, losses, run_script, sabotaged, stopped
 from torture import family, log, same, state
 
 import common
@@ -68,17 +69,6 @@ def test_the_checkpoint_of_a_passs_end_keeps_the_values_not_yet_logged(unbroken,
     every = losses(unbroken / "mae_mff.py")
     means = [sum(every[i : i + 3]) / len(every[i : i + 3]) for i in range(0, 20, 3)]
     assert losses(tmp_path / "run") == pytest.approx(means)
-    assert same(*(read(out / "encoder.pth")["model"] for out in (unbroken / "mae_mff.py", tmp_path / "run")))
-
-
-def test_signals_save_and_end_with_0(unbroken, small_npz, tmp_path):
-    shutil.copytree(unbroken / "mae_mff.py@8", tmp_path / "run")
-    command = [*MAE, "--data", small_npz, "--out", "run", "--save_minutes", 10, "--resume"]
-    for step, name in ((8, "TERM"), (9, "INT"), (10, "HUP"), (11, "XCPU"), (12, "USR1")):
-        stop = f"os.kill(os.getpid(), signal.SIG{name})"
-        attack = sabotaged(tmp_path, command, "Run.seed", stop, f"self.step == {step}")
-        assert f"stopped after step {step + 1} of 20" in run_script(attack, tmp_path)
-    assert_same_run(unbroken / "mae_mff.py@13", tmp_path / "run")
 
 
 def test_resnet_resumes_with_its_statistics_on_as_many_processes(small_npz, tmp_path):
@@ -86,8 +76,7 @@ def test_resnet_resumes_with_its_statistics_on_as_many_processes(small_npz, tmp_
     command = [*CIM, "--enhancer", "resnet50", "--resnet_width", 8, "--objective", "revdet",
                "--data", small_npz, "--epochs", 0.6, "--micro_batch", 6, "--out"]
     run_script([*command, "whole"], tmp_path, processes=2)
-    output = stopped(tmp_path, [*command, "run"], "self.step == 3", "Run.end_update", processes=2)
-    assert "stopped after step 4 of 6" in output
+    stopped(tmp_path, [*command, "run"], "self.step == 3", "Run.end_update", processes=2)
     run_script([*command, "run", "--resume"], tmp_path, processes=2)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -140,9 +129,12 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(unbroken, almost, tmp_path)
 
 
 def damage(path, how):
-    content = read(path)
+    content, raw = read(path), bytearray(path.read_bytes())
     if how == "truncated":
-        return path.write_bytes(path.read_bytes()[:1000])
+        return path.write_bytes(raw[:1000])
+    if how == "a flipped bit":
+        raw[len(raw) // 2] ^= 1
+        return path.write_bytes(raw)
     if how == "malicious":
         class Bomb:
             def __reduce__(self):
@@ -157,18 +149,22 @@ def damage(path, how):
     torch.save(content, path)
 
 
+def contents(out):
+    return {path: path.read_bytes() for path in out.rglob("[!.]*.*")}
+
+
 @pytest.mark.parametrize("how, words", [
-    ("truncated", "cannot read"), ("malicious", "cannot read"), ("another method's", "ddae"),
-    ("old format", "older")])
+    ("truncated", "cannot read"), ("a flipped bit", "cannot read"), ("malicious", "cannot read"),
+    ("another method's", "ddae"), ("old format", "older"), ("removed", "has no last.pth")])
 def test_a_wrong_checkpoint_is_refused_in_one_line_and_the_good_one_named(almost, tmp_path, how, words):
-    damage(tmp_path / "run/last.pth", how)
-    if how == "old format":  # a whole run of it
-        damage(tmp_path / "run/previous.pth", how)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("[!.]*.*")}
+    for name in ("last.pth", "previous.pth") if how in ("old format", "removed") else ("last.pth",):
+        path = tmp_path / "run" / name
+        path.unlink() if how == "removed" else damage(path, how)
+    before = contents(tmp_path / "run")
     output = run_script(almost, tmp_path, expect=2)
     assert "Traceback" not in output and words in output.splitlines()[-1]
-    assert ("run/previous.pth is good" in output) == (how != "old format")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("[!.]*.*")}
+    assert ("run/previous.pth is good" in output) == (how not in ("old format", "removed"))
+    assert before == contents(tmp_path / "run")
 
 
 def test_resume_refuses_other_settings_and_takes_a_younger_flag_for_its_default(almost, tmp_path):
@@ -193,74 +189,50 @@ def test_two_runs_in_one_folder_are_refused_and_a_stopped_holder_is_named(small_
     first = Started(command, tmp_path)
     wait_for(lambda: (tmp_path / "run/last.pth").exists())
     os.kill(first.pid, signal.SIGSTOP)
-    before = (tmp_path / "run/last.pth").read_bytes(), (tmp_path / "run/log.jsonl").read_bytes()
+    before = contents(tmp_path / "run")
     output = run_script(command, tmp_path, expect=2)
-    assert f"process {first.pid} on" in output and f"kill -9 {first.pid}" in output
-    assert output.count("\n") == 1
-    assert before == ((tmp_path / "run/last.pth").read_bytes(), (tmp_path / "run/log.jsonl").read_bytes())
+    assert f"kill -9 {first.pid}" in output and output.count("\n") == 1
+    assert before == contents(tmp_path / "run")
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     run_script([*command, "--epochs", 2], tmp_path, expect=2)  # not locked any more: the flags differ
 
 
-@pytest.mark.parametrize("holder, refused", [("alive", True), ("dead", False), ("elsewhere", True)])
-def test_where_there_are_no_locks_the_file_tells(tmp_path, monkeypatch, holder, refused):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(common.fcntl, "lockf", no_locks)
-    pid = os.getppid() if holder == "alive" else 2**22 + 1  # above the largest there can be
-    host = "elsewhere" if holder == "elsewhere" else socket.gethostname()
-    (tmp_path / ".lock").write_text(f"process {pid} on {host} since 2026-01-01T00:00:00")
-    if refused:
-        with pytest.raises(common.UserError, match=f"process {pid} on {host}"):
+def test_where_there_are_no_locks_the_file_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "lock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    host, dead = socket.gethostname(), 2**22 + 1  # above the largest there can be
+    for pid, where in ((os.getppid(), host), (dead, "elsewhere")):
+        (tmp_path / ".lock").write_text(f"process {pid} on {where} since 2026-01-01T00:00:00")
+        with pytest.raises(common.UserError, match=f"process {pid} on {where}"):
             common.hold_folder(tmp_path)
-    else:
-        common.hold_folder(tmp_path).close()
-        common.hold_folder(tmp_path).close()  # our own mark of before
+    (tmp_path / ".lock").write_text(f"process {dead} on {host} since 2026-01-01T00:00:00")
+    common.hold_folder(tmp_path).close()
+    common.hold_folder(tmp_path).close()  # our own mark of before
 
 
 def test_processes_end_when_their_launcher_was_killed(small_npz, tmp_path):
     """They save, and then the folder is free again."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script, *flags = map(str, [*MAE, "--data", small_npz, "--epochs", 500, "--out", "run"])
-    command = [*torchrun, ROOT / script, *flags]
-    with open(tmp_path / "output", "wb") as output:
-        launcher = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output,
-                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = subprocess.Popen([*torchrun, ROOT / script, *flags], cwd=tmp_path)
     wait_for(lambda: (tmp_path / "run/last.pth").exists())
     pid = int((tmp_path / "run/.lock").read_text().split()[1])
     launcher.kill()
     launcher.wait()
     wait_for(lambda: not alive(pid))
-    assert "stopped after step" in (tmp_path / "output").read_text()
     assert read(tmp_path / "run/last.pth")["step"] == log(tmp_path / "run")[-1]["step"]
-
-
-def test_a_run_without_its_checkpoint_is_not_begun_anew(almost, tmp_path):
-    for name in ("last.pth", "previous.pth"):
-        (tmp_path / "run" / name).unlink()
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("[!.]*.*")}
-    output = run_script(almost, tmp_path, expect=2)
-    assert "has no last.pth, but curves.png, encoder.pth" in output
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("[!.]*.*")}
 
 
 def test_failed_starts_and_kills_before_the_first_checkpoint_refuse_nothing(unbroken, small_npz, tmp_path):
     command = [*MAE, "--data", small_npz, "--out", "run"]
-    fails = sabotaged(tmp_path, command, "Run.load", "raise common.UserError('no')")
-    run_script(fails, tmp_path, expect=2)
+    run_script(sabotaged(tmp_path, command, "Run.load", "raise common.UserError('no')"), tmp_path, expect=2)
     killed(tmp_path, [*command, "--save_minutes", 9], True, "Run.export")  # before its last.pth
-    assert (tmp_path / "run/pictures/epoch_0001.png").exists() and (tmp_path / "run/encoder.pth").exists()
     run_script([*command, "--resume"], tmp_path)
     assert_same_run(unbroken / "mae_mff.py", tmp_path / "run")
 
 
 def test_a_finished_file_outlives_a_rename_that_fails(tmp_path, monkeypatch):
-    def fails(*_):
-        raise OSError("the disk is lost")
-
-    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("the disk is lost")))
     with pytest.raises(common.UserError, match="the disk is lost.*new content is"):
         common.write_atomically(tmp_path / "x.pth", lambda file: file.write(b"whole"))
     assert next(tmp_path.glob("x.pth.*.tmp")).read_bytes() == b"whole"
@@ -269,28 +241,30 @@ def test_a_finished_file_outlives_a_rename_that_fails(tmp_path, monkeypatch):
 # ---- terminals and logs
 
 
-def test_a_run_outlives_its_terminal(unbroken, almost, tmp_path):
-    outputs = {"full": ">/dev/full", "closed": ">&-", "gone": "| true"}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command, runs = [sys.executable, ROOT / almost[0], *almost[1:], "--out"], []
-    for name, where in outputs.items():
+def test_a_run_outlives_its_terminal_and_its_log(unbroken, almost, tmp_path):
+    """What the log lacks is said; nothing else is lost."""
+    command, runs = [sys.executable, ROOT / almost[0], *almost[1:], "--out"], {}
+    for name, where in (("full", ">/dev/full"), ("closed", ">&-"), ("gone", "| true")):
         shutil.copytree(tmp_path / "run", tmp_path / name)
         line = f"set -o pipefail; {shlex.join(map(str, [*command, tmp_path / name]))} {where}"
-        runs.append(subprocess.Popen(["bash", "-c", line], env=environment))
-    assert [run.wait(200) for run in runs] == [0, 0, 0]
-    for name in outputs:
+        runs[name] = subprocess.Popen(["bash", "-c", line], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for name, run in runs.items():
+        assert run.wait(200) == 0
         assert_same_run(unbroken / "mae_mff.py", tmp_path / name)
+    block = "os.remove('run/log.jsonl'); os.mkdir('run/log.jsonl')"
+    output = run_script(sabotaged(tmp_path, almost, "Run.end_update", block, "self.step == 19"), tmp_path)
+    assert "log.jsonl lacks step 20" in output and read(tmp_path / "run/last.pth")["step"] == 20
 
 
-def test_a_signal_that_nohup_ignores_stays_ignored():
-    before = {number: signal.getsignal(number) for number in common.STOP_SIGNALS}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        common.Run.catch_signals(None)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_signals_ask_a_run_to_stop_but_one_that_nohup_ignores(monkeypatch):
+    handlers = {signal.SIGHUP: signal.SIG_IGN}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGXCPU):
+        run = SimpleNamespace(stop_requested=False)
+        common.Run.catch_signals(run)
+        handlers[number](number, None)
+        assert run.stop_requested and handlers[signal.SIGHUP] == signal.SIG_IGN
 
 
 def test_foreign_lines_of_the_log_stay_and_torn_ones_go(almost, tmp_path):
@@ -301,26 +275,6 @@ def test_foreign_lines_of_the_log_stay_and_torn_ones_go(almost, tmp_path):
     run_script(almost, tmp_path)
     lines = path.read_bytes().splitlines()
     assert lines[: len(own) + 5] == own + foreign and len(lines) == 20 + 5
-
-
-def test_a_log_that_cannot_be_written_is_reported_and_training_goes_on(small_npz, tmp_path):
-    command = [*MAE, "--data", small_npz, "--out", "run"]
-    block = "os.remove('run/log.jsonl'); os.mkdir('run/log.jsonl')"
-    attack = sabotaged(tmp_path, command, "Run.end_update", block, "self.step == 3")
-    output = run_script(attack, tmp_path)
-    assert "log.jsonl lacks step 4" in output and read(tmp_path / "run/last.pth")["step"] == 20
-
-
-@pytest.mark.parametrize("given", [{"RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "5"}, {"RANK": "one"}])
-def test_an_environment_set_in_part_is_refused(monkeypatch, given):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    if len(given) == 2:
-        given = given | {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(common.UserError, match="RANK="):
-        common.read_environment()
 
 
 # ---- processes
@@ -339,16 +293,6 @@ def test_any_split_of_the_batch_gives_the_same_losses(unbroken, small_npz, tmp_p
     found = terms(tmp_path / "run")
     assert found == pytest.approx(terms(unbroken / script)[: len(found)], rel=1e-4)
     assert read(tmp_path / "run/last.pth")["step"] == 4 * len(splits)
-
-
-def test_torchrun_restarts_after_a_worker_was_killed(unbroken, small_npz, tmp_path):
-    shutil.copytree(unbroken / "mae_mff.py@8", tmp_path / "run")
-    command = [*MAE, "--data", small_npz, "--resume", "--out", tmp_path / "run"]
-    attack = sabotaged(tmp_path, command, "Run.end_update", KILL,
-                       "self.step == 10 and rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'")
-    output = run_command(attack, tmp_path, processes=2, launcher=["--max-restarts", "3"])
-    assert re.search(r"resumed from .*: step (9|10),", output)
-    assert terms(tmp_path / "run") == pytest.approx(terms(unbroken / "mae_mff.py"), rel=1e-4)
 
 
 @pytest.mark.parametrize("error, words", [
@@ -377,19 +321,14 @@ def test_loader_workers_live_through_all_passes_and_end_with_the_run(folder, tmp
     command = [*MAE, "--data", folder, "--batch_size", 20, "--epochs", 50, "--workers", 2, "--out", "run"]
     run = Started(command, tmp_path)
     seen, path = [], tmp_path / "run/log.jsonl"
-    for step in range(1, 7):  # to the third pass
-        while not (path.exists() and path.read_text().count("\n") >= step):
-            assert run.returncode() is None, run.wait()
-            time.sleep(0.002)
+    for step in (1, 3, 5):  # in three passes
+        wait_for(lambda step=step: path.exists() and path.read_text().count("\n") >= step)
         seen.append(family(run.pid).keys() - {run.pid})
-    assert len(seen[0]) == 2 and all(pids == seen[0] for pids in seen)
+    assert len(seen[0]) == 2 and seen[0] == seen[1] == seen[2]
     (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)  # Ctrl-C reaches the whole group
     code, output = run.wait(60)
     assert code == (0 if number == signal.SIGINT else -number) and "Traceback" not in output
-    deadline = time.monotonic() + 20
-    while any(map(alive, seen[0])):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not any(map(alive, seen[0])))
 
 
 # ---- numbers
@@ -424,7 +363,6 @@ def test_weights_beyond_repair_are_not_saved_as_good(small_npz, tmp_path):
     output = run_script(attack, tmp_path, expect=3)
     assert "last good checkpoint: run/last.pth" in output and "Traceback" not in output
     assert read(tmp_path / "run/last.pth")["step"] == 4
-    run_script([*command, "--clip_grad", 1], tmp_path)
 
 
 # ---- files
@@ -443,18 +381,9 @@ def test_unreadable_files_are_named_once_replaced_and_remembered(folder, tmp_pat
     output = killed(tmp_path, [*command, "run"], "self.step == 4", processes=2)
     assert output.count("00.png: ") == 1
     assert "00.png" not in run_script([*command, "run", "--resume"], tmp_path)
-    for i in range(2, 10, 2):  # five may be unreadable
+    for i in range(2, 12, 2):  # six of at most five
         (folder / f"class0/nested/{i:02}.png").write_bytes(b"x")
-    assert "08.png" in run_script([*command, "five"], tmp_path)
-    (folder / "class0/nested/10.png").write_bytes(b"x")
     output = run_script([*command, "two"], tmp_path, processes=2, expect=1)
     assert "08.png" in output and "--max_bad" in output and "Traceback" not in output
-
-
-@pytest.mark.parametrize("lost, words", [("images", "unreadable files"), ("run", "cannot write run/")])
-def test_a_folder_that_vanishes_during_the_run(folder, tmp_path, lost, words):
-    command = [*MAE, "--data", folder, "--batch_size", 20, "--epochs", 5, "--out", "run"]
-    loss = f"os.rename({str(tmp_path / lost)!r}, 'gone')"
-    attack = sabotaged(tmp_path, command, "Run.end_update", loss, "self.step == 3")
-    output = run_script(attack, tmp_path, expect=1)
-    assert words in output and "Traceback" not in output
+    (folder / "class0/nested/10.png").unlink()
+    assert "08.png" in run_script([*command, "five"], tmp_path)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_transfer import coco, results_of, scenes, small, transfer  # noqa: F401  (a fixture)
+from test_transfer import small, transfer
 from torchvision.ops import box_iou
 
 import cascade

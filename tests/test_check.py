@@ -1,7 +1,6 @@
 """Files as people have them: odd names, types and tags; what is left out is counted; --check_data says it."""
 
 import os
-import shutil
 import signal
 import time
 
@@ -44,38 +43,27 @@ def test_every_format_that_is_named_is_read(tmp_path, suffix):
     assert image.shape == (3, 40, 56) and (image.int() - 85).abs().max() <= 3
 
 
-def test_other_formats_under_an_images_name_run_no_program(tmp_path, monkeypatch):
-    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
-    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
-    with pytest.raises(OSError, match="cannot identify"):
-        read_image(str(tmp_path / "a.jpg"), 3)
-
-
-def test_pipes_links_to_themselves_and_folders_with_an_images_name(tmp_path):
-    save(tmp_path / "set/a.png")
+def test_what_cannot_be_read_under_an_images_name_is_named_with_the_reason(tmp_path):
+    for name in ("a.png", "folder.jpg/b.png", "scans.jpg"):
+        save(tmp_path / "set" / name, **{"progressive": True} if name == "scans.jpg" else {})
     os.mkfifo(tmp_path / "set/pipe.jpg")
     (tmp_path / "set/loop.jpg").symlink_to("loop.jpg")
-    (tmp_path / "set/up").symlink_to("..")
-    save(tmp_path / "set/folder.jpg/b.png")
-    source = open_data(tmp_path / "set")
-    samples = common.KeyedSamples(source, common.EvalCrop((32, 32)), 0, tries=1)
-    bad = [os.path.basename(path) for i in range(len(source)) for path, _ in samples[0, i]["bad"]]
-    assert len(source) == 4 and bad == ["loop.jpg", "pipe.jpg"]
+    drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    (tmp_path / "set/program.jpg").write_bytes(drawing)  # Pillow would run one that draws it
+    jpeg = (tmp_path / "set/scans.jpg").read_bytes()
+    last = jpeg.rindex(b"\xff\xda")
+    (tmp_path / "set/scans.jpg").write_bytes(jpeg[:last] + jpeg[last:-2] * 300 + jpeg[-2:])
     (tmp_path / "set").rename(tmp_path / "photos.jpg")  # a folder is a folder, whatever its name
-    assert len(open_data(tmp_path / "photos.jpg")) == 4
+    source = open_data(tmp_path / "photos.jpg")
+    samples = common.KeyedSamples(source, common.EvalCrop((32, 32)), 0, tries=1)
+    bad = {os.path.basename(path): why for i in range(len(source)) for path, why in samples[0, i]["bad"]}
+    for name, why in (("loop.jpg", "symbolic links"), ("pipe.jpg", "no regular file"), ("scans.jpg", "scans"),
+                      ("program.jpg", "cannot identify")):
+        assert why in bad.pop(name)
+    assert len(source) == 6 and not bad
 
 
-def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded(tmp_path):
-    save(tmp_path / "a.jpg", progressive=True)
-    assert read_image(str(tmp_path / "a.jpg"), 3).shape == (3, 40, 56)
-    data = (tmp_path / "a.jpg").read_bytes()
-    last = data.rindex(b"\xff\xda")
-    (tmp_path / "b.jpg").write_bytes(data[:last] + data[last:-2] * 300 + data[-2:])
-    with pytest.raises(ValueError, match="scans"):
-        read_image(str(tmp_path / "b.jpg"), 3)
-
-
-def test_a_file_that_takes_too_long_is_named():
+def test_a_file_that_takes_too_long_is_given_up():
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(TimeoutError, match="0.1 seconds"), common.time_limit(0.1):
         time.sleep(5)
@@ -83,18 +71,6 @@ def test_a_file_that_takes_too_long_is_named():
         pass
     time.sleep(0.2)  # nothing comes after the end
     assert signal.getsignal(signal.SIGALRM) == before
-
-    class Slow:
-        in_chans, name = 3, str
-
-        def __len__(self):
-            return 1
-
-        def read(self, _):
-            raise TimeoutError("not read within 60 seconds")
-
-    sample = common.KeyedSamples(Slow(), common.EvalCrop((32, 32)), 0, tries=1)[0, 0]
-    assert sample["bad"] == [("0", "not read within 60 seconds")]
 
 
 def test_text_and_tags_do_not_make_sound_pixels_unreadable(tmp_path):
@@ -131,8 +107,7 @@ def test_rotation_tags_are_applied_or_ignored(tmp_path, orientation):
 
 @pytest.mark.parametrize("dtype, low, high, good", [
     (np.int16, -1024, 3071, False), (np.int16, 0, 3071, True), (np.int32, 0, 65535, True),
-    (np.int32, 0, 70000, False), (np.float32, -3, 5, True), (np.float64, 0, np.inf, False),
-    (np.float32, 0, np.nan, False),
+    (np.int32, 0, 70000, False), (np.float32, -3, 5, True), (np.float32, 0, np.nan, False),
 ])
 @pytest.mark.parametrize("suffix", ["npy", "tif"])
 def test_one_rule_for_values_of_all_formats(tmp_path, dtype, low, high, good, suffix):
@@ -141,8 +116,6 @@ def test_one_rule_for_values_of_all_formats(tmp_path, dtype, low, high, good, su
     path = str(tmp_path / f"a.{suffix}")
     if suffix == "npy":
         np.save(path, array)
-    elif dtype == np.float64:
-        pytest.skip("Pillow writes no such TIFF")
     elif dtype == np.int16:  # Pillow reads signed TIFFs and writes none: SampleFormat 2 in a 16-bit one
         Image.fromarray(array.view(np.uint16)).save(path, tiffinfo={339: 2})
     else:
@@ -155,42 +128,35 @@ def test_one_rule_for_values_of_all_formats(tmp_path, dtype, low, high, good, su
         np.testing.assert_allclose(read_image(path, 1)[0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(224, 224), (25, 40)])
-def test_resizing_has_torchvisions_sizes_and_values(size):
-    for shape in ((375, 500), (333, 500), (97, 41), (30, 31)):
-        image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
-        found = common.resize_to_cover(image, size, v2.InterpolationMode.BICUBIC)
-        if size[0] == size[1]:
-            assert torch.equal(found, v2.Resize(size[0], v2.InterpolationMode.BICUBIC)(image))
-        assert (found.shape[1] == size[0] or found.shape[2] == size[1])
-        assert found.shape[1] >= size[0] and found.shape[2] >= size[1]
+@pytest.mark.parametrize("shape", [(375, 500), (333, 500), (97, 41), (30, 31)])
+def test_resizing_has_torchvisions_sizes_and_values(shape):
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    found = common.resize_to_cover(image, (224, 224), v2.InterpolationMode.BICUBIC)
+    assert torch.equal(found, v2.Resize(224, v2.InterpolationMode.BICUBIC)(image))
+    _, h, w = common.resize_to_cover(image, (25, 40), v2.InterpolationMode.BICUBIC).shape
+    assert (h == 25 and w >= 40) or (h >= 25 and w == 40)
 
 
 # ---- labels, lists, folders
 
 
-@pytest.mark.parametrize("labels, classes, first", [
-    (np.array(["dog", "cat", "cat", "dog"]), ["cat", "dog"], 1),
-    (np.array([[1], [0], [0], [1]]), ["0", "1"], 1),
-    (np.array([b"b", b"a", b"a", b"b"]), ["a", "b"], 1), (np.array([2, 1, 0, 0]), ["0", "1", "2"], 2),
+@pytest.mark.parametrize("values, classes", [
+    ({"labels": np.array([[1], [0], [0], [1]])}, ["0", "1"]),
+    ({"labels": np.array([b"b", b"a", b"a", b"b"])}, ["a", "b"]),
+    ({"labels": np.array([1, 2, 0, 0])}, ["0", "1", "2"]),
+    ({"labels": np.array([0, 1, -1, 0])}, None), ({"labels": np.array([0, 1, 2**40, 0])}, None),
+    ({"labels": np.array([0.5, 1, 2, 3])}, None), ({"split": np.zeros(5, int)}, None),
 ])
-def test_labels_of_an_npz_may_be_words_or_a_column(tmp_path, labels, classes, first):
-    marks = np.array([b"train", b"train", b"val", b"val"])
-    np.savez(tmp_path / "a.npz", images=np.stack([IMAGE] * 4), labels=labels, split=marks)
-    train, val = open_data(tmp_path / "a.npz", "train"), open_data(tmp_path / "a.npz", "val")
+def test_labels_of_an_npz_are_numbers_words_or_a_column(tmp_path, values, classes):
+    marks = {"split": np.array([b"train", b"val", b"train", b"val"])} if classes else {}
+    np.savez(tmp_path / "a.npz", images=np.stack([IMAGE] * 4), **marks | values)
+    if classes is None:
+        with pytest.raises(UserError, match="`(labels|split)`"):
+            open_data(tmp_path / "a.npz", "train")
+        return
+    train, val = (open_data(tmp_path / "a.npz", split) for split in ("train", "val"))
     assert train.classes == val.classes == classes and len(train) == len(val) == 2
-    assert train.read(0)[1] == first
-
-
-@pytest.mark.parametrize("values", [
-    {"labels": np.array([0, 1, -1, 0])}, {"labels": np.array([0, 1, 2**40, 0])},
-    {"labels": np.zeros((4, 3), int)}, {"labels": np.array([0.5, 1, 2, 3])}, {"labels": np.zeros(3, int)},
-    {"split": np.zeros(5, int)},
-])
-def test_labels_of_other_kinds_are_refused_in_one_line(tmp_path, values):
-    np.savez(tmp_path / "a.npz", images=np.stack([IMAGE] * 4), **values)
-    with pytest.raises(UserError, match="`(labels|split)`"):
-        open_data(tmp_path / "a.npz", "train")
+    assert [train.read(i)[1] for i in range(2)] == [1, 0]
 
 
 def test_a_list_of_paths_ends_lines_at_newlines_alone(tmp_path):
@@ -204,21 +170,17 @@ def test_a_list_of_paths_ends_lines_at_newlines_alone(tmp_path):
 
 
 def test_what_is_left_out_is_counted(tmp_path, capsys):
-    for name in ("train/a/1.png", "train/a/2.png", "train/b/1.png", "val/a/1.png", "extra/1.png"):
+    for name in ("train/a/1.png", "train/a/2.png", "train/b/1.png", "extra/1.png"):
         save(tmp_path / name)
-    for name in ("train/a/x.heic", "train/a/y.HEIC", "train/b/noext", "train/b/._1.png", "train/classes.txt"):
+    for name in ("train/a/x.heic", "train/a/y.HEIC", "train/b/noext", "train/b/._1.png"):
         (tmp_path / name).write_bytes(b"x")
     assert len(open_data(tmp_path, "train")) == 3
     output = capsys.readouterr().out
-    assert "3 images; left out, by suffix: .heic 2" in output and "also has extra" in output
-    assert all(part in output for part in ("no suffix 1", "hidden 1", ".txt 1"))
+    assert all(part in output for part in ("also has extra", ".heic 2", "no suffix 1", "hidden 1"))
     save(tmp_path / "train/overview.png")
     with pytest.raises(UserError, match="train/overview.png is in no class's folder"):
         open_data(tmp_path, "train")
     assert len(open_data(tmp_path)) == 4  # pre-training needs no classes
-    shutil.rmtree(tmp_path / "train")
-    with pytest.raises(UserError, match="no train/"):
-        open_data(tmp_path, "train")
 
 
 # ---- --check_data
@@ -241,7 +203,8 @@ def messy(tmp_path):
 
 
 def test_check_data_says_what_a_person_would_want_to_know(messy):
-    output = run_script(["mae_mff.py", "--data", messy, "--check_data"], messy, processes=2)
+    command = ["mae_mff.py", "--data", messy, "--check_data"]
+    output = run_script(command, messy, processes=2)
     assert output.count("unreadable: 1") == 1  # one process looks
     for part in ("train: 10 images", "suffixes: .png 7, .jpg 2, .tif 1", "left out, by suffix: .heic 1",
                  "several pages or frames, of which the first is read: 1", "cat 6 (66.7%), dog 3 (33.3%)",
@@ -250,11 +213,7 @@ def test_check_data_says_what_a_person_would_want_to_know(messy):
                  "classes without images here: dog"):
         assert part in output, (part, output)
     assert not (messy / "runs").exists()
-
-
-@pytest.mark.parametrize("spoil", ["too many", "a class"])
-def test_check_data_ends_with_2_when_training_could_not_use_it(messy, spoil):
-    for path in (messy / "train" / {"too many": "cat", "a class": "dog"}[spoil]).iterdir():
+    for path in (messy / "train/dog").iterdir():  # then training could not use it
         path.write_bytes(b"x")
-    output = run_script(["mae_mff.py", "--data", messy, "--check_data"], messy, expect=2)
-    assert "Traceback" not in output and output.splitlines()[-1].startswith("mae_mff: train: ")
+    output = run_script(command, messy, expect=2)
+    assert "Traceback" not in output and output.splitlines()[-1].startswith("mae_mff: train: 1 classes")

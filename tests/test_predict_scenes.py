@@ -10,38 +10,32 @@ import torch
 from conftest import run_script
 from PIL import Image
 from pycocotools import mask as rle
-from test_transfer import RGB, config, scenes, target_of  # noqa: F401  (a fixture)
+from test_transfer import RGB, scenes, scores_of, target_of  # noqa: F401  (a fixture)
 from torchvision.ops import box_iou
-from torture import log
 
 import coco
 import common
 import predict_scenes
 import transfer_data as data
+import transfer_mask2former as m2f
 import transfer_seg_det as transfer
 
 
-def write_model(folder, task, source, *flags):
+def write_model(folder, source, script, *flags):
     """A model.pth with fresh weights, as a run on `source` would leave it."""
-    small = "--weights none --model nano --img_size 64 --patch_size 16 --channels 16 --data x"
-    cfg = config(*small.split(), "--task", task, *flags)
-    masks = task == "det" and source.masks
-    model = transfer.make_model(cfg, len(source.classes), masks)
-    run = types.SimpleNamespace(cfg=cfg, method="transfer_seg_det", epoch=1.0)
+    small = "--weights none --model nano --img_size 64 --patch_size 16 --channels 32 --data x"
+    cfg = common.parse_config(script.Config, script.presets, [*small.split(), *flags])
+    model = script.make_model(cfg, len(source.classes), source.det and source.masks)
+    run = types.SimpleNamespace(cfg=cfg, method=script.__name__, epoch=1.0)
     meta = common.Run.meta(run, **transfer.about(cfg, source))
     torch.save({"model": model.state_dict(), "meta": meta}, folder / "model.pth")
-    return folder / "model.pth"
 
 
-def go(folder, command, **how):
-    words = ["transfer_seg_det.py", *command.split(), "--amp", "off", "--workers", "0"]
-    return run_script(words, folder, **how)
-
-
-@pytest.mark.parametrize("layout", ["zero_is_ignore", "colours"])
-def test_predicted_maps_have_the_miou_of_the_evaluation(scenes, tmp_path, layout):  # noqa: F811
+@pytest.mark.parametrize("script, layout", [
+    (transfer, "zero_is_ignore"), (transfer, "colours"), (m2f, "colours")])
+def test_predicted_maps_have_the_miou_of_the_evaluation(scenes, tmp_path, script, layout):  # noqa: F811
     shutil.copytree(scenes / "ade", tmp_path / "ade")
-    flags = "--zero_is_ignore" if layout == "zero_is_ignore" else ""
+    flags = ["--zero_is_ignore"] if layout == "zero_is_ignore" else []
     if layout == "colours":
         names = (tmp_path / "ade/classes.txt").read_text().splitlines()
         colours = np.random.default_rng(0).integers(0, 256, (len(names), 3), dtype=np.uint8)
@@ -51,24 +45,31 @@ def test_predicted_maps_have_the_miou_of_the_evaluation(scenes, tmp_path, layout
             Image.fromarray(colours[np.array(Image.open(path))]).save(path)
     cfg = types.SimpleNamespace(**vars(RGB) | {"zero_is_ignore": bool(flags)})
     source = data.LabelMaps(tmp_path / "ade", "val", cfg)
-    write_model(tmp_path, "seg", source, *flags.split())
-    output = go(tmp_path, "--mode evaluate --weights model.pth --data ade")
-    scores = log(tmp_path / "runs/transfer_seg_evaluate")[-1]
-    matrix = np.genfromtxt(tmp_path / "runs/transfer_seg_evaluate/confusion.csv", delimiter=",")[1:, 1:]
-    assert transfer.seg_scores(torch.from_numpy(matrix), source.classes)["eval/miou"] == pytest.approx(
-        scores["eval/miou"], abs=1e-3), output
-    go(tmp_path, "--predict ade/images/validation --weights model.pth", processes=2)
+    write_model(tmp_path, source, script, *flags)
+    command = [f"{script.__name__}.py", "--amp", "off", "--workers", 0, "--weights", "model.pth"]
+    run_script([*command, "--mode", "evaluate", "--data", "ade", "--out", "run"], tmp_path)
+    matrix = np.genfromtxt(tmp_path / "run/confusion.csv", delimiter=",")[1:, 1:]
+    (tmp_path / "ade/images/validation/broken.jpg").write_bytes(b"x")
+    output = run_script([*command, "--predict", "ade/images/validation"], tmp_path, processes=2)
+    assert "broken.jpg" in output and "left out: 1" in output
+    assert len(list((tmp_path / "predictions/pictures").rglob("*.png"))) == len(source)
+    (tmp_path / "ade/images/validation/broken.jpg").unlink()
     shutil.rmtree(tmp_path / "ade/annotations/validation")
     shutil.copytree(tmp_path / "predictions/labels", tmp_path / "ade/annotations/validation")
-    predicted, total = data.LabelMaps(tmp_path / "ade", "val", cfg), 0
-    truth = data.LabelMaps(scenes / "ade", "val", cfg)
-    for i in range(len(truth)):
-        answer = predicted.read(i)[1].long()
-        total = total + transfer.confusion(answer, truth.read(i)[1], len(truth.classes))
-    miou = transfer.seg_scores(total, truth.classes)["eval/miou"]
-    assert miou == pytest.approx(scores["eval/miou"], abs=1e-3)
-    sizes = [Image.open(path).size for path in (tmp_path / "predictions/pictures").rglob("*.png")]
-    assert len(sizes) == len(source) and min(min(size) for size in sizes) >= 256
+    predicted, truth = (data.LabelMaps(root / "ade", "val", cfg) for root in (tmp_path, scenes))
+    total = sum(transfer.confusion(predicted.read(i)[1].long(), truth.read(i)[1], len(truth.classes))
+                for i in range(len(truth)))
+    for counts in (torch.from_numpy(matrix), total):
+        miou = transfer.seg_scores(counts, truth.classes)["eval/miou"]
+        assert miou == pytest.approx(scores_of(tmp_path / "run")["eval/miou"], abs=1e-3)
+
+
+def remove_masks(folder):
+    for path in (folder / "annotations").glob("*.json"):
+        content = json.loads(path.read_text())
+        for entry in content["annotations"]:
+            entry.pop("segmentation")
+        path.write_text(json.dumps(content))
 
 
 def nearly(target, seed):
@@ -84,36 +85,23 @@ def nearly(target, seed):
 @pytest.mark.parametrize("masks", [True, False])
 def test_written_results_have_the_ap_of_the_evaluation(scenes, tmp_path, monkeypatch, masks):  # noqa: F811
     shutil.copytree(scenes / "coco", tmp_path / "coco")
-    path = tmp_path / "coco/annotations/instances_val2017.json"
-    content = json.loads(path.read_text())
-    for image in content["images"]:  # ids as COCO has them: the files' numbers
-        old, image["id"] = image["id"], int(image["file_name"].removesuffix(".png")) + 1000
-        (tmp_path / "coco/images/val2017" / image["file_name"]).rename(
-            tmp_path / f"coco/images/val2017/{image['id']:012}.png")
-        image["file_name"] = f"{image['id']:012}.png"
-        for entry in content["annotations"]:
-            entry["image_id"] = image["id"] if entry["image_id"] == old else entry["image_id"]
     if not masks:
-        for entry in content["annotations"]:
-            entry.pop("segmentation")
-    path.write_text(json.dumps(content))
+        remove_masks(tmp_path / "coco")
     source = coco.CocoScenes(tmp_path / "coco", "val", RGB)
-    assert source.masks == masks
     answers = {int(image.sum()): nearly(target, i) for i, (image, target) in
                enumerate(source.read(i) for i in range(len(source)))}
     monkeypatch.setattr(transfer, "predict", lambda model, batch, run: answers[int(batch["image"].sum())])
     monkeypatch.chdir(tmp_path)
-    write_model(tmp_path, "det", source)
-    common_flags = ["--weights", "model.pth", "--amp", "off", "--workers", 0]
-    for flags in (["--mode", "evaluate", "--data", "coco"], ["--predict", "coco/images/val2017"]):
-        cfg = config(*flags, *common_flags)
+    write_model(tmp_path, source, transfer, "--task", "det")
+    for flags in ("--mode evaluate --data coco --out run", "--predict coco/images/val2017"):
+        flags += " --weights model.pth --amp off --workers 0"
+        cfg = common.parse_config(transfer.Config, transfer.presets, flags.split())
         transfer.train(cfg, common.Run(cfg, "transfer_seg_det"))
-    scores = log(tmp_path / "runs/transfer_det_evaluate")[-1]
+    scores = scores_of(tmp_path / "run")
     results = json.loads((tmp_path / "predictions/results.json").read_text())
     found = coco.average_precision(coco.coco_truth(source), results, source.ids)
     assert 5 < scores["eval/box_ap"] < 95 and ("eval/mask_ap" in scores) == masks
-    for name, value in found.items():
-        assert value == pytest.approx(scores[name], abs=1e-3)
+    assert found == {name: pytest.approx(scores[name], abs=1e-3) for name in found}
     listed = json.loads((tmp_path / "predictions/images.json").read_text())
     assert {image["id"] for image in listed["images"]} == set(source.ids)
     assert {entry["category_id"] for entry in results} <= {entry["id"] for entry in listed["categories"]}
@@ -121,27 +109,13 @@ def test_written_results_have_the_ap_of_the_evaluation(scenes, tmp_path, monkeyp
         assert rle.decode(results[0]["segmentation"]).any()
 
 
-@pytest.mark.parametrize("detector, masks", [("mask_rcnn", False), ("cascade", True)])
-def test_detectors_train_evaluate_and_predict(scenes, tmp_path, detector, masks):  # noqa: F811
+def test_a_detector_learns_from_boxes_alone(scenes, tmp_path):  # noqa: F811
     shutil.copytree(scenes / "coco", tmp_path / "coco")
-    for path in () if masks else (tmp_path / "coco/annotations").glob("*.json"):
-        content = json.loads(path.read_text())
-        for entry in content["annotations"]:
-            entry.pop("segmentation")
-        path.write_text(json.dumps(content))
+    remove_masks(tmp_path / "coco")
     flags = ("--task det --data coco --weights none --model nano --img_size 64 --patch_size 16 --channels 16 "
-             "--iters 2 --batch_size 2 --warmup_iters 1 --pictures 2 --out run")
-    output = go(tmp_path, f"{flags} --detector {detector}")
-    assert ("boxes alone" in output) != masks
-    scores = log(tmp_path / "run")[-1]
-    assert "eval/box_ap" in scores and ("eval/mask_ap" in scores) == masks
-    go(tmp_path, "--mode evaluate --weights run/model.pth --data coco --out again")
-    assert {name: x for name, x in log(tmp_path / "again")[-1].items() if "eval/" in name} == {
-        name: x for name, x in scores.items() if "eval/" in name}
-    (tmp_path / "coco/images/val2017/broken.jpg").write_bytes(b"x")
-    output = go(tmp_path, "--predict coco/images/val2017 --weights run/model.pth")
-    assert "broken.jpg" in output and "left out: 1" in output
-    assert len(list((tmp_path / "predictions/pictures").glob("*.png"))) == 5
+             "--iters 2 --batch_size 2 --pictures 2 --amp off --workers 0 --out run")
+    assert "boxes alone" in run_script(["transfer_seg_det.py", *flags.split()], tmp_path)
+    assert {"eval/box_ap", "eval/mask_ap"} & scores_of(tmp_path / "run").keys() == {"eval/box_ap"}
 
 
 def test_boxes_follow_their_image_as_masks_do():
@@ -163,23 +137,15 @@ def test_boxes_follow_their_image_as_masks_do():
 def test_a_file_that_is_no_finished_model_is_refused(tmp_path):
     meta = {"method": "mae_mff", "model": "nano"}
     torch.save({"model": {"x": torch.zeros(1)}, "meta": meta}, tmp_path / "e.pth")
-    assert "expected a finished model.pth" in go(tmp_path, "--predict x.png --weights e.pth", expect=2)
+    command = ["transfer_seg_det.py", "--predict", "x.png", "--weights", "e.pth"]
+    assert "model.pth of this script, not a file of mae_mff.py" in run_script(command, tmp_path, expect=2)
 
 
 def test_names_and_ids():
-    names = [*map(str, predict_scenes.names_of(Names("p/a/7.jpg", "p/a/7.png", "p/9.webp", "p/x.npz[3]")))]
-    assert names[0] == "a/7.png" and names[2:] == ["9.png", "x.npz[3].png"] and len(set(names)) == 4
-    assert predict_scenes.image_ids(Names("a/0012.jpg", "b/7.jpg")) == [12, 7]
-    assert predict_scenes.image_ids(Names("a/7.jpg", "b/7.jpg")) == [1, 2]
-    assert predict_scenes.image_ids(Names("a/x.jpg", "b/7.jpg")) == [1, 2]
+    def source(*names):
+        return common.ImageFiles(names, [-1] * len(names), None, 3)
 
-
-class Names:
-    def __init__(self, *names):
-        self.names = names
-
-    def __len__(self):
-        return len(self.names)
-
-    def name(self, i):
-        return self.names[i]
+    names = predict_scenes.names_of(source("p/a/7.jpg", "p/a/7.png", "p/9.webp"))
+    assert [*map(str, names)] == ["a/7.png", "a/7.png.png", "9.png"]
+    for names, ids in ((("a/0012.jpg", "b/7.jpg"), [12, 7]), (("a/7.jpg", "b/7.jpg"), [1, 2])):
+        assert predict_scenes.image_ids(source(*names)) == ids

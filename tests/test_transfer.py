@@ -1,7 +1,6 @@
 """transfer_seg_det.py, transfer_data.py: against other libraries' networks, slow counts, values by hand."""
 
 import functools
-import itertools
 import json
 import math
 import re
@@ -13,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, killed, run_script
+from conftest import ROOT, killed, run_script, sabotaged
 from malformed import MALFORMED, write_set
 from PIL import Image
-from pycocotools import mask as rle
 from torch import nn
 from torchvision.models import resnet50
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -26,17 +24,16 @@ from torture import log, same, state
 import backbones
 import coco
 import common
-import overlay
 import revcol_v2
 import transfer_data as data
 import transfer_seg_det as transfer
 
-SMALL = ["transfer_seg_det.py", "--demo", "--amp", "off", "--workers", 0, "--warmup_iters", 2,
-         "--log_every", 2, "--save_minutes", 0, "--weights", "none", "--pictures", 2, "--eval_every", 2]
-SEG = [*SMALL, "--channels", 16, "--batch_size", 4, "--iters", 4]
-DET = [*SMALL, "--task", "det", "--channels", 8, "--rois", 8, "--batch_size", 2, "--iters", 4]
-
-
+SMALL = ["--demo", "--amp", "off", "--workers", 0, "--warmup_iters", 2, "--log_every", 2, "--save_minutes", 0,
+         "--weights", "none", "--pictures", 2, "--eval_every", 2, "--iters", 4]
+SEG = ["transfer_seg_det.py", *SMALL, "--channels", 16, "--batch_size", 4]
+DET = ["transfer_seg_det.py", *SMALL, "--task", "det", "--channels", 8, "--rois", 8, "--batch_size", 2]
+MASK2FORMER = ["transfer_mask2former.py", *SMALL, "--channels", 32, "--queries", 12, "--points", 64,
+               "--pixel_layers", 1, "--layers", 1, "--batch_size", 4]
 RGB = types.SimpleNamespace(in_chans=3, zero_is_ignore=False, exif="auto")
 
 
@@ -48,10 +45,9 @@ def small(task, *words):
     return config("--demo", "--weights", "none", "--task", task, *words)
 
 
-def run_lengths(mask):
-    """COCO's uncompressed run lengths: of zeros and ones in turn, column by column."""
-    pixels = np.asarray(mask).T.flatten().tolist()
-    return [0] * pixels[0] + [len([*run]) for _, run in itertools.groupby(pixels)]
+def scores_of(out):
+    """Those of a run's last evaluation."""
+    return {name: x for name, x in log(out)[-1].items() if name.startswith("eval/")}
 
 
 @pytest.fixture(scope="session")
@@ -67,16 +63,15 @@ def scenes(tmp_path_factory):
             (root / inner).mkdir(parents=True, exist_ok=True)
         for i in range(n):
             picture, instances, kinds = drawn.draw(i)
-            Image.fromarray(picture).save(root / f"ade/images/{ade}/{i}.png")
-            Image.fromarray(picture).save(root / f"coco/images/{boxes}/{i}.png")
             labels = np.append(0, kinds + 1)[instances].astype(np.uint8)
-            Image.fromarray(labels).save(root / f"ade/annotations/{ade}/{i}.png")
-            images.append({"id": 7 * i, "file_name": f"{i}.png", "height": 40, "width": 48})
+            for pixels, name in ((picture, f"ade/images/{ade}/{i}"), (labels, f"ade/annotations/{ade}/{i}"),
+                                 (picture, f"coco/images/{boxes}/{7 * i:012}")):
+                Image.fromarray(pixels).save(root / f"{name}.png")
+            images.append({"id": 7 * i, "file_name": f"{7 * i:012}.png", "height": 40, "width": 48})
             for entry in drawn.record(i)[3] if i else []:
-                runs = run_lengths(coco.decode_mask(entry["segmentation"], 40, 48))
+                runs = {"size": [40, 48], "counts": entry["segmentation"]["counts"].decode()}
                 objects.append(entry | {"id": len(objects) + 1, "image_id": 7 * i, "iscrowd": int(i == 1),
-                                        "category_id": 3 * entry["category_id"] + 2,
-                                        "segmentation": {"size": [40, 48], "counts": runs}})
+                                        "category_id": 3 * entry["category_id"] + 2, "segmentation": runs})
         categories = [{"id": 3 * i + 5, "name": name} for i, name in enumerate(drawn.classes)]
         content = {"images": images, "annotations": objects, "categories": categories[::-1]}
         (root / f"coco/annotations/instances_{boxes}.json").write_text(json.dumps(content))
@@ -139,10 +134,9 @@ def test_taps_windows_and_sizes_of_maps():
             encoder = backbones.ViTEncoder(small("det", "--model", size))
         kinds = [type(block.attn) is backbones.WindowAttention for block in encoder.blocks]
         assert encoder.taps == quarters[-1:] and kinds == [i + 1 not in quarters for i in range(len(kinds))]
-    for flag in ("--recompute", "--no-recompute"):
-        encoder = backbones.make_encoder(small("seg", "--model", "revcol_nano", flag))
-        maps = encoder(torch.randn(2, 3, 24, 40))
-        assert [tuple(x.shape[2:]) for x in maps] == [(24, 40), (12, 20), (6, 10), (3, 5)]
+    encoder = backbones.make_encoder(small("seg", "--model", "revcol_nano"))
+    maps = encoder(torch.randn(2, 3, 24, 40))
+    assert [tuple(x.shape[2:]) for x in maps] == [(24, 40), (12, 20), (6, 10), (3, 5)]
     for model in ("tiny", "resnet50"):
         cfg = config("--weights", "none", "--task", "det", "--img_size", 64, "--model", model)
         detector = transfer.Detector(cfg, 3).eval().model
@@ -298,48 +292,18 @@ def results_of(image_id, target, categories, scores=None):
     return coco.coco_results(image_id, output, categories)
 
 
-def coco_folder(folder, size, boxes):
-    """One image, 1.png, with boxes [(x1 y1 x2 y2, iscrowd)]; the held-out source."""
-    for name in ("images/train", "images/val", "annotations"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    objects = []
-    for i, ((x1, y1, x2, y2), crowd) in enumerate(boxes):
-        mask = target_of([[x1, y1, x2, y2]], [1], size)["masks"][0]
-        objects.append({"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "iscrowd": crowd, "segmentation": {"size": list(size), "counts": run_lengths(mask)}})
-    content = {"images": [{"id": 1, "file_name": "1.png", "height": size[0], "width": size[1]}],
-               "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}
-    for split in ("train", "val"):
-        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(folder / f"images/{split}/1.png")
-        (folder / f"annotations/instances_{split}.json").write_text(json.dumps(content))
-    return coco.CocoScenes(folder, "val", RGB)
-
-
 def test_perfect_detections_have_an_ap_of_100(scenes):
+    """Crowds are not to be found, and what could not be read does not count."""
     for source in (coco.CocoScenes(scenes / "coco", "val", RGB), coco.DrawnScenes(small("det"), "val")):
         truth, results, n = coco.coco_truth(source), [], min(len(source), 20)
         for i in range(n):
             results += results_of(source.ids[i], source.read(i)[1], source.categories)
         scores = coco.average_precision(truth, results, source.ids[:n])
         assert len(scores) == 4 and [*scores.values()] == pytest.approx([100] * 4)
-    source = coco.CocoScenes(scenes / "coco", "val", RGB)  # what could not be read does not count
-    results = [x for i in (2, 3) for x in results_of(source.ids[i], source.read(i)[1], source.categories)]
-    truth = coco.coco_truth(source)
-    for images, least, most in ((source.ids[2:4], 99.9, 100.1), (source.ids, 0, 99)):
-        assert least < coco.average_precision(truth, results, images)["eval/box_ap"] < most
-    assert set(coco.average_precision(truth, [], source.ids).values()) == {0.0}
-
-
-def test_detections_in_a_crowd_count_neither_way_and_a_crowd_is_no_target(tmp_path):
-    source = coco_folder(tmp_path, (100, 100), [([10, 10, 40, 40], 0), ([50, 50, 100, 100], 1)])
-    _, target = source.read(0)
-    assert target["boxes"].tolist() == [[10, 10, 40, 40]] and target["masks"].sum() == 900
-    found = target_of([[10, 10, 40, 40], [55, 55, 70, 70], [80, 60, 95, 90]], [1, 1, 1], (100, 100))
-    results = results_of(1, found, [1], [0.5, 0.9, 0.8])
-    without = coco_folder(tmp_path / "other", (100, 100), [([10, 10, 40, 40], 0)])
-    for truth, ap in ((source, 100), (without, 100 / 3)):
-        scores = coco.average_precision(coco.coco_truth(truth), results, [1])
-        assert scores["eval/box_ap"] == pytest.approx(ap, abs=1)
+        some = [result for result in results if result["image_id"] in source.ids[2:4]]
+        for images, least, most in ((source.ids[2:4], 99.9, 100.1), (source.ids[:n], 0, 99)):
+            assert least < coco.average_precision(truth, some, images)["eval/box_ap"] < most
+        assert set(coco.average_precision(truth, [], source.ids).values()) == {0.0}
 
 
 @pytest.mark.parametrize("detector", ["mask_rcnn", "cascade"])
@@ -366,21 +330,17 @@ def test_boxes_are_pooled_from_the_right_maps_whatever_the_first_image():
         torch.testing.assert_close(pool(maps, boxes, [(128, 128)]), fresh(maps, boxes, [(128, 128)]))
 
 
-@pytest.mark.parametrize("model, objects, detector", [
-    ("nano", 0, "mask_rcnn"), ("nano", 1, "cascade"), ("resnet50", 1, "mask_rcnn"),
-    ("revcol_tiny", 0, "cascade")])
-def test_detector_trains_with_and_without_objects(model, objects, detector):
+@pytest.mark.parametrize("model, detector", [
+    ("nano", "mask_rcnn"), ("resnet50", "mask_rcnn"), ("revcol_tiny", "cascade")])
+def test_detectors_learn_with_all_parameters_even_without_objects(model, detector):
     words = ["--model", model, "--resnet_width", 8, "--detector", detector]
     model = transfer.Detector(small("det", *words), 3).train()
-    targets = [target_of([[5, 5, 30, 40]][:n], [2][:n], (64, 64)) for n in (objects, 0)]
-    loss, terms = model(torch.randn(2, 3, 64, 64), targets)
-    names = {"loss", "classifier", "box_reg", "mask", "objectness", "rpn_box_reg"}
-    later = {f"{name}_{stage}" for name in ("classifier", "box_reg") for stage in (2, 3)}
-    assert terms.keys() == (names | later if detector == "cascade" else names)
-    assert (terms["mask"] > 0) == (objects > 0) and torch.isfinite(loss)
+    for n in (1, 0):
+        targets = [target_of([[5, 5, 30, 40]][:k], [2][:k], (64, 64)) for k in (n, 0)]
+        loss, terms = model(torch.randn(2, 3, 64, 64), targets)
+        assert torch.isfinite(loss) and (terms["mask"] > 0) == (n > 0)
     loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []  # or DDP would hang
-    assert model.eval().predict(torch.randn(1, 3, 40, 64))["masks"].shape[1:] == (1, 40, 64)
 
 
 # ---- transforms
@@ -463,50 +423,19 @@ def test_sources_agree_on_the_same_drawings(scenes):
     assert boxes.categories == [5 + 3 * i for i in range(10)]
     for i in range(12):
         for source in (ade, boxes):
-            name = int(source.name(i).rsplit("/", 1)[1].removesuffix(".png"))
-            picture, instances, kinds = drawn.draw(name)
+            number = int(Path(source.name(i)).stem) // (1 if source is ade else 7)
+            picture, instances, kinds = drawn.draw(number)
             image, target = source.read(i)
             assert (image.permute(1, 2, 0).numpy() == picture).all()
             if source is ade:
                 assert (target.numpy() == np.append(0, kinds + 1)[instances]).all()
                 continue
             # objects, no crowds
-            seen = [n for n in range(len(kinds)) if (instances == n + 1).any()] if name > 1 else []
+            seen = [n for n in range(len(kinds)) if (instances == n + 1).any()] if number > 1 else []
             assert target["labels"].tolist() == [kinds[n] + 1 for n in seen]
             for n, mask, (x1, y1, x2, y2) in zip(seen, target["masks"], target["boxes"].long(), strict=True):
                 assert (mask.numpy() == (instances == n + 1)).all() and mask[y1:y2, x1:x2].sum() == mask.sum()
                 assert all(edge.any() for edge in (mask[y1], mask[y2 - 1], mask[:, x1], mask[:, x2 - 1]))
-    settings = (types.SimpleNamespace(**vars(RGB) | {"zero_is_ignore": flag}) for flag in (False, True))
-    kept, shifted = (data.LabelMaps(scenes / "ade", "val", cfg).read(0)[1] for cfg in settings)
-    assert torch.equal(shifted[kept > 0], kept[kept > 0] - 1) and (shifted[kept == 0] == data.IGNORE).all()
-
-
-def test_annotations_as_labelling_tools_write_them(tmp_path, capsys):
-    """Degenerate boxes, a crowd without a mask, an area of null."""
-    corners = [[10, 10, 40, 40], [5, 5, 30, 30], [7, 7, 20, 20], [5, 5, 5, 30], [7, 7, 20, 7]]
-    coco_folder(tmp_path, (64, 64), [(box, int(i == 1)) for i, box in enumerate(corners)])
-    path = tmp_path / "annotations/instances_val.json"
-    content = json.loads(path.read_text())
-    content["annotations"][1]["segmentation"] = [[1, 2, 3, 4]]
-    content["annotations"][2] |= {"area": None, "segmentation": [[7.3, 7, 20, 9.6, 12, 20]]}
-    path.write_text(json.dumps(content))
-    source = coco.CocoScenes(tmp_path, "val", RGB)
-    assert "left out: 2 boxes under a pixel, 1 boxes without a mask" in capsys.readouterr().out
-    truth, results = coco.coco_truth(source), results_of(1, source.read(0)[1], [1])
-    for mask, entry in zip(source.read(0)[1]["masks"], truth.loadAnns([1, 2]), strict=True):
-        assert (mask.numpy() == truth.annToMask(entry)).all() and mask.any()
-    assert coco.average_precision(truth, results, [1])["eval/mask_ap"] == pytest.approx(100)
-
-
-def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
-    for seed in range(50):
-        rng = np.random.default_rng(seed)
-        mask = (rng.random(rng.integers(1, 60, 2)) < rng.random()).astype(np.uint8)
-        text = rle.encode(np.asfortranarray(mask))["counts"].decode()
-        assert coco.run_lengths(text) == run_lengths(mask)
-    for text in ("\x00", "o" * 100, "é"):
-        with pytest.raises(ValueError, match="no compressed run lengths"):
-            coco.run_lengths(text)
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -517,7 +446,9 @@ def test_malformed_annotations_end_in_one_line_or_are_counted(tmp_path, capsys, 
         source = transfer.open_scenes(cfg, "train")
         counted = "left out: " in capsys.readouterr().out
         assert counted == name.startswith("counted:")
-        assert len(source.read(0)[1]["boxes"]) == 2 - counted and coco.coco_truth(source).getAnnIds()
+        target = source.read(0)[1]
+        assert len(target["boxes"]) == 2 - counted and target["masks"].sum() == 600 * len(target["boxes"])
+        assert coco.coco_truth(source).getAnnIds()
         return
     with pytest.raises(common.UserError, match="instances_train.json") as end:
         transfer.open_scenes(cfg, "train")
@@ -540,18 +471,11 @@ def label_folder(root, maps, classes, **tags):
     return small("seg", "--data", root)
 
 
-def test_masks_of_0_and_255_are_two_classes(tmp_path, capsys):
+def test_masks_of_0_and_255_are_two_classes(tmp_path):
     mask = np.zeros((20, 30), np.uint8)
     mask[5:, 10:] = 255
     source = transfer.open_scenes(label_folder(tmp_path, [mask, mask * 0], "ground\nthing"), "val")
-    assert "255 is read as thing" in capsys.readouterr().out
     assert torch.equal(source.read(0)[1], torch.from_numpy(mask // 255)) and source.read(1)[1].sum() == 0
-    Image.fromarray(mask // 255).save(tmp_path / "annotations/val/1.png")
-    with pytest.raises(ValueError, match="number 1, 2 classes"):
-        source.read(1)
-    (tmp_path / "classes.txt").write_text("thing")
-    with pytest.raises(common.UserError, match="two lines"):
-        transfer.open_scenes(small("seg", "--data", tmp_path), "train")
     mask[0, 0] = 1  # then 255 is "ignored", as everywhere
     source = transfer.open_scenes(label_folder(tmp_path, [mask], "ground\nthing"), "train")
     assert source.count(source.read(0)[1]) == {0: 20 * 30 - 15 * 20 - 1, 1: 1, -1: 15 * 20}
@@ -560,25 +484,22 @@ def test_masks_of_0_and_255_are_two_classes(tmp_path, capsys):
 def test_colours_are_read_by_the_list(tmp_path):
     colours = np.array([[128, 64, 128], [224, 224, 192], [0, 0, 0], [70, 70, 70]], np.uint8)
     places = np.random.default_rng(0).integers(0, 4, (20, 30))
-    palette = Image.fromarray(places.astype(np.uint8))
-    palette.putpalette(colours.flatten().tolist())
     lines = "road 128 64 128\nignored 224,224,192\nthe ground  0 0 0\nroad 70 70 70\n"
     cfg = label_folder(tmp_path, [colours[places]], lines)
+    palette = Image.fromarray(places.astype(np.uint8))
+    palette.putpalette(colours.flatten().tolist())
     palette.save(tmp_path / "annotations/val/0.png")
-    expected = torch.tensor([0, data.IGNORE, 1, 0])[places]
     for split in ("train", "val"):
         source = transfer.open_scenes(cfg, split)
-        assert source.classes == ["road", "the ground"] and torch.equal(source.read(0)[1].long(), expected)
+        assert source.classes == ["road", "the ground"]
+        assert torch.equal(source.read(0)[1].long(), torch.tensor([0, data.IGNORE, 1, 0])[places])
     (tmp_path / "classes.txt").write_text(lines.replace("70 70 70", "1 2 3"))
     with pytest.raises(ValueError, match="the colour 70 70 70, which"):
         transfer.open_scenes(cfg, "train").read(0)
-    (tmp_path / "classes.txt").write_text("road\nthe ground 0 0 0")
-    with pytest.raises(common.UserError, match="in every line or in none"):
-        transfer.open_scenes(cfg, "train")
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
-def test_labels_on_stored_pixels_of_rotated_photographs(tmp_path, capsys, orientation):
+def test_labels_on_stored_pixels_of_rotated_photographs(tmp_path, orientation):
     """Sizes tell it for quarter turns; a half turn is for --exif to say."""
     tags = Image.Exif()
     tags[274] = orientation
@@ -594,31 +515,15 @@ def test_labels_on_stored_pixels_of_rotated_photographs(tmp_path, capsys, orient
         return np.abs(image.permute(1, 2, 0).numpy().astype(int) - stored).max() < 10
 
     assert is_stored("ignore") and is_stored("auto") == (orientation == 6)
-    assert ("as stored" in capsys.readouterr().out) == (orientation == 6)
     if orientation == 6:
         with pytest.raises(ValueError, match="--exif ignore"):
             is_stored("apply")
-    else:
-        assert not is_stored("apply")
     objects = write_set(tmp_path / "boxes", lambda content: None, exif=tags)
     source = transfer.open_scenes(small("det", "--data", objects), "train")
     assert source.turn == (orientation == 3) and source.read(0)[0].shape == (3, 48, 64)
 
 
-def test_check_data_of_label_maps_and_boxes(tmp_path):
-    mask = np.full((20, 30), 255, np.uint8)
-    mask[5:, 10:] = 1
-    label_folder(tmp_path / "seg", [mask], "ground\nthing\nnever")
-    command = ["transfer_seg_det.py", "--check_data", "--workers", 0, "--data"]
-    output = run_script([*command, "seg"], tmp_path, expect=2)
-    assert "without a label, which do not count: 300 (50.0%)" in output and "thing 300 (50.0%)" in output
-    assert "train: 2 classes without pixels, such as ground" in output.splitlines()[-1]
-    write_set(tmp_path / "det", lambda content: None)
-    output = run_script([*command, "det", "--task", "det"], tmp_path)
-    assert "train: 2 images" in output and "val: 2 images" in output and "thing 2 (50.0%)" in output
-
-
-def test_max_detections_bounds_network_and_score():
+def test_max_detections_bounds_the_score():
     """150 perfect detections of 150 cells: AP 100 if all count, 2/3 of the recall if 100 do."""
     corners = [[10 * (i % 15), 10 * (i // 15), 10 * (i % 15) + 8, 10 * (i // 15) + 8] for i in range(150)]
     target = target_of(corners, [1] * 150, (100, 150))
@@ -629,9 +534,6 @@ def test_max_detections_bounds_network_and_score():
     truth, results = coco.coco_truth(source), results_of(1, target, [1], [1 - i / 200 for i in range(150)])
     for most, ap in ((150, 100), (100, 67 / 101 * 100)):  # 101 recalls, 0 to .66 of them reached
         assert coco.average_precision(truth, results, [1], most)["eval/box_ap"] == pytest.approx(ap)
-    model = transfer.Detector(small("det", "--max_detections", 7), 3).eval()
-    model.model.roi_heads.score_thresh = 0.0
-    assert len(model.predict(torch.randn(1, 3, 64, 64))["boxes"]) == 7
 
 
 def edit(path, old, new):
@@ -645,8 +547,6 @@ WRONG = [  # task, what happens to the folder, what is named
     ("seg", lambda f: (f / "annotations/training/3.png").unlink(), "1 of 12 images .*training/3.png"),
     ("seg", lambda f: (f / "classes.txt").unlink(), "has no classes.txt"),
     ("seg", lambda f: (f / "classes.txt").write_text("a\nb"), r"number \d+, 2 classes are listed"),
-    ("seg", lambda f: shutil.copytree(f / "images", f / "annotations", dirs_exist_ok=True), "40, 48, 3"),
-    ("det", lambda f: (f / COCO).unlink(), "instances_train2017.json"),
     ("det", lambda f: edit(f / COCO, '"bbox"', '"box"'), "annotation 1, .*bbox.* is missing"),
     ("det", lambda f: edit(f / COCO, 'crowd": 0', 'crowd": 1'), "has no object to learn"),
     ("det", lambda f: edit(f / COCO, 'height": 40', 'height": 41'), "40 x 48 pixels, the image 41 x 48"),
@@ -664,17 +564,14 @@ def test_wrong_data_is_refused(scenes, tmp_path, task, spoil, words):
 
 
 def test_unreadable_images_are_named_and_do_not_count(scenes, tmp_path):
-    shutil.copytree(scenes / "coco", tmp_path / "coco")
-    shutil.copytree(scenes / "ade", tmp_path / "ade")
-    (tmp_path / "coco/images/val2017/3.png").write_bytes(b"no image")
+    for kind, bad in (("coco", "coco/images/val2017/*21.png"), ("ade", "ade/images/training/*.png")):
+        shutil.copytree(scenes / kind, tmp_path / kind)
+        for image in tmp_path.glob(bad):
+            image.write_bytes(b"no image")
     output = run_script([*DET, "--data", "coco", "--iters", 1, "--pictures", 0, "--out", "run"], tmp_path)
-    assert output.count("unreadable: ") == 1 and "3.png" in output
-    for image in (tmp_path / "ade/images/training").iterdir():
-        image.write_bytes(b"no image")
+    assert output.count("unreadable: ") == 1 and "021.png" in output
     output = run_script([*SEG, "--data", "ade", "--head", "linear", "--out", "none"], tmp_path, expect=1)
     assert "Traceback" not in output and "--max_bad" in output
-    output = run_script([*SEG, "--data", "ade", "--check_data"], tmp_path, expect=2)
-    assert "train: 12 unreadable files" in output.splitlines()[-1]
 
 
 # ---- recipes, schedules, flags
@@ -729,16 +626,12 @@ def test_learning_rates():
 @pytest.mark.parametrize("words, message", [
     (["--recipe", "ddae", "--task", "det"], "ddae_det"),
     (["--task", "det", "--img_size", "64,96"], "one number, a multiple of 32"),
-    (["--task", "det", "--head", "linear"], "--head and --compile are for --task seg"),
     (["--iters", "5", "--epochs", "3"], "give one of them"),
-    (["--weights", "nowhere.pth"], "nowhere.pth does not exist"),
-    (["--demo"], "python mae_mff.py --demo makes it"),
+    (["--demo", "--weights", "nowhere.pth"], "nowhere.pth does not exist"),
 ])
-def test_wrong_flags_are_refused_in_one_line(words, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = words if {"--weights", "--demo"} & set(words) else [*words, "--weights", "none"]
+def test_wrong_flags_are_refused_in_one_line(words, message, capsys):
     with pytest.raises(SystemExit) as end:
-        config(*words)
+        config("--weights", "none", *words)
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1
 
@@ -746,11 +639,13 @@ def test_wrong_flags_are_refused_in_one_line(words, message, capsys, tmp_path, m
 # ---- runs
 
 
-@pytest.mark.parametrize("task, flags", [("seg", "nano"), ("det", "resnet50 --detector cascade")])
-def test_killed_and_resumed_equals_unbroken_bit_for_bit(scenes, tmp_path, task, flags):
-    shutil.copytree(scenes / ("ade" if task == "seg" else "coco"), tmp_path / "data")
-    command = [*(SEG if task == "seg" else DET), "--data", "data", "--resnet_width", 8, "--model",
-               *flags.split()]
+@pytest.mark.parametrize("kind, command", [
+    ("ade", [*SEG, "--model", "nano"]), ("ade", MASK2FORMER),
+    ("coco", [*DET, "--model", "resnet50", "--resnet_width", 8, "--detector", "cascade"])])
+def test_killed_and_resumed_equals_unbroken_and_is_evaluated_alike(scenes, tmp_path, kind, command):
+    """Bit for bit."""
+    shutil.copytree(scenes / kind, tmp_path / "data")
+    command = [*command, "--data", "data"]
     run_script([*command, "--out", "whole"], tmp_path)
     resume = [*command, "--out", "run", "--resume"]
     # The second dies inside the last evaluation.
@@ -761,27 +656,34 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(scenes, tmp_path, task, 
     assert same(state(tmp_path / "whole"), state(tmp_path / "run"))
     pictures = {path.name for path in (tmp_path / "run/pictures").iterdir()}
     assert pictures == {f"step_000000{step}.png" for step in (2, 4)}
-    if task == "seg":  # other classes
+    finished = [command[0], "--mode", "evaluate", "--weights", "run/model.pth", "--data", "data"]
+    run_script([*finished, "--amp", "off", "--workers", 0, "--out", "again"], tmp_path)
+    assert scores_of(tmp_path / "again") == scores_of(tmp_path / "run")
+    if kind == "ade":  # other classes
         edit(tmp_path / "data/classes.txt", "ground", "ceiling")
         assert "has list of classes 11 names" in run_script(resume, tmp_path, expect=2)
 
 
-@pytest.mark.parametrize("task, flags", [("seg", []), ("det", ["--detector", "cascade"])])
-def test_two_processes_equal_one(scenes, tmp_path, task, flags):
-    """Losses of a model without BatchNorm and drop path, and exact scores of weights that do not move, of
-    images that 2 does not divide."""
-    command = [*SEG, "--data", scenes / "ade", "--head", "linear", "--drop_path", 0, "--jitter", "1,1"]
-    command = command if task == "seg" else [*DET, "--data", scenes / "coco", "--lr", 1e-12, "--iters", 2]
+@pytest.mark.parametrize("kind, command", [
+    ("ade", [*SEG, "--head", "linear", "--drop_path", 0, "--jitter", "1,1"]),
+    ("ade", [*MASK2FORMER, "--model", "revcol_nano", "--drop_path", 0]),
+    ("coco", [*DET, "--lr", 1e-12, "--iters", 2, "--detector", "cascade"])])
+def test_two_processes_equal_one(scenes, tmp_path, kind, command):
+    """Losses of models without BatchNorm and drop path, Mask2Former's at the same random places; exact scores
+    of detectors that do not move; of images that 2 does not divide."""
+    same_places = ("rand = torch.rand; torch.rand = lambda *s, **how: rand(*s, **how) if s[2:] != (2,) else "
+                   "(torch.arange(2 * s[1]) * 0.618034 % 1).view(1, -1, 2).expand(*s)")
     lines = []
     for processes in (1, 2):
-        run_script([*command, *flags, "--pictures", 0, "--out", f"run{processes}"], tmp_path, processes)
+        words = [*command, "--data", scenes / kind, "--pictures", 0, "--out", f"run{processes}"]
+        run_script(sabotaged(tmp_path, words, "Run.start", same_places), tmp_path, processes)
         lines.append(log(tmp_path / f"run{processes}"))
     assert len(lines[0]) == len(lines[1]) > 1 and "eval/" in str(lines)
     for one, two in zip(*lines, strict=True):
-        if "train/loss" not in one and task == "det":
-            assert one == two
-        elif task == "seg":
+        if kind == "ade":
             assert two == pytest.approx(one, rel=1e-4, abs=0.05)
+        elif "train/loss" not in one:
+            assert one == two
 
 
 def test_a_skipped_update_leaves_weights_and_statistics(scenes, tmp_path):
@@ -808,15 +710,13 @@ def test_the_demo_loads_an_encoder_and_the_docs_code_uses_the_result(scenes, tmp
     torch.save({"model": encoder.trunk_state(), "meta": {"model": "nano", "patch_size": 4,
                                                          "img_size": (32, 32)}}, "runs/mae_mff/encoder.pth")
     command = ["transfer_seg_det.py", "--demo", "--task", task, "--iters", 1, "--batch_size", 4, "--data",
-               folder, "--workers", 0]
-    output = run_script([*command, "--out", "runs/transfer_seg", "--pictures", 3], tmp_path)
+               folder, "--workers", 0, "--pictures", 0]
+    output = run_script([*command, "--out", "runs/transfer_seg"], tmp_path)
     assert re.search(r"encoder\.pth: (\d+)/\1 tensors loaded; missing: none", output)
     assert "5 held-out images" in output and "done: runs/transfer_seg/model.pth" in output
-    with Image.open("runs/transfer_seg/pictures/step_0000001.png") as picture:
-        assert min(picture.size) > 3 * overlay.SHOWN
     for file in ("last.pth", "model.pth") if task == "seg" else ():  # both give their encoder
         path = f"runs/transfer_seg/{file}"
-        output = run_script([*command, "--weights", path, "--out", file[:-4], "--pictures", 0], tmp_path)
+        output = run_script([*command, "--weights", path, "--out", file[:-4]], tmp_path)
         assert re.search(rf"{path}: (\d+)/\1 tensors loaded", output)
 
     source = transfer.open_scenes(small(task, "--data", folder), "val")
@@ -828,11 +728,8 @@ def test_the_demo_loads_an_encoder_and_the_docs_code_uses_the_result(scenes, tmp
                                 normalize=common.Normalize(cfg.mean, cfg.std, "cpu"))
     samples = data.Scenes(common.KeyedSamples(source, data.Fit(cfg), 0, 1))
     expected = transfer.predict(found["model"], data.collate_scenes([samples[0, 2]]), run)
-    if task == "seg":
-        assert found["labels"].shape == (40, 48) and torch.equal(found["labels"], expected)
-    else:
-        assert found["found"]["masks"].shape[1:] == (1, 40, 48)
-        torch.testing.assert_close(found["found"]["boxes"], expected["boxes"])
+    answer = found["labels"] if task == "seg" else found["found"]["boxes"]
+    torch.testing.assert_close(answer, expected if task == "seg" else expected["boxes"])
 
 
 def test_a_revcol_fine_tuned_twice_serves_dense_tasks(scenes, small_npz, tmp_path):
@@ -841,8 +738,7 @@ def test_a_revcol_fine_tuned_twice_serves_dense_tasks(scenes, small_npz, tmp_pat
     encoder = revcol_v2.RevColV2("nano", (32, 32), 4)
     meta = {"method": "revcol_v2", "model": "revcol_nano", "patch_size": 4, "img_size": (32, 32)}
     torch.save({"model": encoder.state_dict(), "meta": meta}, tmp_path / "encoder.pth")
-    arrays = dict(np.load(small_npz))
-    np.savez(tmp_path / "three.npz", **arrays | {"labels": arrays["labels"] % 3})
+    np.savez(tmp_path / "three.npz", **dict(np.load(small_npz)) | {"labels": np.arange(303) % 3})
     tune = ["finetune.py", "--amp", "off", "--workers", 0, "--epochs", 1, "--batch_size", 125, "--ema", 0.9,
             "--warmup_epochs", 0, "--min_lr", 0]
     run_script([*tune, "--weights", "encoder.pth", "--data", small_npz, "--out", "one"], tmp_path)
@@ -853,8 +749,7 @@ def test_a_revcol_fine_tuned_twice_serves_dense_tasks(scenes, small_npz, tmp_pat
     idle = {name for name in before if re.match(r"top_down\.(0\.units\.[01]|1\.units\.[012])\.", name)}
     assert {name for name in before if torch.equal(one[name], before[name])} == idle
     assert len(one["head.bias"]) == 10 and len(two["head.bias"]) == 3 and (one["fc_norm.weight"] != 1).any()
-    kept = {name for name in one if not name.startswith("head.")}
-    assert max((one[name] - two[name]).abs().max() for name in kept) < 1e-9
+    assert all((one[name] - two[name]).abs().max() < 1e-9 for name in one if not name.startswith("head."))
     command = [*SEG, "--data", scenes / "ade", "--weights", "two/best.pth", "--iters", 1, "--pictures", 0]
     output = run_script([*command, "--img_size", 32, "--out", "seg"], tmp_path)
     assert re.search(r"two/best\.pth: (\d+)/\1 tensors loaded; missing: none", output)
