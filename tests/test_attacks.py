@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,7 +23,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from commands import CIM, SCRIPTS
-from conftest import KILL, ROOT, Started, killed, losses, run_script, sabotaged, stopped
+from conftest import KILL, ROOT, Started, killed, losses, run_command, run_script, sabotaged, stopped
 from torture import family, log, same, state
 
 import common
@@ -387,3 +388,22 @@ def test_unreadable_files_are_named_once_replaced_and_remembered(folder, tmp_pat
     assert "08.png" in output and "--max_bad" in output and "Traceback" not in output
     (folder / "class0/nested/10.png").unlink()
     assert "08.png" in run_script([*command, "five"], tmp_path)
+
+
+def test_torchrun_restarts_after_a_worker_was_killed(unbroken, small_npz, tmp_path):
+    shutil.copytree(unbroken / "mae_mff.py@8", tmp_path / "run")
+    command = [*MAE, "--data", small_npz, "--resume", "--out", tmp_path / "run"]
+    attack = sabotaged(tmp_path, command, "Run.end_update", KILL,
+                       "self.step == 10 and rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'")
+    output = run_command(attack, tmp_path, processes=2, launcher=["--max-restarts", "3"])
+    assert re.search(r"resumed from .*: step (9|10),", output)
+    assert terms(tmp_path / "run") == pytest.approx(terms(unbroken / "mae_mff.py"), rel=1e-4)
+
+
+@pytest.mark.parametrize("lost, words", [("images", "unreadable files"), ("run", "cannot write run/")])
+def test_a_folder_that_vanishes_during_the_run(folder, tmp_path, lost, words):
+    command = [*MAE, "--data", folder, "--batch_size", 20, "--epochs", 5, "--out", "run"]
+    loss = f"os.rename({str(tmp_path / lost)!r}, 'gone')"
+    attack = sabotaged(tmp_path, command, "Run.end_update", loss, "self.step == 3")
+    output = run_script(attack, tmp_path, expect=1)
+    assert words in output and "Traceback" not in output

@@ -12,6 +12,7 @@ import torch
 from commands import CIM
 from conftest import ROOT, run_script
 from torch import nn
+from torchvision.models import resnet50
 
 import common
 import finetune
@@ -52,6 +53,30 @@ def test_encoders_load_into_timm(encoders, script):
     common.load_weights(ours, encoders / f"{script}/encoder.pth")
     images = torch.randn(IMAGES)
     torch.testing.assert_close(ours(images), theirs.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+def test_timms_files_load_here_and_need_no_flags(tmp_path, capsys):
+    theirs = timms(num_classes=5)
+    nn.init.normal_(theirs.pos_embed)
+    torch.save({"state_dict": theirs.state_dict(), "epoch": 3}, tmp_path / "model_best.pth.tar")
+    cfg, ours = load(tmp_path / "model_best.pth.tar", "--mode", "linear")
+    assert (cfg.model, cfg.patch_size, cfg.img_size, cfg.in_chans) == ("nano", 4, (32, 32), 3)
+    images = torch.randn(IMAGES)
+    expected = theirs.forward_features(images)[:, 0]
+    torch.testing.assert_close(ours.features(images), expected, rtol=1e-5, atol=1e-5)
+    assert "ignored: head" in capsys.readouterr().out
+
+
+def test_resnet_loads_into_torchvision_and_back(encoders, tmp_path):
+    content = torch.load(encoders / "cim_resnet/encoder.pth", weights_only=True)
+    theirs = resnet50(num_classes=7).eval()
+    assert theirs.load_state_dict(content["model"], strict=False) == (["fc.weight", "fc.bias"], [])
+    torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
+    theirs.fc, images = nn.Identity(), torch.randn(2, 3, 64, 64)
+    for path in (encoders / "cim_resnet/encoder.pth", tmp_path / "resnet.pth"):
+        cfg, ours = load(path)
+        assert (cfg.model, cfg.resnet_width, cfg.layer_decay) == ("resnet50", 64, 1.0)
+        torch.testing.assert_close(ours.features(images), theirs(images), rtol=1e-5, atol=1e-5)
 
 
 # ---- official MAE files, transformers', wrapped ones
