@@ -1,9 +1,9 @@
 """What every method script takes as given. Four chapters: blocks, data, precision, run.
 
 Nothing here belongs to one paper: masking, targets, losses and training loops are in the scripts. Importing
-this file has no side effects. To take a method elsewhere, copy its script together with this file. Shapes: B
-images, C channels, H x W pixels, patches of p x p pixels on a grid (h, w), L = h * w patches, width D. `mask`
-is 1 where a patch is hidden, everywhere.
+this file changes nothing but a limit of Pillow's. To take a method elsewhere, copy its script together with
+this file. Shapes: B images, C channels, H x W pixels, patches of p x p pixels on a grid (h, w), L = h * w
+patches, width D. `mask` is 1 where a patch is hidden, everywhere.
 """
 
 import argparse
@@ -381,7 +381,7 @@ NETWORK = ("model", "patch_size", "resnet_width", "columns", "swin_window", "in_
 
 def weights_of(content, prefix=None):
     """{name: tensor} of what read_file gave. prefix None: of a checkpoint of ours its encoder alone; else the
-    names that start with it, without it; all if none does."""
+    names that start with it, without it; all if none does, and for ""."""
     weights = content["model"]
     if prefix is None and content.get("encoder"):
         return {name: weights[place] for name, place in content["encoder"].items()}
@@ -947,8 +947,8 @@ class RunConfig:
     ranges = {"seed": (0, 2**62), "workers": (0, 256), "pictures": (0, 1000), "max_bad": (0, 1),
               "mean": (-1e6, 1e6), "std": (1e-6, 1e6), "img_size": (1, 2**14), "epochs": (1e-6, 1e6),
               "lr": (1e-12, 1e3), "base_lr": (1e-12, 1e3), "betas": (0, 0.999999), "mask_ratio": (0, 1)}
-    given = frozenset({"batch_size"})  # fields that were set by a flag; parse_config knows which
-    start_from = ()  # fields that name the weights which a new run begins with
+    given = frozenset({"batch_size"})  # fields set by a flag; a Config made in code keeps its batch
+    start_from = ()  # fields that name the weights a new run begins with; free when it is resumed
     # What may differ when a run is resumed, because it does not change what is computed ...
     free_on_resume = {"data", "download", "workers", "max_bad", "check_data", "out", "resume", "compile",
                       "save_minutes", "log_every", "demo", "tensorboard", "micro_batch", "pictures", "draw"}
@@ -1334,7 +1334,7 @@ class Run:
             faulthandler.register(signal.SIGUSR2, file=2)  # kill -USR2: where does it hang?
 
     def catch_signals(self):
-        """From now on this run is the one that SIGTERM, SIGINT and SIGUSR1 stop."""
+        """From now on this run is the one that STOP_SIGNALS stop."""
 
         def request_stop(number, _):
             if self.stop_requested and number == signal.SIGINT:  # Ctrl-C twice: now
@@ -1458,7 +1458,8 @@ class Run:
             *batch, numbers = next(batches)
             self.waited += time.monotonic() - begin
             self.sample_numbers += numbers.tolist()
-            model.require_backward_grad_sync = micro_step == self.accum_steps - 1  # as no_sync() does
+            # As DDP's no_sync() does; on a bare model it has no effect.
+            model.require_backward_grad_sync = micro_step == self.accum_steps - 1
             self.seed(micro_step)
             yield batch
 
@@ -1470,9 +1471,9 @@ class Run:
         {name: detached scalar}, with `loss`. Sets stopping, skipped. The one host synchronisation."""
         values = {**terms, "grad_norm": grad_norm}
         flags = [~terms["loss"].isfinite(), ~grad_norm.isfinite()]
-        # full_like: no copy from the host, so no synchronisation
         if self.launcher and os.getppid() != self.launcher:  # torchrun was killed: nobody watches over us
             self.stop_requested = True
+        # full_like: no copy from the host, so no synchronisation
         flags += [torch.full_like(grad_norm, x) for x in (self.stop_requested, len(self.new_bad_files))]
         own = torch.stack([x.float() for x in (*values.values(), *flags)])
         packed = own.clone()
@@ -1501,8 +1502,8 @@ class Run:
             self.log_window(lr)
 
     def count_skipped(self, terms, lr):
-        """nonfinite_STEP.json of a skipped update; exit code 3 after ten in a row, or thirty overflows: the
-        fp16 scale starts high and is halved."""
+        """nonfinite_STEP.json of a skipped update; exit code 3 after ten in a row (3 points each), or
+        thirty overflows (1 point): the fp16 scale starts high and is halved."""
         step, saved, file = self.step, self.saved, f"nonfinite_{self.step}.json"
         saved[f"skipped_{self.skipped}"] += 1
         saved["in_a_row"] += 1 if self.skipped == "overflow" else 3
@@ -1592,8 +1593,8 @@ class Run:
 
     def save(self, encoder=None, prefix="", **meta):
         """Write the encoder's tensors (whose names in the model have `prefix`) to encoder.pth, and last.pth,
-        keeping the one before as previous.pth. prefix None: it holds none of them as they are. meta: what the
-        files say in place of the configuration."""
+        keeping the one before as previous.pth. prefix None: the model has none of them under any name. meta:
+        what the files say in place of the configuration."""
         self.last_save, meta = time.monotonic(), self.meta(**meta)
         for state in self.state.values():
             if isinstance(state, nn.Module) and (bad := not_finite(state.state_dict())):

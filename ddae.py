@@ -11,7 +11,7 @@ semantic reasoning. So weigh the loss by that distance to a learned power beta (
 more), and do so at several depths: every third block's output must predict the pixels, and the features that
 the teacher, a slow copy which sees the whole image, has there.
 
-Data flow, in the order of the paper (source, the paper's symbol; its name here and its shape on the right)
+Data flow, in the order of an update (source, the paper's symbol; its name here and its shape on the right)
     sec. 4.1  m             blocks, then single patches: 147 of 196   mask             (B, L), 1 = hidden
     sec. 3.2  D(m)          distance to the nearest visible patch     distance         (B, L), 0 = visible
     eq. (2)   h_i           exp(D^beta_i) / its sum over the hidden   h                (K, B, L)
@@ -20,14 +20,14 @@ Data flow, in the order of the paper (source, the paper's symbol; its name here 
     eq. (3)   d_p(f^(g_i))  each level against the pixels of x        pixel_decoder    (K, B, L, p*p*C)
     eq. (5)   d_d(f^(g_i))  each level against feature_target         feature_decoder  (K, B, L, D)
     eq. (6)   loss = sum_i lambda_i (eq. 3 + eq. 5)_i + 0.5 sum_i sqrt(n_masked) mean ||h_i||_2
-    eq. (4)   theta' <- m theta' + (1 - m) theta                      update_teacher
+    eq. (4)   theta' <- m theta' + (1 - m) theta, m the momentum      update_teacher
 lambda_i is .75, and 1 for the last level. encoder.pth is a plain ViT: the student, final LayerNorm included.
 Tables 2 to 7: the flags that name them. DDS-MAE (table 2): --no-distill --decoder mae. A loss that --dds
 does not name is that of the last block alone, with equal weights.
 
 Not in the paper, our choice or our reading (docs/ddae.md has the reasons and all others)
     masks     BootMAE's two stages, without its last step, in which up to three patches are revealed again
-    weights   softmax and maximum per image; the maximum counts as a constant: through it beta runs away
+    weights   softmax and maximum per image; no gradient through the maximum: with it beta diverges
     eq. (6)   the norm of h before rescaling, times sqrt(n_masked): otherwise it hardly depends on beta
     targets   pixels normalised per patch and channel; features under a LayerNorm without parameters
     teacher   momentum of appendix A (sec. 3.3: .9999 throughout), linear between epochs 0, 100, 400
@@ -214,7 +214,7 @@ def dynamic_weights(distance, beta):
     at_least_1 = distance.float().clamp(min=1)  # on visible patches too: 0^beta has NaN gradients
     scores = at_least_1.pow(beta.view(-1, 1, 1))
     h = scores.masked_fill(distance == 0, -torch.inf).softmax(-1)  # exp(11^5) would overflow
-    return h, h / h.detach().amax(-1, keepdim=True)  # sec. 3.2; detached, or beta runs away
+    return h, h / h.detach().amax(-1, keepdim=True)  # sec. 3.2; detached, or beta diverges
 
 
 def weighted_mse(pred, target, weight, mask):
@@ -249,9 +249,9 @@ def pixel_target(images, patch_size, kind):
 
 def normalize_features(features, wanted, kind):
     """What eq. (5) compares, from predictions and the teacher's features (K or 1, B, L, D). layer: both under
-    a LayerNorm without parameters; instance: likewise, the target without its image's mean token before;
-    channel: the target's channels of deviation 1 over all tokens of the micro-batch; none. All but the first
-    are arms of ours: an untrained teacher's features are nearly one vector."""
+    a LayerNorm without parameters; instance: the same, the image's mean token subtracted from the target
+    before; channel: the target's channels of deviation 1 over all tokens of the micro-batch; none. All but
+    layer are experiments of ours: an untrained teacher's features are nearly one vector."""
     if kind == "channel":
         deviation, mean = torch.std_mean(wanted, (1, 2), keepdim=True)
         return features, (wanted - mean) / (deviation + 1e-5)
@@ -263,8 +263,8 @@ def normalize_features(features, wanted, kind):
 
 
 def shares_of_target(wanted):
-    """Shares of the mean square of a target (B, L, D), {name: scalar}: constant over images and positions;
-    beyond that, the mean of each position over the images, and of each image over its positions."""
+    """How much of a target's (B, L, D) mean square is explained by one vector for all tokens; beyond that, by
+    one vector per position, and by one per image: {name: share}. For the log."""
     total = wanted.square().mean()
     constant, position, image = (wanted.mean(axes).square().mean() / total for axes in ((0, 1), 0, 1))
     return {"target/constant": constant, "target/position": position - constant,
@@ -291,7 +291,7 @@ class Decoder(nn.Module):
         K, B, L = len(latent), *ids_restore.shape
         x = self.embed(latent.flatten(0, 1))
         hidden = self.mask_token.to(x.dtype).expand(K * B, L - (x.shape[1] - 1), -1)
-        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore.repeat(K, 1))  # in order
+        patches = gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore.repeat(K, 1))  # unshuffled
         x = self.blocks(torch.cat([x[:, :1], patches], dim=1) + self.pos_embed)
         return self.pred(self.norm(x[:, 1:])).unflatten(0, (K, B))
 
@@ -322,12 +322,12 @@ class DeepDynamicAutoEncoder(ViT):
 
     def outputs(self, encoder, x):
         """Tokens through the encoder's blocks: the levels' outputs, unnormalised (K, B, N, D)."""
-        levels = []
+        outputs = []
         for i, block in enumerate(encoder.blocks, start=1):
             x = block(x)
             if i in self.levels:
-                levels.append(x)
-        return torch.stack(levels)
+                outputs.append(x)
+        return torch.stack(outputs)
 
     def encode(self, images, distance):
         """Visible patches through the student: latent (K, B, 1 + len_keep, D), normed; ids_restore (B, L)."""
@@ -342,22 +342,22 @@ class DeepDynamicAutoEncoder(ViT):
         return self.outputs(self.teacher, self.teacher.prepend_cls(self.teacher.embed(images)))[:, :, 1:]
 
     def forward(self, images, distance, ramp=1.0):
-        """Returns the loss, eq. (6), and its terms: eqs. (3), (5), (6) as added; the last level's mean
-        squared error on hidden patches, comparable between runs; beta under its block's number. ramp: the
-        weight of eq. (5)."""
+        """Returns the loss, eq. (6), and its terms: eqs. (3), (5), (6) as added; mse, the last level's mean
+        squared error on hidden patches, comparable between runs of one --target; beta under its block's
+        number. ramp: the weight of eq. (5)."""
         cfg = self.cfg
         deep_pixel, deep_feature = (cfg.dds in ("both", kind) for kind in ("pixel", "feature"))
         latent, ids_restore = self.encode(images, distance)
-        pixels = self.pixel_decoder(latent if deep_pixel else latent[-1:], ids_restore)
+        pred = self.pixel_decoder(latent if deep_pixel else latent[-1:], ids_restore)
         if cfg.distill:
             features = self.feature_decoder(latent if deep_feature else latent[-1:], ids_restore)
             wanted = self.feature_target(images)[-len(features):]
         with torch.autocast(images.device.type, enabled=False):  # targets and losses in float32
             mask = (distance > 0).float()
             h, weight = dynamic_weights(distance, self.beta)
-            pixels = pixels.float()
+            pred = pred.float()
             target, *_ = pixel_target(images.float(), self.patch_size, cfg.target)
-            terms = {"eq3_pixel": weighted_mse(pixels, target, weight if deep_pixel else mask[None], mask)}
+            terms = {"eq3_pixel": weighted_mse(pred, target, weight if deep_pixel else mask[None], mask)}
             if cfg.distill:
                 features, wanted = normalize_features(features.float(), wanted.float(), cfg.feature_norm)
                 weight = weight if deep_feature else mask[None]
@@ -366,7 +366,7 @@ class DeepDynamicAutoEncoder(ViT):
                 terms["eq6_reg"] = 0.5 * regulariser(h, mask, cfg.reg == "literal")
             loss = sum(terms.values())
             terms |= shares_of_target(wanted[-1]) if cfg.distill else {}
-            terms |= {"loss": loss, "mse": weighted_mse(pixels[-1:].detach(), target, mask[None], mask)}
+            terms |= {"loss": loss, "mse": weighted_mse(pred[-1:].detach(), target, mask[None], mask)}
         terms |= {f"beta/{i}": beta for i, beta in zip(self.levels, self.beta.unbind(), strict=True)}
         return loss, {name: value.detach() for name, value in terms.items()}
 
@@ -377,8 +377,9 @@ class DeepDynamicAutoEncoder(ViT):
 def train_step(model, batches, optimizer, scaler, run):
     """One update of run.accum_steps micro-batches, and of the teacher; returns the loss's terms as floats."""
     optimizer.zero_grad(set_to_none=True)
-    total, share = {}, run.cfg.feature_ramp
-    ramp = torch.full((), min(1.0, run.step / run.steps / share) if share else 1.0, device=run.device)
+    total = {}
+    done = min(1.0, run.step / run.steps / run.cfg.feature_ramp) if run.cfg.feature_ramp else 1.0
+    ramp = torch.full((), done, device=run.device)  # a tensor: no recompilation
     for images, distance in run.micro_batches(model, batches):
         with run.autocast():
             loss, terms = model(images, distance, ramp)
@@ -428,10 +429,10 @@ def train(cfg, run):
         ignore += () if cfg.distill else ("feature_decoder.",)
         load_weights(model, cfg.init, allow_missing=missing, ignore=ignore, prefix="")
         model.update_teacher(0.0)
-    sample_noise = functools.partial(sample_mask, cfg)
+    sample_noise = functools.partial(sample_mask, cfg)  # the loader's "noise" is the distance map
     if cfg.draw:
         return run.draw(model, source, sample_noise, save_pictures)
-    run.fit_batch(source)
+    run.fit_batch(source)  # small data: a smaller batch, another base_lr
     peak_lr = cfg.base_lr * cfg.batch_size / 256
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
     average = 1 / max(1e-9, 1 - cfg.momentum[0])
@@ -440,7 +441,7 @@ def train(cfg, run):
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
-    run.load(model=model, optimizer=optimizer, scaler=scaler)  # the teacher is a part of the model
+    run.load(model=model, optimizer=optimizer, scaler=scaler)  # what is saved; the teacher is in the model
     batches = run.batches(source, RandomResizedCrop(cfg.img_size), sample_noise)
     examples = run.examples(source, sample_noise)
 

@@ -63,8 +63,8 @@ REPLACED = {
 }
 OWN = {
     "ddae": [
-        "total, share = ({}, run.cfg.feature_ramp)",
-        "ramp = torch.full((), min(1.0, run.step / run.steps / share) if share else 1.0, device=run.device)",
+        "done = min(1.0, run.step / run.steps / run.cfg.feature_ramp) if run.cfg.feature_ramp else 1.0",
+        "ramp = torch.full((), done, device=run.device)",
         "for images, distance in run.micro_batches(model, batches):",
         "loss, terms = model(images, distance, ramp)",
         "momentum = np.interp(run.epoch, (0, 100, 400), run.cfg.momentum)",
