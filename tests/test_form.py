@@ -5,6 +5,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -13,43 +14,7 @@ from conftest import ROOT
 
 import common
 
-# Our files that each one imports. LAZY: only where it needs them, to be copied without them.
-LAZY = {"common": {"shapes", "sources", "shards", "weights", "check", "draw"},
-        "finetune": {"layers", "predict"}, "transfer_seg_det": {"cascade", "predict_scenes"},
-        "convert_dalle": {"vqgan"}}
-IMPORTS = {
-    "shapes": set(),
-    "common": LAZY["common"],
-    "beit": {"common"},
-    "weights": {"beit", "common"},
-    "draw": {"common"},
-    "shards": {"common"},
-    "sources": {"common", "shapes", "shards"},
-    "check": {"common", "sources"},
-    **dict.fromkeys(("mae_mff", "ddae", "vision_electra", "revcol_v2"), {"common"}),
-    "mff_feature": {"common", "mae_mff"},
-    "ddae_beitv2": {"beit", "common", "ddae"},
-    "swin": set(),
-    "vision_electra_simmim": {"beit", "common", "swin", "vision_electra"},
-    "vqgan": {"common"},
-    "convert_dalle": {"common", "vqgan"},
-    "cim": {"common", "convert_dalle"},
-    "augment": {"common"},
-    "evaluate": {"common"},
-    "backbones": {"beit", "common", "revcol_v2", "swin"},
-    "finetune": {"backbones", "beit", "common", "revcol_v2", "augment", "evaluate", "sources"}
-    | LAZY["finetune"],
-    "predict": {"backbones", "common", "evaluate", "sources"},
-    "layers": {"backbones", "common", "draw", "evaluate", "finetune", "predict"},
-    "transfer_data": {"common"},
-    "coco": {"common", "shapes", "transfer_data"},
-    "overlay": {"transfer_data"},
-    "cascade": set(),
-    "transfer_seg_det": {"backbones", "beit", "common", "revcol_v2", "swin", "transfer_data", "coco",
-                         "overlay"} | LAZY["transfer_seg_det"],
-    "transfer_mask2former": {"common", "transfer_data", "transfer_seg_det"},
-    "predict_scenes": {"common", "transfer_data", "coco", "overlay", "predict"},
-}
+FILES = {path.stem for path in ROOT.glob("*.py")}
 # Of train_step and the loop: lines of mae_mff.py that others may replace, and all lines of their own.
 REPLACED = {
     "total = {}",
@@ -108,22 +73,40 @@ def syntax(script):
 
 
 def imports(tree):
-    """{module of ours: names taken from it}"""
+    """{file of ours: names taken from it}"""
     found = {}
     for node in ast.walk(tree):
         for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
             found.setdefault(getattr(node, "module", alias.name), []).append(alias.name)
-    return {module: names for module, names in found.items() if module in IMPORTS}
+    return {module: names for module, names in found.items() if module in FILES}
 
 
-@pytest.mark.parametrize("script", IMPORTS)
-def test_imports_form_floors(script):
-    tree = syntax(script)
-    found = imports(tree)
+def needs(script):
+    """The files that its imports lead to, those in functions and classes aside; and those of its own."""
+    tree, found = syntax(script), {script}
+    lazy = imports(tree).keys()
     tree.body = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    at_the_top = imports(tree).keys()
-    assert found.keys() == IMPORTS[script] and len(found.get("common", ())) <= 30
-    assert found.keys() - at_the_top == LAZY.get(script, set())
+    for module in imports(tree).keys() - {script}:
+        found |= needs(module)[0]
+    return found, lazy - imports(tree).keys()
+
+
+def rows(page, title):
+    """The files named in the first and in the second column of a section's table"""
+    section = (ROOT / page).read_text().split(f"## {title}\n", 1)[1].split("\n## ")[0]
+    for first, second in re.findall(r"^\| (.*) \| (.*) \|$", section, re.MULTILINE):
+        yield *(set(re.findall(r"`(\w+)\.py`", cell)) for cell in (first, second)), second
+
+
+def test_copied_scripts_need_the_files_that_the_pages_name():
+    before, scripts = set(), set()
+    for copied, files, words in rows("README.md", "Copy a script"):
+        files |= before if words.startswith("the same") else set()
+        assert all(needs(script)[0] == files | {script, "common"} for script in copied), copied
+        before, scripts = files, scripts | copied
+    flags = set.union(*(files for _, files, _ in rows("docs/RUNNING.md", "Files that flags need")))
+    assert set.union(*(needs(script)[1] for script in FILES)) == flags - {"beit"}  # of weights.py
+    assert len(scripts) == 11 and all(len(imports(syntax(x)).get("common", ())) <= 30 for x in FILES)
 
 
 def lines_of_an_update(script):
@@ -153,7 +136,7 @@ def test_flags_have_help_and_an_update_few_arguments(script):
 
 def test_importing_has_no_effect(tmp_path):
     code = ["import sys, torch", "sys.argv, before = ['x', '--nonsense'], torch.get_rng_state()",
-            f"import {', '.join(IMPORTS)}", "assert torch.equal(before, torch.get_rng_state())"]
+            f"import {', '.join(sorted(FILES))}", "assert torch.equal(before, torch.get_rng_state())"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=tmp_path, check=True, env=environment)
     assert not list(tmp_path.iterdir())
