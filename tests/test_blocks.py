@@ -41,46 +41,17 @@ def test_sincos_table_against_its_definition():
             torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
-def test_attention_paths_agree():
-    q, k, v = torch.randn(3, 2, 4, 17, 32)
-    reference = (q @ k.transpose(-1, -2) / math.sqrt(32)).softmax(-1) @ v
-    torch.testing.assert_close(common.attend(q, k, v), reference, atol=1e-5, rtol=1e-5)
-    low = common.attend(*(x.bfloat16() for x in (q, k, v)))  # the CPU's own path
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), reference, atol=0.03, rtol=0.03)
-
-
 def test_drop_path_keeps_the_mean_and_whole_samples():
     x = torch.ones(20000, 2, 3)
     y = common.drop_path(x, 0.3, training=True)
     assert set(y.unique().tolist()) == {0.0, (x[0, 0, 0] / 0.7).item()} and abs(y.mean() - 1) < 0.02
-    assert (y.flatten(1).std(1) == 0).all()
-    assert common.drop_path(x, 0.3, training=False) is x
+    assert (y.flatten(1).std(1) == 0).all() and common.drop_path(x, 0.3, training=False) is x
 
 
 def classifier(classes, **values):
     defaults = {"model": "base", "img_size": (224, 224), "patch_size": 16, "in_chans": 3, "drop_path": 0.0,
                 "pool": "avg", "mode": "finetune", "head_init": 0.001}
     return Classifier(types.SimpleNamespace(**(defaults | values)), classes)
-
-
-def test_parameter_counts():
-    with torch.device("meta"):
-        models = [classifier(1000, model=size) for size in ("small", "base")]
-    assert [sum(p.numel() for p in model.parameters()) for model in models] == [22_050_664, 86_567_656]
-
-
-@pytest.mark.parametrize("pool", ["avg", "cls"])
-def test_logits_equal_timm(pool):
-    timm, size = pytest.importorskip("timm"), {"img_size": (32, 48), "patch_size": 8}
-    theirs = timm.models.VisionTransformer(**size, embed_dim=192, depth=12, num_heads=3, num_classes=7,
-                                           global_pool={"avg": "avg", "cls": "token"}[pool]).eval()
-    ours = classifier(7, model="tiny", pool=pool, **size).eval()
-    torch.nn.init.normal_(theirs.pos_embed)
-    torch.nn.init.normal_(theirs.head.weight)
-    ours.load_state_dict(theirs.state_dict())  # strict: the names are timm's
-    images = torch.randn(2, 3, 32, 48)
-    torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
 
 
 # ---- weights from files
@@ -116,17 +87,14 @@ def test_load_weights_into_a_rectangle_resizes_the_table(tmp_path):
     torch.testing.assert_close(common.resize_pos_embed(table, (4, 4), (4, 4)), table)
 
 
-def test_load_weights_refuses_what_does_not_fit(tmp_path):
-    state = trunk().state_dict()
-    cases = {
-        "missing": {name: value for name, value in state.items() if name != "norm.weight"},
-        "unexpected": state | {"blocks.0.ls1.gamma": torch.ones(1)},  # LayerScale
-        "patch_embed.proj.weight": state | {"patch_embed.proj.weight": torch.zeros(128, 1, 8, 8)},
-    }
-    for words, content in cases.items():
-        torch.save(content, tmp_path / "w.pth")
-        with pytest.raises(UserError, match=words):
-            common.load_weights(trunk(), tmp_path / "w.pth")
+@pytest.mark.parametrize("words, change", [
+    ("missing", {"norm.weight": None}), ("unexpected", {"blocks.0.ls1.gamma": torch.ones(1)}),  # LayerScale
+    ("patch_embed.proj.weight", {"patch_embed.proj.weight": torch.zeros(128, 1, 8, 8)})])
+def test_load_weights_refuses_what_does_not_fit(tmp_path, words, change):
+    state = trunk().state_dict() | change
+    torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=words):
+        common.load_weights(trunk(), tmp_path / "w.pth")
 
 
 class Evil:

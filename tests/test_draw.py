@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import sys
 from unittest.mock import Mock, call
 
@@ -21,21 +22,18 @@ def test_mean_attention_distance_against_loops():
     torch.nn.init.normal_(model.blocks[1].attn.qkv.weight, std=0.2)
     to_patches, means = draw.attention_of(model, images)
     x = model.prepend_cls(model.embed(images))
-    x = model.blocks[1].norm1(model.blocks[0](x))
-    attn, heads = model.blocks[1].attn, 4
-    weights = draw.attention_weights(attn, x).detach()
-    values = attn.qkv(x).reshape(2, 7, 3, 4, 32).permute(2, 0, 3, 1, 4)[2]
-    out = attn.proj((weights @ values).transpose(1, 2).reshape(2, 7, 128))
-    torch.testing.assert_close(out, attn(x), rtol=1e-4, atol=1e-5)
+    x, attn = model.blocks[1].norm1(model.blocks[0](x)), model.blocks[1].attn
+    q, k, _ = attn.qkv(x).reshape(2, 7, 3, 4, 32).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.mT / 32**0.5).softmax(-1)
+    torch.testing.assert_close(draw.attention_weights(attn, x), weights)
     places = [(8 * i, 8 * j) for i in range(2) for j in range(3)]
-    for head in range(heads):
+    for head in range(4):
         total = 0.0
-        for image in range(2):
-            for q, here in enumerate(places):
-                row = weights[image, head, 1 + q, 1:]
-                row = row / row.sum()
-                total += sum(float(row[k]) * math.dist(here, there) for k, there in enumerate(places))
-        assert float(means[1, head]) == pytest.approx(total / (2 * len(places)), rel=1e-4)
+        for rows in weights[:, head, 1:, 1:].tolist():
+            for here, row in zip(places, rows, strict=True):
+                distances = [math.dist(here, there) for there in places]
+                total += sum(map(operator.mul, row, distances)) / sum(row)
+        assert float(means[1, head]) == pytest.approx(total / 12, rel=1e-4)
     torch.testing.assert_close(to_patches[1], weights[:, :, 0, 1:].mean(1))
 
 

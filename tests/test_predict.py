@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import run_script
 from PIL import Image
+from torchvision.models import resnet50
 from torture import log
 
 from backbones import make_classifier
 from common import UserError, parse_config
 from finetune import Config, presets
-from predict import load_finished
+from predict import load_finished, open_evaluated
 from shapes import Shapes
 
 
@@ -71,64 +72,50 @@ def test_evaluate_gives_the_scores_of_the_training_and_predict_the_same_answers(
 def test_predict_takes_an_image_and_a_list_and_names_what_it_cannot_read(photos):
     good = sorted((photos / "photos").rglob("*.png"))[:3]
     (photos / "broken.jpg").write_bytes(b"x")
-    names = [str(path.relative_to(photos)) for path in good]
-    (photos / "list.txt").write_text("\n".join([*names, "broken.jpg"]))
+    (photos / "list.txt").write_text("\n".join(map(str, [*good, "broken.jpg"])))
+    encoder = torch.load(photos / "runs/finetune/best.pth")
+    encoder["model"] = {name: x for name, x in encoder["model"].items() if not name.startswith("head.")}
+    torch.save(encoder, photos / "encoder.pth")
     command = "finetune.py --weights runs/finetune/best.pth --predict"
     go(photos, f"{command} {good[0]} --out one.csv")
     output = go(photos, f"{command} list.txt --out list.csv")
     assert "unreadable: broken.jpg" in output and "left out: 1" in output
     one, several = table(photos / "one.csv"), table(photos / "list.csv")
     assert len(several) == 3 and list(one[0].values())[1:3] == list(several[0].values())[1:3]
-    assert "new file" in go(photos, f"{command} list.txt --out list.csv", expect=2)
-    assert "can be read" in go(photos, f"{command} broken.jpg --out none.csv", expect=2)
-    encoder = save_encoder(photos)
-    assert "no classifier" in go(photos, f"{command} list.txt --weights {encoder} --out x.csv", expect=2)
-
-
-def save_encoder(folder):
-    content = torch.load(folder / "runs/finetune/best.pth")
-    content["model"] = {name: x for name, x in content["model"].items() if not name.startswith("head.")}
-    torch.save(content, folder / "encoder.pth")
-    return folder / "encoder.pth"
+    for more, words in (("list.txt --out list.csv", "new file"), ("broken.jpg --out none.csv", "can be read"),
+                        ("list.txt --weights encoder.pth --out x.csv", "no classifier")):
+        assert words in go(photos, f"{command} {more}", expect=2)
 
 
 @pytest.mark.parametrize("kind", ["official", "token", "resnet", "probe"])
 def test_classifiers_of_other_code_give_their_own_answers(kind, tmp_path):
-    images = torch.randn(2, 3, 64, 64)
+    meta = {}
     if kind == "resnet":
-        from torchvision.models import resnet50
-
         theirs = resnet50(num_classes=7)
-        torch.save(theirs.state_dict(), tmp_path / "a.pth")
     elif kind == "probe":
         flags = "--mode linear --weights none --model tiny --img_size 64"
-        cfg = parse_config(Config, presets, flags.split())
-        theirs = make_classifier(cfg, 7)
+        theirs = make_classifier(parse_config(Config, presets, flags.split()), 7)
         theirs.head[0].running_mean.normal_()
-        content = {"model": theirs.state_dict(), "meta": {
-            "method": "finetune", "model": "tiny", "patch_size": 16, "img_size": (64, 64), "pool": "cls",
-            "in_chans": 3, "classes": list("abcdefg")}}
-        torch.save(content, tmp_path / "a.pth")
+        meta = {"method": "finetune", "model": "tiny", "patch_size": 16, "img_size": (64, 64), "pool": "cls",
+                "in_chans": 3, "classes": list("abcdefg")}
     else:
         timm = pytest.importorskip("timm")
         how = {"global_pool": "avg", "fc_norm": True} if kind == "official" else {"global_pool": "token"}
         theirs = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=64, **how)
         torch.nn.init.normal_(theirs.head.weight)
-        content = {"model": theirs.state_dict()} if kind == "official" else theirs.state_dict()
-        torch.save(content, tmp_path / "a.pth")
+    wrapped = {"model": theirs.state_dict()} | ({"meta": meta} if meta else {})
+    torch.save(wrapped if kind in ("official", "probe") else theirs.state_dict(), tmp_path / "a.pth")
     flags = ["--mode", "evaluate", "--weights", str(tmp_path / "a.pth"), "--img_size", "64"]
-    cfg = parse_config(Config, presets, flags)
-    ours, classes, named = load_finished(cfg)
+    ours, classes, named = load_finished(parse_config(Config, presets, flags))
     assert len(classes) == 7 and named == (kind == "probe")
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=1e-4, atol=1e-4)
 
 
-def test_classes_that_do_not_fit_are_refused(photos, tmp_path):
-    from predict import open_evaluated
-
-    cfg = parse_config(Config, presets, f"--mode evaluate --weights {photos}/runs/finetune/best.pth "
-                       f"--data {photos}/photos".split())
+def test_classes_that_do_not_fit_are_refused(photos):
+    flags = f"--mode evaluate --weights {photos}/runs/finetune/best.pth --data {photos}/photos"
+    cfg = parse_config(Config, presets, flags.split())
     with pytest.raises(UserError, match="has 10; --data .* has 6"):
         open_evaluated(cfg, [str(i) for i in range(10)], named=False)
     with pytest.raises(UserError, match="is no class of"):

@@ -119,7 +119,6 @@ def test_what_wins_flag_file_demo_or_recipe(tmp_path):
     ("--mode linear --augment none --mixup 1", "keeps only features"),
     ("--recipe mff --lr 1 --base_lr 1", "give one of them"),
     ("--mixup -1", "--mixup"),
-    ("--in_chans 5", "--augment crop"),
     ("--mode knn --resume", "nothing to resume"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(flags, words, capsys):

@@ -1,18 +1,16 @@
-"""vision_electra_simmim.py: SimMIM against timm's blocks, verdicts against loops, who learns what, starts."""
+"""vision_electra_simmim.py: SimMIM against timm's blocks, verdicts against loops, starts."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import losses, run_script
 from test_beit import file_of_simmim, theirs  # noqa: F401  (fixtures)
-from test_vision_electra import bce, gradients
+from test_vision_electra import bce, start
 from torchvision.models import SwinTransformer
 
 import beit
 import common
-import mae_mff
 import swin
 import vision_electra
 import vision_electra_simmim as script
@@ -31,15 +29,6 @@ def build(n=3, **values):
         head.weight.data.normal_(0, 0.3)
         head.bias.data.normal_(0, 0.3)
     return model, torch.randn(n, cfg.in_chans, *cfg.img_size), torch.rand(n, math.prod(model.grid))
-
-
-def start(tmp_path, content, *fields, **values):
-    """A model that starts from a file with this content, given to these fields."""
-    torch.save(content, tmp_path / "file.pth")
-    cfg = Config(**SMALL | values | dict.fromkeys(fields, str(tmp_path / "file.pth")))
-    model = SimMIMElectra(cfg)
-    script.load_initial(model, cfg)
-    return model
 
 
 # ---- generator
@@ -73,16 +62,6 @@ def test_the_generator_is_simmim(theirs, file_of_simmim):  # noqa: F811
     torch.testing.assert_close(common.unpatchify(found, 16, (2, 2)), pred, atol=1e-4, rtol=1e-4)
 
 
-def test_hidden_pixels_change_nothing_and_noise_only_what_is_predicted():
-    model, images, noise = build(discriminator="none", noise=0.0)
-    pred, mask, diversity = model.generate(images, noise)
-    hidden = common.patches_to_pixels(mask[..., None], 8, model.grid)
-    torch.testing.assert_close(model.generate(images + 9 * hidden, noise)[0], pred)
-    assert not torch.allclose(model.generate(images + 9 * (1 - hidden), noise)[0], pred, atol=1e-2)
-    model.cfg.noise = 0.1
-    assert diversity < 1e-6 < model.generate(images, noise)[2]
-
-
 # ---- discriminators
 
 
@@ -109,11 +88,10 @@ def test_verdicts_are_of_cells():
 
 @pytest.mark.parametrize("discriminator", ["vit", "swin"])
 def test_losses_against_loops(discriminator):
-    """vision_electra.py's, with an L1 reconstruction, on cells; every parameter learns."""
+    """vision_electra.py's, with an L1 reconstruction, on cells."""
     model, images, noise = build(discriminator=discriminator)
     torch.manual_seed(7)
-    loss, terms = model(images, noise, 0.2)
-    assert None not in gradients(model, loss).values()
+    _, terms = model(images, noise, 0.2)
     torch.manual_seed(7)
     with torch.no_grad():
         pred, mask, _ = model.generate(images, noise)
@@ -132,7 +110,7 @@ def test_losses_against_loops(discriminator):
     assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
-# ---- starts, runs, wrong input
+# ---- starts
 
 
 def test_networks_start_from_every_sort_of_file(tmp_path, theirs, file_of_simmim, capsys):  # noqa: F811
@@ -144,48 +122,17 @@ def test_networks_start_from_every_sort_of_file(tmp_path, theirs, file_of_simmim
     assert capsys.readouterr().out.count("4x4 -> 6x4, bicubic") == 2
     for network in (model.generator, model.discriminator):
         assert torch.equal(network.blocks[2].attn.qkv.weight, theirs.blocks[2].attn.qkv.weight)
-    both, _, _ = build()
+    both, small = build()[0], SMALL | {"script": script, "network": SimMIMElectra}
     names = {name: f"discriminator.{name}" for name in both.discriminator.trunk_state()}
     last = {"model": both.state_dict(), "encoder": names, "method": "vision_electra_simmim"}
-    model = start(tmp_path, last, *Config.start_from)
+    model = start(tmp_path, last, *Config.start_from, **small)
     assert all(torch.equal(value, both.state_dict()[name]) for name, value in model.state_dict().items())
     encoder = {"model": both.discriminator.trunk_state(), "meta": {"method": "vision_electra_simmim"}}
-    model = start(tmp_path, encoder, *Config.start_from)
+    model = start(tmp_path, encoder, *Config.start_from, **small)
     for network in (model.generator, model.discriminator):
         assert torch.equal(network.norm.weight, both.discriminator.norm.weight)
     width, depths, counts = swin.SIZES["nano"]
     official = SwinTransformer([1, 1], width, list(depths), list(counts), [2, 2]).state_dict()
-    model = start(tmp_path, official, "discriminator_init", discriminator="swin")
+    model = start(tmp_path, official, "discriminator_init", discriminator="swin", **small)
     trunk = model.discriminator.trunk_state()
     assert all(torch.equal(value, official[name]) for name, value in trunk.items())
-
-
-@pytest.mark.parametrize("field, discriminator", [("generator_init", "vit"), ("discriminator_init", "swin")])
-def test_a_file_of_another_network_is_refused(tmp_path, field, discriminator):
-    mae = mae_mff.MaskedAutoencoder(mae_mff.Config(model="nano", img_size=(32, 32), patch_size=4))
-    with pytest.raises(common.UserError, match="does not fit"):
-        start(tmp_path, {"model": mae.state_dict()}, field, discriminator=discriminator)
-
-
-@pytest.mark.parametrize("discriminator", ["vit", "swin"])
-def test_a_demo_in_two_processes_is_the_same(small_npz, tmp_path, discriminator):
-    """Two processes accumulate. No noise, as that differs by process."""
-    command = ["vision_electra_simmim.py", "--demo", "--data", small_npz, "--amp", "off", "--workers", 0,
-               "--log_every", 1, "--batch_size", 20, "--epochs", 0.2, "--noise", 0, "--pictures", 0,
-               "--generator_warmup_epochs", 0.1, "--save_minutes", 0, "--resume", "--discriminator",
-               discriminator, "--out"]
-    output = run_script([*command, "whole"], tmp_path)
-    assert "whole/warmstart/last.pth: 57/57 tensors loaded" in output
-    loaded = "whole/warmstart/encoder.pth: 54/58 tensors loaded; missing: heads" in output
-    assert loaded == (discriminator == "vit")
-    run_script([*command, "two", "--micro_batch", 5], tmp_path, processes=2)
-    for folder in ("", "warmstart"):
-        one, two = (losses(tmp_path / name / folder) for name in ("whole", "two"))
-        assert one == pytest.approx(two, rel=1e-4) and len(one) >= 2
-    encoder = torch.load(tmp_path / "whole/encoder.pth", weights_only=True)
-    if discriminator == "vit":
-        assert encoder["meta"]["model"] == "beit_nano"
-        beit.RelPosViT("nano", (32, 32), 4).load_state_dict(encoder["model"])  # strict
-    else:
-        assert (encoder["meta"]["model"], encoder["meta"]["patch_size"]) == ("swin_nano", 1)
-        swin.Swin("nano", 1, encoder["meta"]["swin_window"]).load_state_dict(encoder["model"])
