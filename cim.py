@@ -408,6 +408,13 @@ def save_pictures(path, model, examples, run):
     save_image_grid(path, list(zip(*columns.values(), strict=True)), list(columns), caption)
 
 
+def load_enhancer(model, cfg):
+    """--init"""
+    if cfg.init:
+        ignore = ("head.", "fc_norm.", "fc.", "decoder", "mask_token")
+        load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=ignore)
+
+
 def load_generator(generator, cfg, tokenizer):
     """--generator_init; UserError if it predicts another tokenizer's tokens."""
     content = read_file(cfg.generator_init)
@@ -424,9 +431,7 @@ def train(cfg, run):
     model = CorruptedImageModel(cfg, BEiTGenerator(cfg, vocab_size))
     # Past nn.Module's __setattr__: a submodule would be saved, trained and synchronised; this one is frozen.
     model.__dict__["tokenizer"] = tokenizer
-    if cfg.init:
-        ignore = ("head.", "fc_norm.", "fc.", "decoder", "mask_token")
-        load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=ignore)
+    load_enhancer(model, cfg)
     if cfg.generator_init:
         load_generator(model.generator, cfg, tokenizer)
     sample_noise = functools.partial(torch.rand, math.prod(cfg.grid))

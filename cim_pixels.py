@@ -1,10 +1,11 @@
 """CIM whose generator has no tokens: an MAE that paints pixels, or random erasing.
 
 Extends cim.py, whose enhancers, target, update and pictures it uses; read that first. Both generators are
-ablations of the same paper, and worse there. MAE: He et al., CVPR 2022, arXiv 2111.06377.
+ablations of the same paper, and worse there. The MAE (He et al., CVPR 2022, arXiv 2111.06377) is the
+generator of vision_electra.py.
 
-Idea. The enhancer restores the pixels of the true image, whatever has corrupted it. An MAE that is trained
-beside it may paint the hidden patches, or noise may cover half of the image. Neither needs a tokenizer, and
+Idea. The enhancer restores the pixels of the true image, whatever has corrupted it. An MAE, trained
+together with it, paints the hidden patches, or noise covers half of the image. Neither needs a tokenizer, and
 neither serves RevDet.
 
 Data flow, in the order of the code (source, then name and shape in the code)
@@ -36,20 +37,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from cim import CorruptedImageModel, pixel_statistics, save_pictures, train_step
+from cim import CorruptedImageModel, load_enhancer, pixel_statistics, save_pictures, train_step
 from cim import presets as presets_of_cim
 from common import (
     VIT_SIZES,
-    Block,
     Normalize,
     RandomResizedCrop,
     RunConfig,
     UserError,
-    ViT,
     adamw,
-    gather_tokens,
     launch,
     load_weights,
     open_data,
@@ -58,14 +55,10 @@ from common import (
     patchify,
     read_file,
     set_lr,
-    sincos_pos_embed,
     unpatchify,
     warmup_cosine,
 )
-
-# Width, blocks and heads: MAE sec. 4.1 from base on, the MFF authors' code for small, the others ours.
-DECODERS = {"nano": (128, 1, 4), "tiny": (192, 4, 6), "small": (384, 8, 12)}
-DECODERS |= dict.fromkeys(("base", "large", "huge"), (512, 8, 16))
+from vision_electra import Generator, masked_mse
 
 
 @dataclass
@@ -132,48 +125,22 @@ def presets(flags):
 # ---- an MAE that paints ------------------------------------------------------------------------------------
 
 
-class MAEGenerator(ViT):
-    """MAE, with its names and decoder: raw pixels from visible patches."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
-        self.blocks = self.blocks[: cfg.generator_depth]
-        width, depth, heads = DECODERS[cfg.model]
-        self.decoder_embed = nn.Linear(self.embed_dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(width, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder_pred = nn.Linear(width, cfg.patch_size**2 * cfg.in_chans)
-        self.init_weights()
-
-    def forward(self, images, order, n):
-        """order (B, L): positions, the n hidden ones first -> predicted patches (B, L, p*p*C)"""
-        x = self.prepend_cls(gather_tokens(self.embed(images), order[:, n:]))
-        for block in self.blocks:
-            x = block(x)
-        x = self.decoder_embed(self.norm(x))
-        hidden = self.mask_token.to(x.dtype).expand(len(x), n, -1)
-        patches = gather_tokens(torch.cat([hidden, x[:, 1:]], 1), order.argsort(1))
-        x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, 1:]))
-
-
 class PaintedImages(CorruptedImageModel):
     """Its generator is an MAE."""
 
     def __init__(self, cfg):
-        super().__init__(cfg, MAEGenerator(cfg))
+        generator = Generator(cfg)
+        generator.blocks = generator.blocks[: cfg.generator_depth]
+        super().__init__(cfg, generator)
 
     def corrupt(self, pixels, noise, k):
         """The k smallest of noise (B, L) are hidden, always as many. Returns what cim.py's `corrupt` does."""
         images, n, p = self.normalize(pixels), self.cfg.num_masked[0], self.cfg.patch_size
         order = noise.argsort(1)
         mask = order.argsort(1) < n
-        pred = self.generator(images, order, n).float()
-        loss = (((pred - patchify(images, p)) ** 2).mean(-1) * mask).sum() / mask.sum()
+        latent, ids_restore = self.generator.encode(images, order[:, n:]), order.roll(-n, 1).argsort(1)
+        pred = self.generator.decode(latent, ids_restore).float()
+        loss = masked_mse(pred, patchify(images, p), mask)
         colours = self.pixel_mean + self.pixel_std * unpatchify(pred.detach(), p, self.cfg.grid)
         sampled = (colours + self.cfg.rgb_std * torch.randn_like(colours)).clamp(0, 1)
         corrupted = torch.where(self.image_of(mask) > 0, sampled, pixels)
@@ -201,7 +168,7 @@ class ErasedImages(CorruptedImageModel):
     """The enhancer alone."""
 
     def __init__(self, cfg):
-        super().__init__(cfg, nn.Identity())  # in place of a generator: never called
+        super().__init__(cfg, None)
 
     def image_of(self, mask):
         return mask.float()
@@ -229,9 +196,7 @@ class ErasedImages(CorruptedImageModel):
 
 def load_initial(model, cfg):
     """--init and --generator_init; UserError if that is not known to predict raw pixels."""
-    if cfg.init:
-        ignore = ("head.", "fc_norm.", "fc.", "decoder", "mask_token")
-        load_weights(model.enhancer, cfg.init, allow_missing=("head.",), ignore=ignore)
+    load_enhancer(model, cfg)
     if path := cfg.generator_init:
         content = read_file(path)
         target = cfg.generator_target or content.get("config", {}).get("target")  # that of mae_mff.py

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -70,6 +69,16 @@ def test_the_checkpoint_of_a_passs_end_keeps_the_values_not_yet_logged(unbroken,
     every = losses(unbroken / "mae_mff.py")
     means = [sum(every[i : i + 3]) / len(every[i : i + 3]) for i in range(0, 20, 3)]
     assert losses(tmp_path / "run") == pytest.approx(means)
+
+
+def test_signals_save_and_end_with_0(unbroken, small_npz, tmp_path):
+    shutil.copytree(unbroken / "mae_mff.py@8", tmp_path / "run")
+    command = [*MAE, "--data", small_npz, "--out", "run", "--save_minutes", 10, "--resume"]
+    for step, name in ((8, "TERM"), (9, "INT"), (10, "HUP"), (11, "XCPU"), (12, "USR1")):
+        stop = f"os.kill(os.getpid(), signal.SIG{name})"
+        attack = sabotaged(tmp_path, command, "Run.seed", stop, f"self.step == {step}")
+        assert f"stopped after step {step + 1} of 20" in run_script(attack, tmp_path)
+    assert_same_run(unbroken / "mae_mff.py@13", tmp_path / "run")
 
 
 def test_resnet_resumes_with_its_statistics_on_as_many_processes(small_npz, tmp_path):
@@ -257,15 +266,15 @@ def test_a_run_outlives_its_terminal_and_its_log(unbroken, almost, tmp_path):
     assert "log.jsonl lacks step 20" in output and read(tmp_path / "run/last.pth")["step"] == 20
 
 
-def test_signals_ask_a_run_to_stop_but_one_that_nohup_ignores(monkeypatch):
-    handlers = {signal.SIGHUP: signal.SIG_IGN}
-    monkeypatch.setattr(signal, "getsignal", handlers.get)
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGXCPU):
-        run = SimpleNamespace(stop_requested=False)
-        common.Run.catch_signals(run)
-        handlers[number](number, None)
-        assert run.stop_requested and handlers[signal.SIGHUP] == signal.SIG_IGN
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = {number: signal.getsignal(number) for number in common.STOP_SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        common.Run.catch_signals(None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_foreign_lines_of_the_log_stay_and_torn_ones_go(almost, tmp_path):
@@ -276,6 +285,18 @@ def test_foreign_lines_of_the_log_stay_and_torn_ones_go(almost, tmp_path):
     run_script(almost, tmp_path)
     lines = path.read_bytes().splitlines()
     assert lines[: len(own) + 5] == own + foreign and len(lines) == 20 + 5
+
+
+@pytest.mark.parametrize("given", [{"RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "5"}, {"RANK": "one"}])
+def test_an_environment_set_in_part_is_refused(monkeypatch, given):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    if len(given) == 2:
+        given = given | {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(common.UserError, match="RANK="):
+        common.read_environment()
 
 
 # ---- processes

@@ -34,7 +34,7 @@ IMPORTS = {
     "vqgan": {"common"},
     "convert_dalle": {"common", "vqgan"},
     "cim": {"common", "convert_dalle"},
-    "cim_pixels": {"cim", "common"},
+    "cim_pixels": {"cim", "common", "vision_electra"},
     "augment": {"common"},
     "evaluate": {"common"},
     "backbones": {"beit", "common", "revcol_v2", "swin"},

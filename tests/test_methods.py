@@ -86,8 +86,8 @@ def test_all_that_learns_gets_a_gradient(script, values):
             assert (p.grad is None) if frozen else p.grad.any(), name
         assert loss == terms["loss"]
         assert all(torch.isfinite(value) and not value.requires_grad for value in terms.values())
-    beside = {"mff_feature": "teacher", "ddae_beitv2": "tokenizer"}.get(script)
-    assert not beside or not any(name.startswith(beside) for name in model.state_dict())
+    unsaved = {"mff_feature": "teacher", "ddae_beitv2": "tokenizer"}.get(script)
+    assert not unsaved or not any(name.startswith(unsaved) for name in model.state_dict())
 
 
 PREDICTIONS = dict.fromkeys(BUILD, lambda model, *x: model.predict(*x)[0])

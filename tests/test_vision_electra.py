@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import killed, losses, run_script, stopped
-from torchvision.transforms.v2.functional import gaussian_blur
 from torture import log, same
 
 import beit
@@ -137,9 +136,12 @@ def test_the_discriminator_sees_blurred_images():
     sharp, images, _ = build()
     blurred, *_ = build(blur=0.8)
     blurred.load_state_dict(sharp.state_dict())
-    smooth = gaussian_blur(images, [5, 5], [0.8, 0.8])
+    weights = [math.exp(-0.5 * (i / 0.8) ** 2) for i in range(-2, 3)]
+    kernel = torch.tensor(weights) / sum(weights)
+    padded = F.pad(images, (2,) * 4, mode="reflect").unfold(2, 5, 1).unfold(3, 5, 1)
+    smooth = torch.einsum("bchwij,i,j->bchw", padded, kernel, kernel)
     for level, verdict in sharp.discriminator(smooth).items():
-        torch.testing.assert_close(blurred.discriminator(images)[level], verdict)
+        torch.testing.assert_close(blurred.discriminator(images)[level], verdict, rtol=1e-3, atol=1e-4)
 
 
 def test_a_generator_that_waits_and_one_that_learns_slowly(small_npz, tmp_path):
