@@ -3,10 +3,12 @@ small run disagrees with it, what do runs say?
 
     python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2 --table docs/READINGS.md \\
         --only ddae_readings,ve_readings,cim_readings
+    python benchmarks/replicate.py --data tiny.npz --scale tiny_imagenet --jobs 12 --only twelve,twelve_more
 """
 
 CONTINUED = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
 TOKENS = {"--tokenizer": "tokenizer/tokenizer.pth"}
+LONGER = {"--generator_init": "raw_on/last.pth", "--discriminator_init": "raw_on/encoder.pth"}
 FROM_MAE = {"--init": "mae/encoder.pth"}
 FEW = "{cim} --no-share --data {few} --epochs 60 --warmup_epochs 6"
 # name: (flags, what it starts from). {x}: the flags of replicate.py's arms; {slow30}: MAE's rate over 30;
@@ -36,6 +38,9 @@ ARMS = {
                  CONTINUED),
     "ve_30": ("vision_electra.py --base_lr {slow30} --gan_ratio 0.1", CONTINUED),
     "ve_100": ("vision_electra.py --base_lr {slow100} --gan_ratio 0.1", CONTINUED),
+    "ve_r1": ("benchmarks/ve_r1.py {ve} --gan_ratio 0.1", CONTINUED),
+    "ve_long": ("vision_electra.py {ve} --gan_ratio 0.1", LONGER),
+    "raw_long": ("mae_mff.py {raw}", {"--init": "raw_on/last.pth"}),
     "respix_alone": ("cim.py {cim} --no-share", TOKENS),
     "respix_alone_argmax": ("cim.py {cim} --no-share --sampling argmax", TOKENS),
     "respix_alone_uniform": ("cim.py {cim} --no-share --sampling uniform", TOKENS),
@@ -50,6 +55,7 @@ WATCHED = ("mse", "beta/4", "target/constant", "reconstruction_loss", "image_acc
            "image_accuracy_fake", "patch_accuracy_fake", "gan_weight", "generator_accuracy", "enhancer_loss",
            "revdet_auc", "revdet_gain")
 PROBES, BOTH = ("linear", "linear_mean"), ("finetune", "linear")
+ALL = ("finetune", "share_1", *PROBES)
 CLAIMS = [  # group, words, where it is asked, first, second, read-outs
     *(("ddae_readings", words, source, f"ddae_{name}", "ddae", PROBES) for name, words, source in (
         ("beta-1", "beta fixed at -1 beats a learned one", "DDAE, table 7"),
@@ -93,4 +99,22 @@ CLAIMS = [  # group, words, where it is asked, first, second, read-outs
     ("cim_readings", "windows per channel beat joint ones", "open", "respix_channels", "respix", BOTH),
     ("cim_readings", "RevDet of uniform tokens beats that of sampled ones", "a check", "revdet_uniform",
      "revdet", BOTH),
+    *(("twelve", *claim, ALL) for claim in (
+        ("MFF beats MAE", "MFF's main claim", "mff", "mae"),
+        ("PixMIM's target and crop beat MAE's", "PixMIM's main claim", "pixmim", "mae"),
+        ("DDAE with random masks beats MAE", "DDAE, abstract", "ddae_random", "mae"),
+        ("DDAE with its own masks beats MAE", "DDAE, abstract", "ddae", "mae"),
+        ("DDS with random masks beats MAE", "DDAE, table 2", "dds_random", "mae"),
+        ("VE, gradient ratio .1: beats MAE going on", "VE, abstract", "ve_ratio.1", "raw_on"))),
+    ("twelve", "MAE beats random weights", "", "mae", "scratch", ("finetune",)),
+    *(("twelve_more", *claim, ALL) for claim in (
+        ("VE, a weight of 0.2: beats MAE going on", "VE, abstract", "ve", "raw_on"),
+        ("RevDet beats ResPix", "CIM, table 1: equal", "revdet", "respix"),
+        ("sampling beats argmax", "CIM, table 7", "respix", "respix_argmax"),
+        ("VE, ratio .1, from twice the updates of MAE: beats it going on", "ours", "ve_long", "raw_long"),
+        ("VE, ratio .1, R1 penalty: beats ratio .1 alone", "ours", "ve_r1", "ve_ratio.1"),
+        ("deep supervision with random masks beats MAE", "DDAE, table 3", "ds_random", "mae"),
+        ("the target without its image's mean is better", "ours", "ddae_instance", "ddae"))),
+    *(("twelve_more", f"{words} beats random weights", "CIM, table 1: +1.0", first, "scratch", ("finetune",))
+      for words, first in (("ResPix", "respix"), ("RevDet", "revdet"))),
 ]

@@ -7,7 +7,7 @@ of ImageNet need not hold after some minutes of CIFAR-10.
 
     python benchmarks/replicate.py --data cifar10.npz                          ViT-Tiny, 2,150 updates; GPU
     python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2   ViT-nano, 500 updates; CPU
-    python benchmarks/replicate.py --data tiny.npz --scale tiny_imagenet       ViT-Tiny, 4,000 updates; 64 px
+    python benchmarks/replicate.py --data tiny.npz --scale tiny_imagenet --only twelve  ViT-Tiny, 64 px; GPU
     python benchmarks/replicate.py --data tiny.npz --scale photographs --only shares  top-1 by share of labels
 
 `--data` is an .npz of images, 32 or 64 px square, with labels and `split`; CIFAR-10 as one:
@@ -54,8 +54,9 @@ SCALES = {
              "revcol": "1.5e-3", "cim": "2e-3",
              "images": 50_000, "tune_epochs": 5},
     "tiny_imagenet": {"model": "tiny", "updates": 4000, "batch": 128, "mae": "3e-3", "ve": "1e-3",
-                      "revcol": "3e-3", "cim": "2e-3", "images": 20_000, "tune_epochs": 5, "img_size": 64,
-                      "patch_size": 8, "resnet": "--img_size 64 --patch_size 16"},
+                      "revcol": "3e-3", "cim": "2e-3", "images": 100_000, "tune_epochs": 1,
+                      "tune_updates": 600, "img_size": 64, "patch_size": 8,
+                      "resnet": "--img_size 64 --patch_size 16"},
     "photographs": {"model": "nano", "updates": 2000, "batch": 128, "mae": "4e-3", "ve": "1e-3",
                     "revcol": "4e-3", "cim": "2e-3", "images": 100_000, "tune_epochs": 1,
                     "tune_updates": 600, "img_size": 64, "patch_size": 8,
@@ -100,7 +101,7 @@ def arms(scale):
     continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
     own = {"mae": f"{mae} {fused}", "ddae": ddae, "dds": f"{ddae} {steps}", "ve": ve, "cim": cim,
            "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100,
-           "half": "{half}", "few": "{few}", "window": scale.get("patch_size", 4) // 2}
+           "raw": raw, "half": "{half}", "few": "{few}", "window": scale.get("patch_size", 4) // 2}
     more = {name: Arm(*words.format(**own).split(" ", 1), start)
             for name, (words, start) in readings.ARMS.items()}
     return more | {
@@ -245,8 +246,9 @@ class Bench:
             folder.mkdir(parents=True, exist_ok=True)
             words = [sys.executable, ROOT / command[0], *command[1:], "--out", folder / "run", "--resume"]
             threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
+            words += ["--workers", threads]
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            commit = git_commit()
+            commit = f"{git_commit()} with torch {torch.__version__} on {machine()}"
             with open(folder / "output.txt", "ab") as file:
                 words = [str(word) for word in words]
                 code = subprocess.run(words, stdout=file, stderr=file, env=environment).returncode
@@ -334,6 +336,10 @@ def git_commit():
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
+def machine():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, no GPU"
+
+
 def read_logs(folder):
     """What write_logs wrote: {run: its lines}."""
     runs = collections.defaultdict(list)
@@ -384,20 +390,19 @@ def table(bench):
         spreads[way], freedom = pooled_spread(results, way)
         # of one run's interval
         widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan
-    how = (f"fine-tuned for {scale['tune_epochs']} passes (layer decay 0.75; random weights 1), and by a "
-           "linear probe on frozen features (class token; RevColV2: mean)")
-    if all(way in SHARES for way in shown):
-        how = (f"fine-tuned on a share of them for {scale['tune_updates']} updates of 64 (layer decay 0.75; "
-               "random weights 1)")
+    probed = "by a linear probe on frozen features (class token; RevColV2: mean)"
+    passes, updates = f"for {scale['tune_epochs']} passes", f"{scale.get('tune_updates')} updates of 64"
+    tuned = [passes] if "finetune" in shown else []
+    tuned += [f"on a share of them for {updates}"] if set(SHARES) & set(shown) else []
+    how = f"fine-tuned {' or '.join(tuned)} (layer decay 0.75; random weights 1)"
+    how += f", and {probed}" if "linear" in shown else ""
     lines = [
         f"`python benchmarks/replicate.py --data {bench.data.name} --scale {bench.args.scale}`: size "
         f"{scale['model']}, patches of {scale.get('patch_size', 4)} px, {scale['updates']} updates of "
         f"{scale['batch']} images "
         f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: {how}. Top-1 on the "
         f"test images in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. Runs of "
-        f"commit {', '.join(sorted(commits))}, table of {git_commit()}; torch {torch.__version__}, "
-        f"{os.cpu_count()} cores, "
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}.", "",
+        f"commit {', '.join(sorted(commits))}; table of {git_commit()}.", "",
         "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over "
         f"all runs ({', '.join(f'{HEADS[way]} {spreads[way]:.2f}' for way in shown)} points; nan: one seed); "
         "expect about 5 % false positives. *Within noise*: the interval contains 0. A claim of no difference "
@@ -460,8 +465,8 @@ def main():
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
                         default=[0, 1, 2])
-    parser.add_argument("--only", help=f"groups of claims (default {PAPERS}; also "
-                        "ddae_readings,cim_readings,ve_readings: readings.py; shares; layout)")
+    parser.add_argument("--only", help=f"groups of claims (default {PAPERS}; also shares; layout; and "
+                        "ddae_readings,cim_readings,ve_readings,twelve,twelve_more: readings.py)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
     parser.add_argument("--out", type=Path, help="default runs/replicate_SCALE")
@@ -479,11 +484,18 @@ def main():
     for claim in CLAIMS:
         for name in (claim.first, claim.second) if claim.group in wanted and not args.no_runs else ():
             ways[name] |= dict.fromkeys(claim.ways)
+    order = [(name, seed) for group in wanted for seed in args.seeds for claim in CLAIMS
+             for name in (claim.first, claim.second) if claim.group == group and name in ways]
     with ThreadPoolExecutor(args.jobs) as pool:  # seed by seed, so that a table of one seed is there early
-        jobs = [pool.submit(bench.read_out, name, seed, ways[name]) for seed in args.seeds for name in ways]
+        jobs = [pool.submit(bench.read_out, *run, ways[run[0]]) for run in dict.fromkeys(order)]
+        failed = []
         try:
             for job in jobs:
-                job.result()
+                try:
+                    job.result()
+                except RuntimeError as error:  # the others may go on
+                    failed.append(str(error))
+                    print(error, flush=True)
                 write_table(table(bench), args.table)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -492,6 +504,8 @@ def main():
     text = table(bench)
     write_table(text, args.table)
     print(text)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(jobs)} read-outs failed, see above")
 
 
 if __name__ == "__main__":
