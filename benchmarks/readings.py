@@ -11,8 +11,9 @@ TOKENS = {"--tokenizer": "tokenizer/tokenizer.pth"}
 LONGER = {"--generator_init": "raw_on/last.pth", "--discriminator_init": "raw_on/encoder.pth"}
 FROM_MAE = {"--init": "mae/encoder.pth"}
 FEW = "{cim} --no-share --data {few} --epochs 60 --warmup_epochs 6"
+UNSEEN = "{cim} --no-share --data {unseen} --epochs 1 --warmup_epochs 0 --lr 0 --min_lr 0"
 # name: (flags, what it starts from). {x}: the flags of replicate.py's arms; {slow30}: MAE's rate over 30;
-# {half}: passes of half the run; {few}: 2,000 of the images
+# {half}: passes of half the run; {few}, {unseen}: 2,000 of the images, 2,000 others
 ARMS = {
     "ddae_beta-1": ("ddae.py {ddae} --no-learn_beta --beta_init -1", {}),
     "ddae_beta-.5": ("ddae.py {ddae} --no-learn_beta --beta_init -0.5", {}),
@@ -48,6 +49,9 @@ ARMS = {
     "respix_channels": ("cim.py {cim} --window_per_channel", TOKENS),
     "respix_few": (f"cim.py {FEW}", TOKENS),
     "respix_few_argmax": (f"cim.py {FEW} --sampling argmax", TOKENS),
+    "respix_few_unseen": (f"benchmarks/cim_unseen.py {UNSEEN}", TOKENS | {"--init": "respix_few/last.pth"}),
+    "respix_few_argmax_unseen": (f"benchmarks/cim_unseen.py {UNSEEN} --sampling argmax",
+                                 TOKENS | {"--init": "respix_few_argmax/last.pth"}),
     "revdet_uniform": ("cim.py {cim} --objective revdet --sampling uniform", TOKENS),
 }
 # What the last lines of a training log say of how much was learned
@@ -82,7 +86,10 @@ CLAIMS = [  # group, words, where it is asked, first, second, read-outs
           ("blur", "no deceiving, both blurred"),
           ("waits", "ratio .1, the generator waits"),
           ("30", "ratio .1, MAE's rate / 30"),
-          ("100", "ratio .1, MAE's rate / 100"))),
+          ("100", "ratio .1, MAE's rate / 100"),
+          ("r1", "ratio .1, R1 penalty"))),
+    ("ve_readings", "ratio .1, from twice the updates of MAE: beats it going on", "VE, abstract", "ve_long",
+     "raw_long", PROBES),
     *(("ve_readings", f"{words}, layer decay 0.9: beats MAE going on", "VE, abstract", name, "raw_on",
        ("finetune_.9",))
       for name, words in (("ve", "a weight of 0.2"), ("ve_ratio.1", "gradient ratio .1"),
@@ -93,6 +100,8 @@ CLAIMS = [  # group, words, where it is asked, first, second, read-outs
      "respix_alone_uniform", BOTH),
     ("cim_readings", "2,000 images, 60 passes, nothing shared: sampling beats argmax", "CIM, table 7",
      "respix_few", "respix_few_argmax", BOTH),
+    ("cim_readings", "their losses on images they have not seen", "CIM, table 7",
+     "respix_few_unseen", "respix_few_argmax_unseen", ()),
     ("cim_readings", "sharing helps", "CIM, table 5", "respix", "respix_alone", BOTH),
     ("cim_readings", "a window of half a patch beats one of 8 px", "the paper: 8 of 16 px",
      "respix_half_window", "respix", BOTH),
@@ -105,6 +114,8 @@ CLAIMS = [  # group, words, where it is asked, first, second, read-outs
         ("DDAE with random masks beats MAE", "DDAE, abstract", "ddae_random", "mae"),
         ("DDAE with its own masks beats MAE", "DDAE, abstract", "ddae", "mae"),
         ("DDS with random masks beats MAE", "DDAE, table 2", "dds_random", "mae"),
+        ("self-distillation helps, with random masks", "DDAE, table 4", "ddae_random", "dds_random"),
+        ("random masks beat DDAE's own", "ours", "ddae_random", "ddae"),
         ("VE, gradient ratio .1: beats MAE going on", "VE, abstract", "ve_ratio.1", "raw_on"))),
     ("twelve", "MAE beats random weights", "", "mae", "scratch", ("finetune",)),
     *(("twelve_more", *claim, ALL) for claim in (

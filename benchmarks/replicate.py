@@ -101,7 +101,8 @@ def arms(scale):
     continued = {"--generator_init": "raw/last.pth", "--discriminator_init": "raw/encoder.pth"}
     own = {"mae": f"{mae} {fused}", "ddae": ddae, "dds": f"{ddae} {steps}", "ve": ve, "cim": cim,
            "slow30": 2 * float(scale["mae"]) / 30, "slow100": 2 * float(scale["mae"]) / 100,
-           "raw": raw, "half": "{half}", "few": "{few}", "window": scale.get("patch_size", 4) // 2}
+           "raw": raw, "half": "{half}", "few": "{few}", "unseen": "{unseen}",
+           "window": scale.get("patch_size", 4) // 2}
     more = {name: Arm(*words.format(**own).split(" ", 1), start)
             for name, (words, start) in readings.ARMS.items()}
     return more | {
@@ -246,7 +247,7 @@ class Bench:
             folder.mkdir(parents=True, exist_ok=True)
             words = [sys.executable, ROOT / command[0], *command[1:], "--out", folder / "run", "--resume"]
             threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
-            words += ["--workers", threads]
+            words += ["--workers", threads, "--log_every", max(20, self.scale["updates"] // 40)]
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             commit = f"{git_commit()} with torch {torch.__version__} on {machine()}"
             with open(folder / "output.txt", "ab") as file:
@@ -267,20 +268,21 @@ class Bench:
             other, file = file.split("/")
             start += [flag, self.pretrain(other, seed).with_name(file)]
         model = ["--model", scale["model"]] if name != "tokenizer" else []
-        few = self.part("few", evenly(self.train, 2000)) if "{few}" in arm.flags else None
+        parts = {"few": evenly(self.train, 2000), "unseen": evenly(self.train, 2000) + 1}
+        paths = {part: self.part(part, rows) for part, rows in parts.items() if f"{{{part}}}" in arm.flags}
         self.run(f"{name}/{seed}", [arm.script, "--data", self.data, *self.shape, *model, "--batch_size",
                                     scale["batch"],
                                     "--epochs", f"{self.epochs:.6g}", "--warmup_epochs",
                                     f"{self.epochs / 10:.6g}",
                                     "--pictures", 0, "--seed", seed, *start,
-                                    *arm.flags.format(half=f"{self.epochs / 2:.4g}", few=few).split()])
+                                    *arm.flags.format(half=f"{self.epochs / 2:.4g}", **paths).split()])
         return self.out / name / str(seed) / "run/encoder.pth"
 
     def read_out(self, name, seed, ways):
         """Pre-train one arm with one seed, unless that is done, and read it out."""
         flags = self.arms[name].flags.split()
         ways = [way for way in ways if f"{name}/{seed}_{way}" not in self.logs]
-        if not ways:
+        if not ways and f"{name}/{seed}" in self.logs:
             return
         if self.arms[name].script:
             size = flags[flags.index("--img_size"):][:2] if "--img_size" in flags else []
@@ -390,17 +392,17 @@ def table(bench):
         spreads[way], freedom = pooled_spread(results, way)
         # of one run's interval
         widths[way] = spreads[way] * stats.t.ppf(0.975, freedom) if freedom else math.nan
-    probed = "by a linear probe on frozen features (class token; RevColV2: mean)"
-    passes, updates = f"for {scale['tune_epochs']} passes", f"{scale.get('tune_updates')} updates of 64"
-    tuned = [passes] if "finetune" in shown else []
-    tuned += [f"on a share of them for {updates}"] if set(SHARES) & set(shown) else []
-    how = f"fine-tuned {' or '.join(tuned)} (layer decay 0.75; random weights 1)"
-    how += f", and {probed}" if "linear" in shown else ""
+    how = [f"fine-tuned (passes: {scale['tune_epochs']})"] if "finetune" in shown else []
+    if set(SHARES) & set(shown):
+        how += [f"fine-tuned on a share of them (updates of 64: {scale['tune_updates']})"]
+    if "linear" in shown:
+        how += ["by a linear probe on frozen features (class token; RevColV2: mean)"]
     lines = [
         f"`python benchmarks/replicate.py --data {bench.data.name} --scale {bench.args.scale}`: size "
         f"{scale['model']}, patches of {scale.get('patch_size', 4)} px, {scale['updates']} updates of "
         f"{scale['batch']} images "
-        f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: {how}. Top-1 on the "
+        f"({bench.epochs:.2f} passes). Read out on {scale['images']:,} training images: {', '.join(how)}; "
+        "layer decay 0.75, of random weights 1. Top-1 on the "
         f"test images in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. Runs of "
         f"commit {', '.join(sorted(commits))}; table of {git_commit()}.", "",
         "Differences are points of top-1 ± half their 95 % interval, with the spread over seeds pooled over "
@@ -428,7 +430,8 @@ def table(bench):
     lines += ["", f"| run | seeds | {heads} |" + " end of the training log |" * watch,
               "|---|---|" + "---|" * (len(shown) + watch)]
     for name in bench.arms:
-        found = [results[name, seed] for seed in seeds if (name, seed) in results]
+        found = [results.get((name, seed), {}) for seed in seeds
+                 if (name, seed) in results or "unseen" in name and bench.read_log(f"{name}/{seed}")]
         if found:
             cells = [cell([result[way] for result in found if way in result]) for way in shown]
             cells += [bench.end_of_log(name)] if watch else []
