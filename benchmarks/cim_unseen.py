@@ -1,6 +1,6 @@
 """cim.py from all of another run's networks (--init last.pth), an arm of readings.py.
 
-With --lr 0 its log says what that run's loss is on images it has not seen."""
+With --lr 1e-12 its log says what that run's loss is on images it has not seen."""
 
 import sys
 from pathlib import Path

@@ -11,7 +11,7 @@ TOKENS = {"--tokenizer": "tokenizer/tokenizer.pth"}
 LONGER = {"--generator_init": "raw_on/last.pth", "--discriminator_init": "raw_on/encoder.pth"}
 FROM_MAE = {"--init": "mae/encoder.pth"}
 FEW = "{cim} --no-share --data {few} --epochs 60 --warmup_epochs 6"
-UNSEEN = "{cim} --no-share --data {unseen} --epochs 1 --warmup_epochs 0 --lr 0 --min_lr 0"
+UNSEEN = "{cim} --no-share --data {unseen} --epochs 1 --warmup_epochs 0 --lr 1e-12 --min_lr 0"
 # name: (flags, what it starts from). {x}: the flags of replicate.py's arms; {slow30}: MAE's rate over 30;
 # {half}: passes of half the run; {few}, {unseen}: 2,000 of the images, 2,000 others
 ARMS = {
