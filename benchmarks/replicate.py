@@ -449,12 +449,15 @@ def write_table(text, file):
 
 
 def write_logs(bench, folder):
-    """NAME.jsonl.gz: log lines of all finished runs of one arm; `run`: arm/seed, or arm/seed_read-out."""
+    """NAME.jsonl.gz: log lines of all finished runs of one arm, numbers of six digits; `run`: arm/seed, or
+    arm/seed_read-out."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in bench.arms:
         runs = {f"{name}/{done.parent.name}" for done in bench.out.glob(f"{name}/*/done")}
         runs |= {run for run in bench.logs if run.split("/")[0] == name}
-        lines = [json.dumps(line) for run in sorted(runs) for line in bench.read_log(run)]
+        short = [{key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in line.items()}
+                 for run in sorted(runs) for line in bench.read_log(run)]
+        lines = [json.dumps(line) for line in short]
         if lines:
             with (open(folder / f"{name}.jsonl.gz", "wb") as file,
                   gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed):
