@@ -325,6 +325,9 @@ class Bench:
             if lines := self.read_log(f"{name}/{seed}_{way}"):
                 found[name, seed][way] = lines[-1]["eval/top1"]
                 commits.add(lines[-1]["commit"])
+        logged = itertools.product((claim for claim in CLAIMS if not claim.ways), self.args.seeds)
+        found |= {(name, seed): {} for claim, seed in logged for name in (claim.first, claim.second)
+                  if self.read_log(f"{name}/{seed}")}
         return found, commits
 
 
@@ -430,8 +433,7 @@ def table(bench):
     lines += ["", f"| run | seeds | {heads} |" + " end of the training log |" * watch,
               "|---|---|" + "---|" * (len(shown) + watch)]
     for name in bench.arms:
-        found = [results.get((name, seed), {}) for seed in seeds
-                 if (name, seed) in results or "unseen" in name and bench.read_log(f"{name}/{seed}")]
+        found = [results[name, seed] for seed in seeds if (name, seed) in results]
         if found:
             cells = [cell([result[way] for result in found if way in result]) for way in shown]
             cells += [bench.end_of_log(name)] if watch else []
