@@ -67,7 +67,7 @@ FAULTS = {  # {what is planted in a run of mae_mff.py: (code, what finds it)}
                               lambda found: "mae_mff.py:forward" in found["waits"]),
     "a tensor on the CPU": ("loss = script.masked_mse\n"
                             "script.masked_mse = lambda p, t, m: loss(p, t + torch.ones(t.shape), m)",
-                            lambda found: "two" in found and "devices, cuda:0" in found),
+                            lambda found: "devices" in found and "cuda:0" in found),  # an error
     "no autocast": ("import contextlib\ncommon.Run.autocast = lambda run: contextlib.nullcontext()",
                     lambda found: len(found["float32"]) > 3),
     "a blocking copy": ("loss = script.masked_mse\n"
