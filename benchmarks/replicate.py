@@ -268,7 +268,8 @@ class Bench:
             other, file = file.split("/")
             start += [flag, self.pretrain(other, seed).with_name(file)]
         model = ["--model", scale["model"]] if name != "tokenizer" else []
-        parts = {"few": evenly(self.train, 2000), "unseen": evenly(self.train, 2000) + 1}
+        few = evenly(self.train, 2000)
+        parts = {"few": few, "unseen": evenly(np.setdiff1d(self.train, few), 2000)}
         paths = {part: self.part(part, rows) for part, rows in parts.items() if f"{{{part}}}" in arm.flags}
         self.run(f"{name}/{seed}", [arm.script, "--data", self.data, *self.shape, *model, "--batch_size",
                                     scale["batch"],
@@ -496,13 +497,13 @@ def main():
              for name in (claim.first, claim.second) if claim.group == group and name in ways]
     with ThreadPoolExecutor(args.jobs) as pool:  # seed by seed, so that a table of one seed is there early
         jobs = [pool.submit(bench.read_out, *run, ways[run[0]]) for run in dict.fromkeys(order)]
-        failed = []
+        failed = 0
         try:
             for job in jobs:
                 try:
                     job.result()
                 except RuntimeError as error:  # the others may go on
-                    failed.append(str(error))
+                    failed += 1
                     print(error, flush=True)
                 write_table(table(bench), args.table)
         except BaseException:
@@ -513,7 +514,7 @@ def main():
     write_table(text, args.table)
     print(text)
     if failed:
-        sys.exit(f"{len(failed)} of {len(jobs)} read-outs failed, see above")
+        sys.exit(f"{failed} of {len(jobs)} read-outs failed, see above")
 
 
 if __name__ == "__main__":
