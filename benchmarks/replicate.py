@@ -268,9 +268,11 @@ class Bench:
             other, file = file.split("/")
             start += [flag, self.pretrain(other, seed).with_name(file)]
         model = ["--model", scale["model"]] if name != "tokenizer" else []
-        few = evenly(self.train, 2000)
-        parts = {"few": few, "unseen": evenly(np.setdiff1d(self.train, few), 2000)}
-        paths = {part: self.part(part, rows) for part, rows in parts.items() if f"{{{part}}}" in arm.flags}
+        few, paths = evenly(self.train, 2000), {}
+        if "{few}" in arm.flags:
+            paths["few"] = self.part("few", few)
+        if "{unseen}" in arm.flags:
+            paths["unseen"] = self.part("unseen", evenly(np.setdiff1d(self.train, few), 2000))
         self.run(f"{name}/{seed}", [arm.script, "--data", self.data, *self.shape, *model, "--batch_size",
                                     scale["batch"],
                                     "--epochs", f"{self.epochs:.6g}", "--warmup_epochs",
