@@ -137,9 +137,10 @@ class PaintedImages(CorruptedImageModel):
         """The k smallest of noise (B, L) are hidden, always as many. Returns what cim.py's `corrupt` does."""
         images, n, p = self.normalize(pixels), self.cfg.num_masked[0], self.cfg.patch_size
         order = noise.argsort(1)
-        mask = order.argsort(1) < n
-        latent, ids_restore = self.generator.encode(images, order[:, n:]), order.roll(-n, 1).argsort(1)
-        pred = self.generator.decode(latent, ids_restore).float()
+        rank = order.argsort(1)
+        mask = rank < n
+        latent = self.generator.encode(images, order[:, n:])
+        pred = self.generator.decode(latent, (rank - n) % rank.shape[1]).float()  # it puts visible ones first
         loss = masked_mse(pred, patchify(images, p), mask)
         colours = self.pixel_mean + self.pixel_std * unpatchify(pred.detach(), p, self.cfg.grid)
         sampled = (colours + self.cfg.rgb_std * torch.randn_like(colours)).clamp(0, 1)

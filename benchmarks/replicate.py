@@ -284,8 +284,8 @@ class Bench:
     def read_out(self, name, seed, ways):
         """Pre-train one arm with one seed, unless that is done, and read it out."""
         flags = self.arms[name].flags.split()
-        ways = [way for way in ways if f"{name}/{seed}_{way}" not in self.logs]
-        if not ways and f"{name}/{seed}" in self.logs:
+        left = [way for way in ways if f"{name}/{seed}_{way}" not in self.logs]
+        if not left and (ways or f"{name}/{seed}" in self.logs):  # without ways its training log is wanted
             return
         if self.arms[name].script:
             size = flags[flags.index("--img_size"):][:2] if "--img_size" in flags else []
@@ -293,7 +293,7 @@ class Bench:
         else:
             shape = [*self.shape, "--model", self.scale["model"], *flags, "--weights", "none",
                      "--layer_decay", 1]
-        for way in ways:
+        for way in left:
             epochs, share = ["--epochs", self.scale["tune_epochs"]], SHARES.get(way, 1.0)
             images = evenly(self.labelled, int(share * len(self.labelled)))
             data = self.part("labelled" if share == 1.0 else f"labelled_{share:g}", images)
@@ -492,13 +492,12 @@ def main():
     args.out = args.out or Path(f"runs/replicate_{args.scale}")
     args.table, args.logs = args.table or args.out / "table.md", args.logs or args.out / "logs"
     bench, ways = Bench(args), collections.defaultdict(dict)
-    for claim in CLAIMS:
-        for name in (claim.first, claim.second) if claim.group in wanted and not args.no_runs else ():
-            ways[name] |= dict.fromkeys(claim.ways)
-    order = [(name, seed) for group in wanted for seed in args.seeds for claim in CLAIMS
-             for name in (claim.first, claim.second) if claim.group == group and name in ways]
-    with ThreadPoolExecutor(args.jobs) as pool:  # seed by seed, so that a table of one seed is there early
-        jobs = [pool.submit(bench.read_out, *run, ways[run[0]]) for run in dict.fromkeys(order)]
+    # Seed by seed within a group, so that its table of one seed is there early
+    for group, seed, claim in itertools.product(() if args.no_runs else wanted, args.seeds, CLAIMS):
+        for name in (claim.first, claim.second) if claim.group == group else ():
+            ways[name, seed] |= dict.fromkeys(claim.ways)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(bench.read_out, *run, own) for run, own in ways.items()]
         failed = 0
         try:
             for job in jobs:
