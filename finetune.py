@@ -366,7 +366,8 @@ def train(cfg, run):
     if cfg.mode in ("knn", "layers"):
         run.load()  # nothing to resume; writes config.json
         if cfg.mode == "knn":
-            return report(run, knn(model, source, held_out, run), len(source))
+            report(run, knn(model, source, held_out, run), len(source))
+            return print0(f"done: {run.out}/log.jsonl")
         from layers import probe_layers  # a script that is copied elsewhere runs without it
 
         return probe_layers(model, source, held_out, run)

@@ -8,7 +8,7 @@ of ImageNet need not hold after some minutes of CIFAR-10.
     python benchmarks/replicate.py --data cifar10.npz                          ViT-Tiny, 2,150 updates; GPU
     python benchmarks/replicate.py --data cifar10.npz --scale small --jobs 2   ViT-nano, 500 updates; CPU
     python benchmarks/replicate.py --data tiny.npz --scale tiny_imagenet --only twelve  ViT-Tiny, 64 px; GPU
-    python benchmarks/replicate.py --data tiny.npz --scale photographs --only shares  top-1 by share of labels
+    python benchmarks/replicate.py --data tiny.npz --scale photographs --only photographs,shares    nano; CPU
 
 `--data` is an .npz of images, 32 or 64 px square, with labels and `split`; CIFAR-10 as one:
 
@@ -70,10 +70,11 @@ READ_OUTS = {
 }
 READ_OUTS["finetune_.9"] = f"{READ_OUTS['finetune']} --layer_decay 0.9"
 READ_OUTS["linear_mean"] = f"{READ_OUTS['linear']} --pool avg"
+READ_OUTS["knn"] = "--mode knn"
 SHARES = {"share_1": 0.01, "share_5": 0.05, "share_25": 0.25, "share_100": 1.0}  # of the labelled images
 WAYS = READ_OUTS | dict.fromkeys(SHARES, READ_OUTS["finetune"])
 HEADS = {"finetune": "fine-tuned", "finetune_.9": "fine-tuned, layer decay 0.9", "linear": "linear probe",
-         "linear_mean": "probe of the mean token",
+         "linear_mean": "probe of the mean token", "knn": "kNN",
          **{way: f"fine-tuned, {share:.0%} of the labels" for way, share in SHARES.items()}}
 
 
@@ -184,6 +185,11 @@ CLAIMS = [
     Claim("layout", "a pyramid beats levels of one stride, at equal FLOPs", "ours: the paper shows neither",
           "revcol", "revcol_flat"),
     *(Claim(*claim, ways=ways) for *claim, ways in readings.CLAIMS),
+    *(Claim("photographs", words, paper, name, "mae", ways=("linear", "linear_mean", "knn", *SHARES))
+      for words, paper, name in (
+          ("MFF beats MAE", "MFF's main claim", "mff"),
+          ("PixMIM's target and crop beat MAE's", "PixMIM's main claim", "pixmim"),
+          ("DDAE (with MAE's target) beats MAE", "DDAE, abstract: 83.5 after 100 epochs", "ddae"))),
     *(Claim("shares", f"{words} beats random weights", "", name, scratch, ways=tuple(SHARES))
       for words, name, scratch in (
           ("MAE", "mae", "scratch"), ("MFF", "mff", "scratch"), ("DDAE", "ddae", "scratch"),
@@ -245,7 +251,8 @@ class Bench:
             if (folder / "done").exists():
                 return
             folder.mkdir(parents=True, exist_ok=True)
-            words = [sys.executable, ROOT / command[0], *command[1:], "--out", folder / "run", "--resume"]
+            words = [sys.executable, ROOT / command[0], *command[1:], "--out", folder / "run"]
+            words += ["--resume"] if "knn" not in words else []  # kNN has nothing to resume
             threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
             words += ["--workers", threads, "--log_every", max(20, self.scale["updates"] // 40)]
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -297,7 +304,7 @@ class Bench:
             epochs, share = ["--epochs", self.scale["tune_epochs"]], SHARES.get(way, 1.0)
             images = evenly(self.labelled, int(share * len(self.labelled)))
             data = self.part("labelled" if share == 1.0 else f"labelled_{share:g}", images)
-            if way in readings.PROBES:
+            if way in (*readings.PROBES, "knn"):
                 epochs = []
             elif way in SHARES:  # the same number of updates, whatever the share
                 epochs = self.scale["tune_updates"] * 64 / len(images)
@@ -403,6 +410,8 @@ def table(bench):
         how += [f"fine-tuned on a share of them (updates of 64: {scale['tune_updates']})"]
     if "linear" in shown:
         how += ["by a linear probe on frozen features (class token; RevColV2: mean)"]
+    if "knn" in shown:
+        how += ["by a vote of nearest neighbours (class token)"]
     lines = [
         f"`python benchmarks/replicate.py --data {bench.data.name} --scale {bench.args.scale}`: size "
         f"{scale['model']}, patches of {scale.get('patch_size', 4)} px, {scale['updates']} updates of "
@@ -476,7 +485,7 @@ def main():
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
                         default=[0, 1, 2])
-    parser.add_argument("--only", help=f"groups of claims (default {PAPERS}; also shares; layout; and "
+    parser.add_argument("--only", help=f"groups (default {PAPERS}; also photographs, shares, layout, "
                         "ddae_readings,cim_readings,ve_readings,twelve,twelve_more: readings.py)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--no_runs", action="store_true", help="only write table and logs of what is done")
