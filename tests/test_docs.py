@@ -148,7 +148,7 @@ def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
              labels=np.array(labels), split=np.arange(96) >= 64)
     small = replicate.SCALES["small"] | {"updates": 2, "batch": 32, "images": 64, "tune_epochs": 1}
     monkeypatch.setattr(replicate, "SCALES", replicate.SCALES | {"small": small})
-    claim = replicate.Claim("mff", "it learns", "nowhere", "mae", "scratch", ways=("finetune",))
+    claim = replicate.Claim("mff", "it learns", "nowhere", "mae", "scratch", ways=("finetune", "knn"))
     monkeypatch.setattr(replicate, "CLAIMS", [claim])
     out = tmp_path / "out"
     command = ["replicate.py", "--data", tmp_path / "shapes.npz", "--scale", "small", "--only", "mff",
@@ -159,8 +159,8 @@ def test_replicate_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
     assert "| it learns (`mae` - `scratch`) | nowhere |" in table and "one seed" in table
     with gzip.open(tmp_path / "logs/mae.jsonl.gz", "rt") as file:
         logs = [json.loads(line) for line in file]
-    top1 = next(line["eval/top1"] for line in reversed(logs) if "eval/top1" in line)
-    assert f"| 1 | {top1:.2f} |" in table
+    top1 = {line["run"]: line["eval/top1"] for line in logs if "eval/top1" in line}
+    assert f"| 1 | {top1['mae/0_finetune']:.2f} | {top1['mae/0_knn']:.2f} |" in table
 
     def finished():
         return {path: path.stat().st_mtime_ns for path in out.glob("*/*/output.txt")}
