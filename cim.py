@@ -16,16 +16,18 @@ Data flow, in the order of the code (source, the paper's symbol; its name here a
              L_gen        -log p_BEiT(g | x^masked), mean over all hidden     generator_loss
     eq. (2)  x^sampled    one draw from p_BEiT per hidden position            sample
     eq. (2)  x^corrupted  golden ids, the sampled ones at m                   ids        (B, L)
-    A.3      I^corrupted  tokenizer's decoder, resized                        corrupted  (B, C, H, W)
+    A.3      I^corrupted  tokenizer's decoder, resized (ours)                 corrupted  (B, C, H, W)
     2.2      ResPix       pixels, normalised in the 8 x 8 window around each  pixel_statistics
     2.2      RevDet       ids != g, at every position                         replaced   (B, L), 1 = replaced
     Table 13 loss = L_gen + w L_enh, w = 10 for ResPix, 1 for RevDet
 encoder.pth is the enhancer: a plain ViT, or a ResNet-50 under torchvision's names, without classifier.
 Tables 4 to 10 and A.1: the flags that name them. cim_pixels.py: the generators without tokens.
 
-Not in the paper, our choice or BEiT's: one k for all images of an update; ResPix adds mean |e| and mean e^2;
-windows cover offsets -3 to +4, reflected at borders, all channels together; a ResNet's head is a 1 x 1
-convolution and a pixel shuffle; BatchNorm's statistics are each process's own; --initial mae.
+Not in the paper, our choice or BEiT's: one k for all images of an update, positions without repetition; the
+tokenizer sees the crop at 8 px per token (bicubic), its image comes back bilinear; learnable positions, crops
+of .08 to 1, lr not scaled with the batch; ResPix adds mean |e| and mean e^2; windows cover offsets -3 to +4,
+reflected at borders, all channels together; a ResNet's head is a 1 x 1 convolution and a pixel shuffle;
+BatchNorm's statistics are each process's own; --initial mae.
 
     python cim.py --demo                                                 a few minutes on a CPU
     python convert_dalle.py encoder.pkl decoder.pkl --out dalle.pth      OpenAI's tokenizer, once
@@ -133,7 +135,8 @@ class Config(RunConfig):
             raise ValueError("--tokenizer FILE is needed: `python convert_dalle.py --help` shows how")
 
 
-# Grey: tokens of few updates are poor in colour.
+# Grey: tokens of few updates are poor in colour. Windows of 8 px, a ResNet's 8-px patches and 38 to 42 hidden
+# ones (the paper's share is 33 to 39): as in docs/RESULTS.md.
 DEMO = {"data": "shapes", "img_size": (25, 25), "in_chans": 1, "model": "nano", "patch_size": 5,
         "resnet_width": 16, "generator_depth": 2, "initial": "mae", "epochs": 0.75, "batch_size": 16,
         "lr": 2e-3, "warmup_epochs": 0.1, "log_every": 25}
@@ -189,14 +192,15 @@ def sample(logits, sampling):
 
 def window_statistics(images, per_channel=False, size=8):
     """Mean and deviation (B, 1 or C, H, W) float32 of the size x size window around each pixel, over all
-    channels or each: offsets -3 to +4, reflected at the borders, eps 1e-6."""
-    before = size // 2 - 1
+    channels or each: offsets -3 to +4 for a size of 8, reflected at the borders, eps 1e-6."""
+    before = (size - 1) // 2
     # float64: where an area is nearly flat, E[x^2] - E[x]^2 cancels nearly all digits.
     wide = torch.float32 if images.device.type == "mps" else torch.float64  # which MPS lacks
-    x = F.pad(images.to(wide), (before, size - 1 - before) * 2, mode="reflect")
+    x, centre = images.to(wide), images.mean((1, 2, 3), keepdim=True)
+    x = F.pad(x - centre, (before, size - 1 - before) * 2, mode="reflect")
     moments = [values if per_channel else values.mean(1, keepdim=True) for values in (x, x.square())]
     mean, square = (F.avg_pool2d(moment, size, stride=1) for moment in moments)
-    return mean.float(), ((square - mean.square()).clamp(min=0) + 1e-6).sqrt().float()
+    return mean.float() + centre, ((square - mean.square()).clamp(min=0) + 1e-6).sqrt().float()
 
 
 def pixel_statistics(images, cfg):

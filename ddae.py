@@ -4,7 +4,7 @@ DDAE     Chen et al., DDAE: Towards Deep Dynamic Vision BERT Pretraining, AAAI 2
          doi 10.1609/aaai.v38i2.27864. Equations, tables and appendix are numbered as in its first version,
          openreview.net/forum?id=k4p382L0bw. We know of no code by the authors.
 BootMAE  Dong et al., Bootstrapped Masked Autoencoders for Vision BERT Pretraining, ECCV 2022,
-         arXiv 2207.07116: its basis, which we follow where the paper is silent
+         arXiv 2207.07116: its basis, whose masks, targets and momentum's corner we follow
 
 Idea. A hidden patch next to a visible one asks for local perception, one far from all visible ones for
 semantic reasoning. So weigh the loss by that distance to a learned power beta (below 0: near patches weigh
@@ -16,18 +16,20 @@ Data flow, in the order of an update (source, the paper's symbol; its name here 
     sec. 3.2  D(m)          distance to the nearest visible patch     distance         (B, L), 0 = visible
     eq. (2)   h_i           exp(D^beta_i) / its sum over the hidden   h                (K, B, L)
     sec. 3.2                h_i / max h_i                             weight           (K, B, L)
-    sec. 3.2  f^(g_i)       block g_i = depth * i / K, final norm     latent           (K, B, 1 + len_keep, D)
+    sec. 3.2  f^(g_i)       block g_i = depth * i / K; final norm     latent           (K, B, 1 + len_keep, D)
     eq. (3)   d_p(f^(g_i))  each level against the pixels of x        pixel_decoder    (K, B, L, p*p*C)
     eq. (5)   d_d(f^(g_i))  each level against feature_target         feature_decoder  (K, B, L, D)
-    eq. (6)   loss = sum_i lambda_i (eq. 3 + eq. 5)_i + 0.5 sum_i sqrt(n_masked) mean ||h_i||_2
+    eq. (6)   loss = eq. (3) + eq. (5) + 0.5 sum_i sqrt(n_masked) mean ||h_i||_2
     eq. (4)   theta' <- m theta' + (1 - m) theta, m the momentum      update_teacher
-lambda_i is .75, and 1 for the last level. encoder.pth is a plain ViT: the student, final LayerNorm included.
-Tables 2 to 7: the flags that name them. DDS-MAE (table 2): --no-distill --decoder mae. A loss that --dds
+In eqs. (3) and (5) level i counts lambda_i: .75, the last one 1. encoder.pth is a plain ViT: the student,
+final LayerNorm included. Tables 2 to 4, 6, 7: the flags that name them. DDS-MAE (table 2): --no-distill
+--decoder mae; table 3's D-MAE: the same with --num_levels 1, its DS-MAE: with --no-dynamic. A loss that --dds
 does not name is that of the last block alone, with equal weights.
 
 Not in the paper, our choice or our reading (docs/ddae.md has the reasons and all others)
     masks     BootMAE's two stages, without its last step, in which up to three patches are revealed again
     weights   softmax and maximum per image; no gradient through the maximum: with it beta diverges
+    eqs. 3, 5 mean squared errors of a patch's values; the final LayerNorm before the decoders, at every level
     eq. (6)   the norm of h before rescaling, times sqrt(n_masked): otherwise it hardly depends on beta
     targets   pixels normalised per patch and channel; features under a LayerNorm without parameters
     teacher   momentum of appendix A (sec. 3.3: .9999 throughout), linear between epochs 0, 100, 400
@@ -435,9 +437,10 @@ def train(cfg, run):
     run.fit_batch(source)  # small data: a smaller batch, another base_lr
     peak_lr = cfg.base_lr * cfg.batch_size / 256
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
-    average = 1 / max(1e-9, 1 - cfg.momentum[0])
-    if cfg.distill and average > run.steps / 3:
-        print0(f"warning: the teacher averages {average:.0f} updates, of {run.steps}: a lower --momentum")
+    first, last = 1 / (1 - np.interp((0, cfg.epochs), (0, 100, 400), cfg.momentum)).clip(1e-9)
+    if cfg.distill and (first > run.steps / 3 or last > run.steps):
+        print0(f"warning: the teacher averages up to {max(first, last):.0f} updates, of {run.steps}: lower "
+               "--momentum")
     ddp = run.prepare(model)
     optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg.betas)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)

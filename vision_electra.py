@@ -26,7 +26,8 @@ From scratch, training often collapses (0.2). The paper's discriminator starts f
 vision_electra_simmim.py has; here from any plain ViT. The generator must predict raw pixels from its start,
 as mae_mff.py --target raw and MAE's mae_visualize_vit_base.pth do (others: --generator_warmup_epochs).
 Ours: sigma = 0.1, on the encoder's normalised tokens; one linear layer per head; levels weigh 1 : 1; L_adv
-does not saturate; composites not clipped; lr = base_lr x batch / 512, as SimMIM's; one AdamW for both.
+does not saturate; composites not clipped; lr = base_lr x batch / 512, as SimMIM's, down to 0 (SimMIM: to 5e-6
+per 512 images); no clipping of gradients (SimMIM: 5); one AdamW for both.
 
     python vision_electra.py --demo                                         three minutes on a CPU
     torchrun --nproc_per_node 4 mae_mff.py --fuse_layers 11 --target raw    a start for both networks, then
@@ -98,7 +99,7 @@ class Config(RunConfig):
     generator_lr_scale: float = 1.0  # its learning rate = the discriminator's times this
     generator_init: str | None = None  # generator from an MAE of raw pixels, ours (last.pth) or official
     discriminator_init: str | None = None  # discriminator from these weights (ours, official MAE, timm)
-    # optimisation: supplement, 0.1
+    # optimisation: supplement, 0.1; min_lr, clip_grad: ours
     epochs: float = 50.0  # passes over the data
     batch_size: int = 320  # images per update, over all processes
     micro_batch: int | None = None  # images per forward pass of one process; default: up to 256

@@ -333,13 +333,14 @@ def test_respix_target_and_loss(kind, per_channel, side):
     assert loss.item() == pytest.approx(generator_loss.item() + 10 * expected, rel=1e-4)  # table 13's weight
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.999, -2.1])
-def test_window_statistics_of_nearly_flat_areas_keep_their_digits(offset):
+@pytest.mark.parametrize(("offset", "size", "before"), [(0, 8, 3), (0.999, 8, 3), (-2.1, 8, 3), (0, 5, 2)])
+def test_window_statistics_of_nearly_flat_areas_keep_their_digits(offset, size, before):
     """A white page with faint marks, against two local passes in float64."""
     images = offset + 1e-4 * torch.randn(1, 3, 24, 24)
     images[..., 8:, 8:] += 1.7  # an edge
-    mean, deviation = cim.window_statistics(images)
-    windows = F.pad(images.double(), (3, 4, 3, 4), mode="reflect").unfold(2, 8, 1).unfold(3, 8, 1)
+    mean, deviation = cim.window_statistics(images, size=size)
+    padded = F.pad(images.double(), (before, size - 1 - before) * 2, mode="reflect")
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)
     expected = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)
     variance, average = torch.var_mean(expected, -1, correction=0)
     torch.testing.assert_close(mean[:, 0], average.float(), rtol=1e-6, atol=1e-6)

@@ -223,7 +223,7 @@ def test_levels_are_those_of_table_6(size, levels):
 def test_demo_learns_and_its_checkpoint_goes_into_init(tmp_path):
     command = ["ddae.py", "--demo", "--workers", 0, "--log_every", 5]
     output = run_script([*command, "--epochs", 0.04, "--warmup_epochs", 0.01, "--out", "run"], tmp_path)
-    assert "updates are few" in output  # for the teacher's momentum
+    assert "updates are few" in output and "teacher averages up to 100 updates" in output
     lines = log(tmp_path / "run")
     assert lines[-1]["train/mse"] < 0.8 * lines[0]["train/mse"] and "train/beta/2" in lines[-1]
     output = run_script([*command, "--epochs", 0.002, "--init", "run/last.pth", "--out", "less",
