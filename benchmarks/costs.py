@@ -119,14 +119,14 @@ def main():
 Written by `python benchmarks/costs.py --data PHOTOS`; commit {git_commit()}, torch {torch.__version__}.
 
 - Hours of one card for {IMAGES:,} images (ImageNet-1K, 224 px; about 140 GB on disk) at {SHARE:.0%} of the
-  maker's peak, which MAE reached with `--compile` on [an H100](GPU.md); N cards take an N-th. RevColV2 reached
-  11 %, uncompiled: double its hours.
+  maker's peak, which MAE reached with `--compile` on [an H100](GPU.md); N cards take an N-th.
+  RevColV2 reached 11 % there, uncompiled: double its hours.
 - Cores: one of this machine decodes and crops {rates["crop"]:.0f} photographs in a second, and gives
   {rates["full"]:.0f} the full augmentation, of {kilobytes:.0f} kB on average. ImageNet's have 110 kB and take
   longer in proportion, unless they are [shrunk](RUNNING.md#speed).
 - GiB: parameters, gradients, optimizer and stored activations at the default micro-batch of one process (256;
-  Vision ELECTRA 160), without what an operation needs for itself; half the micro-batch, about half of it. RevColV2
-  recomputes a column at a time, which is not counted: Base took 12 GiB on the H100.
+  Vision ELECTRA 160), without what an operation needs for itself, nor the column that RevColV2 recomputes (Base
+  took 12 GiB on the H100); half the micro-batch, about half of it.
 
 """ + "\n".join(table(head, lines))
     Path(args.table).write_text(text)
