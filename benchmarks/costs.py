@@ -125,8 +125,8 @@ Written by `python benchmarks/costs.py --data PHOTOS`; commit {git_commit()}, to
   {rates["full"]:.0f} the full augmentation, of {kilobytes:.0f} kB on average. ImageNet's have 110 kB and take
   longer in proportion, unless they are [shrunk](RUNNING.md#speed).
 - GiB: parameters, gradients, optimizer and stored activations at the default micro-batch of one process (256;
-  Vision ELECTRA 160), without what an operation needs for itself, nor the column that RevColV2 recomputes (Base
-  took 12 GiB on the H100); half the micro-batch, about half of it.
+  Vision ELECTRA 160), without what an operation needs for itself, nor the column that RevColV2 recomputes
+  (Base took 12 GiB on the H100); half the micro-batch, about half of it.
 
 """ + "\n".join(table(head, lines))
     Path(args.table).write_text(text)
