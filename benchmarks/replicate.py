@@ -194,6 +194,8 @@ CLAIMS = [
       for words, name, scratch in (
           ("MAE", "mae", "scratch"), ("MFF", "mff", "scratch"), ("DDAE", "ddae", "scratch"),
           ("CIM (RevDet) on a ResNet", "resnet_revdet", "resnet_scratch"),
+          ("CIM (RevDet) on a ViT", "revdet", "scratch"),
+          ("CIM (ResPix, windows of half a patch) on a ViT", "respix_half_window", "scratch"),
           ("RevColV2", "revcol", "revcol_scratch"))),
 ]
 
