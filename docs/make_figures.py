@@ -238,7 +238,8 @@ def labels(args):
         arm, _, share = line["run"].partition("_share_")
         if share and "eval/top1" in line:
             top1.setdefault((arm.split("/")[0], int(share)), {})[arm] = line["eval/top1"]
-    kinds = {"ViT-nano": {"random weights": "scratch", "MAE": "mae", "MFF": "mff", "DDAE": "ddae"},
+    kinds = {"ViT-nano": {"random weights": "scratch", "MAE": "mae", "MFF": "mff", "DDAE": "ddae",
+                          "CIM, RevDet": "revdet", "CIM, ResPix": "respix_half_window"},
              "ResNet-50, a quarter of the width": {"random weights": "resnet_scratch",
                                                    "CIM, RevDet": "resnet_revdet"},
              "RevColV2-nano": {"random weights": "revcol_scratch", "pre-trained": "revcol"}}
