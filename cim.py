@@ -194,7 +194,7 @@ def window_statistics(images, per_channel=False, size=8):
     """Mean and deviation (B, 1 or C, H, W) float32 of the size x size window around each pixel, over all
     channels or each: offsets -3 to +4 for a size of 8, reflected at the borders, eps 1e-6."""
     before = (size - 1) // 2
-    # float64: where an area is nearly flat, E[x^2] - E[x]^2 cancels nearly all digits.
+    # float64, the image's mean off: where an area is nearly flat, E[x^2] - E[x]^2 cancels nearly all digits.
     wide = torch.float32 if images.device.type == "mps" else torch.float64  # which MPS lacks
     x, centre = images.to(wide), images.mean((1, 2, 3), keepdim=True)
     x = F.pad(x - centre, (before, size - 1 - before) * 2, mode="reflect")
