@@ -196,8 +196,8 @@ def window_statistics(images, per_channel=False, size=8):
     before = (size - 1) // 2
     # float64, the image's mean off: where an area is nearly flat, E[x^2] - E[x]^2 cancels nearly all digits.
     wide = torch.float32 if images.device.type == "mps" else torch.float64  # which MPS lacks
-    x, centre = images.to(wide), images.mean((1, 2, 3), keepdim=True)
-    x = F.pad(x - centre, (before, size - 1 - before) * 2, mode="reflect")
+    centre = images.mean((1, 2, 3), keepdim=True)
+    x = F.pad(images.to(wide) - centre, (before, size - 1 - before) * 2, mode="reflect")
     moments = [values if per_channel else values.mean(1, keepdim=True) for values in (x, x.square())]
     mean, square = (F.avg_pool2d(moment, size, stride=1) for moment in moments)
     return mean.float() + centre, ((square - mean.square()).clamp(min=0) + 1e-6).sqrt().float()

@@ -22,8 +22,8 @@ torchvision's): s from the mean of the last map, s_j from its positions (ours). 
 discriminator: timm's names and beit_SIZE, or torchvision's and swin_SIZE.
 
 Ours: the generator is SimMIM's ViT whatever the discriminator; sigma, heads, weights of the levels, learning
-rate as in vision_electra.py; mask ratio 0.75 (SimMIM's is 0.6), as nothing says that it differs; no drop
-path, as the discriminator has none there (SimMIM's ViT has 0.1).
+rate and no clipping as in vision_electra.py; mask ratio 0.75 (SimMIM's is 0.6), as nothing says that it
+differs; no drop path, as the discriminator has none there (SimMIM's ViT has 0.1).
 
     python vision_electra_simmim.py --demo                                      three minutes on a CPU
     torchrun --nproc_per_node 4 vision_electra_simmim.py --generator_init simmim_vit_base.pth \\
@@ -85,7 +85,7 @@ class Config(RunConfig):
     generator_warmup_epochs: float = 0.0  # passes before that loss counts
     generator_init: str | None = None  # generator from SimMIM's ViT, ours (last.pth) or official
     discriminator_init: str | None = None  # discriminator from these: SimMIM, BEiT, ours; Swin: torchvision's
-    # optimisation: supplement, 0.1
+    # optimisation: supplement, 0.1; min_lr, clip_grad: ours
     epochs: float = 50.0  # passes over the data
     batch_size: int = 320  # images per update, over all processes
     micro_batch: int | None = None  # images per forward pass of one process; default: up to 256

@@ -11,7 +11,7 @@ TOKENS = {"--tokenizer": "tokenizer/tokenizer.pth"}
 LONGER = {"--generator_init": "raw_on/last.pth", "--discriminator_init": "raw_on/encoder.pth"}
 FROM_MAE = {"--init": "mae/encoder.pth"}
 FEW = "{cim} --no-share --data {few} --epochs 60 --warmup_epochs 6"
-TWELVE, LONG = "{cim} --model tiny --generator_depth 4", "--batch_size 32 --epochs 1.5 --warmup_epochs 0.15"
+TWELVE, PASSES = "{cim} --model tiny --generator_depth 4", "--batch_size 32 --epochs 1.5 --warmup_epochs 0.15"
 UNSEEN = "{cim} --no-share --data {unseen} --epochs 1 --warmup_epochs 0 --lr 1e-12 --min_lr 0"
 # name: (flags, what it starts from). {x}: the flags of replicate.py's arms; {slow30}: MAE's rate over 30;
 # {half}: passes of half the run; {few}, {unseen}: 2,000 of the images, 2,000 others
@@ -48,8 +48,8 @@ ARMS = {
     "respix_alone_uniform": ("cim.py {cim} --no-share --sampling uniform", TOKENS),
     "respix_12": (f"cim.py {TWELVE}", TOKENS),
     "respix_12_argmax": (f"cim.py {TWELVE} --sampling argmax", TOKENS),
-    "respix_12_longer": (f"cim.py {TWELVE} {LONG}", TOKENS),
-    "respix_12_longer_argmax": (f"cim.py {TWELVE} {LONG} --sampling argmax", TOKENS),
+    "respix_12_longer": (f"cim.py {TWELVE} {PASSES}", TOKENS),
+    "respix_12_longer_argmax": (f"cim.py {TWELVE} {PASSES} --sampling argmax", TOKENS),
     "respix_half_window": ("cim.py {cim} --window {window}", TOKENS),
     "respix_channels": ("cim.py {cim} --window_per_channel", TOKENS),
     "respix_few": (f"cim.py {FEW}", TOKENS),
