@@ -75,7 +75,6 @@ from common import (
     warmup_cosine,
 )
 
-MOMENTUM_EPOCHS = 0, 100, 400  # appendix A; the teacher's momentum is linear between
 DECODERS = {"nano": (128, 4), "tiny": (192, 6)}  # width and heads of the pixel decoder; all others (512, 16)
 
 
@@ -393,7 +392,7 @@ def train_step(model, batches, optimizer, scaler, run):
     terms, finite = run.agree(total, grad_norm)  # the one host synchronisation
     if finite:
         scaler.step(optimizer)
-        momentum = np.interp(run.epoch, MOMENTUM_EPOCHS, run.cfg.momentum)
+        momentum = np.interp(run.epoch, (0, 100, 400), run.cfg.momentum)  # appendix A: linear between
         getattr(model, "module", model).update_teacher(momentum)  # `module`: the model in DDP's wrapper
     scaler.update()
     return terms
@@ -438,7 +437,7 @@ def train(cfg, run):
     run.fit_batch(source)  # small data: a smaller batch, another base_lr
     peak_lr = cfg.base_lr * cfg.batch_size / 256
     run.start(len(source), f"lr {peak_lr:.3g} = {cfg.base_lr:.3g} x {cfg.batch_size} / 256")
-    first, last = 1 / (1 - np.interp((0, cfg.epochs), MOMENTUM_EPOCHS, cfg.momentum)).clip(1e-9)
+    first, last = 1 / (1 - np.interp((0, cfg.epochs), (0, 100, 400), cfg.momentum)).clip(1e-9)
     if cfg.distill and (first > run.steps / 3 or last > run.steps):
         print0(f"warning: the teacher averages up to {max(first, last):.0f} updates, of {run.steps}: lower "
                "--momentum")
